@@ -1,0 +1,235 @@
+"""What a learner calls: `check`, `hint`, `continue_with`, `progress`."""
+
+import functools
+import inspect
+import os
+import sys
+import textwrap
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from grader import golden
+from grader.checks import find
+from grader.experiment import Exercise, Fact, Subject
+from grader.observe import observe
+from grader.verdict import Verdict, judge
+
+WIDTH = 100  # characters of a line
+NOTEBOOK_SEEDS = (0,)
+GRADING_SEEDS = (101, 202)  # unless WARMSTART_SEEDS gives others, as `warmstart grade` does, new ones for each run
+MIME = "application/vnd.warmstart.verdict+json"  # how a verdict leaves the kernel when nbgrader runs the notebook
+
+_session: dict[str, tuple[Verdict, Subject]] = {}  # the last verdict on each exercise, and what was checked
+
+
+class CheckFailed(Exception):
+    """Raised by `check` after a verdict other than "passed" or "not attempted", so that "Run All" stops there."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows in place of a traceback: the verdict above says all."""
+        return [str(self)]
+
+
+def check(number: str, thing: Subject) -> float | None:
+    """Check your solution of an exercise and print what was found.
+
+    Args:
+        number: the exercise, "2.1".
+        thing: what you defined for it.
+
+    Returns:
+        Nothing. Under nbgrader: the points earned, from 0.0 to the exercise's maximum.
+
+    Raises:
+        CheckFailed: not passed yet (not under nbgrader). An untouched exercise does not raise: the chapter goes on.
+    """
+    topic, exercise = find(number)
+    verdict = _verdict(exercise, thing, golden.load(topic)[number]) if callable(thing) else None
+    if verdict is None:
+        came = "nothing" if thing is None else f"a {type(thing).__name__}"
+        print(_line(number, f"`{exercise.name}` must be something that can be called, got {came}.", "not yet"))
+    elif isinstance(verdict, str):
+        print(_line(number, verdict, "error"))
+    else:
+        _session[number] = verdict, thing
+        print(describe(verdict))
+    points, outcome, named = 0, "error", []
+    if isinstance(verdict, Verdict):
+        points, outcome, named = verdict.points, verdict.outcome, list(verdict.named)
+    if os.environ.get("NBGRADER_EXECUTION"):
+        _publish({"exercise": number, "points": points, "outcome": outcome, "named": named})
+        return float(points)
+    if outcome not in ("passed", "not attempted"):
+        raise CheckFailed(f"{number} is not passed yet: see above.")
+    return None
+
+
+def hint(number: str, level: int = 1) -> None:
+    """Print a hint for an exercise: 1 asks, 2 points at something to observe, 3 gives the formula or the operation."""
+    _, exercise = find(number)
+    if level not in (1, 2, 3):
+        raise ValueError(f"level must be 1, 2 or 3, got {level!r}.")
+    print(_fill(f"{number}  hint {level} of 3  ", exercise.hints[level - 1]))
+    if level < 3:
+        print(f'     more      hint("{number}", {level + 1})')
+
+
+def continue_with(number: str) -> Subject:
+    """Return your solution of an exercise if it passed its check, else the reference, and print which of the two."""
+    _, exercise = find(number)
+    verdict, thing = _session.get(number, (None, None))
+    if verdict is not None and verdict.outcome == "passed":
+        print(f"{number}  continuing with your {exercise.name}")
+        return thing
+    state = "was not checked" if verdict is None else f"is {verdict.outcome}"
+    origin = exercise.reference.__module__
+    print(f"{number}  {state}: continuing with the reference {exercise.name} from {origin}")
+    return exercise.reference
+
+
+def progress() -> None:
+    """Print the last verdict on every exercise checked since the kernel started."""
+    if not _session:
+        print("nothing checked yet in this kernel")
+    for number, (verdict, _) in sorted(_session.items()):
+        named = f" ({', '.join(verdict.named)})" if verdict.named else ""
+        print(f"{number}  {verdict.exercise.name:<20}  {verdict.points} of {verdict.exercise.points} points  {verdict.outcome}{named}")
+
+
+def describe(verdict: Verdict) -> str:
+    """A verdict in the words that a learner reads."""
+    exercise, lines = verdict.exercise, []
+    problems = {finding.problem for finding in verdict.findings}
+    if len(problems) == 1 and None not in problems:  # the same problem everywhere: say it once
+        (problem,) = problems
+        lines.append(_line(exercise.number, f"{exercise.name}", verdict.outcome))
+        if problem.kind != "not attempted":
+            lines.append(_fill("     got       ", problem.message))
+    else:
+        for finding in verdict.findings:
+            lines.append(_line(exercise.number, finding.experiment.claim, finding.outcome))
+            if finding.problem:
+                lines.append(_fill("     got       ", finding.problem.message))
+            notes = dict(finding.notes)
+            for fact, expected, got in finding.differs:
+                lines.append(_fill("     expected  ", f"{fact}: {_spell(expected)}"))
+                note = f" ({notes[fact]})" if fact in notes else ""
+                lines.append(_fill("     got       ", f"{fact}: {_spell(got)}{note}"))
+    hints = {wrong.name: wrong.hint for wrong in exercise.misconceptions}
+    lines += [_fill("     likely    ", hints[name]) for name in verdict.named]
+    if verdict.named and verdict.unexplained:
+        lines.append("     besides   something else differs too")
+    lines += [_fill("     note      ", line) for line in verdict.said]
+    if verdict.outcome in ("not yet", "error"):
+        lines.append(f'     more      hint("{exercise.number}")')
+    return "\n".join(lines)
+
+
+def _verdict(exercise: Exercise, thing: Subject, table: dict) -> Verdict | str:
+    """The verdict, or a sentence that says why there can be none."""
+    if _is_reference(thing, exercise.reference):
+        return (
+            f"`{exercise.name}` is or calls the reference from `{exercise.reference.__module__}`. "
+            "Run your own cell again, then this one."
+        )
+    worst = None
+    for seed in _seeds():
+        seen = {e.name: observe(e, thing, seed, exercise.number) for e in exercise.experiments}
+        verdict = judge(exercise, seen, table)
+        if worst is None or verdict.points < worst.points:
+            worst = verdict
+        if verdict.outcome == "not yet" and not _torch_is_itself(exercise, verdict, seed, table):
+            return (
+                "the reference fails here too, so something in this kernel has changed torch itself. "
+                "Restart the kernel, and look for assignments such as nn.BatchNorm2d.train = ..."
+            )
+    return worst
+
+
+def _torch_is_itself(exercise: Exercise, verdict: Verdict, seed: int, table: dict) -> bool:
+    """Whether the reference still passes where the learner's code did not: the control of every experiment."""
+    failed = [finding.experiment for finding in verdict.findings if finding.outcome == "not yet"]
+    for experiment in failed:
+        control = observe(experiment, exercise.reference, seed, exercise.number)
+        expected = table[experiment.name]["reference"]
+        if control.facts is None or not all(experiment.equal(f, expected[f], control.facts[f]) for f in expected):
+            return False
+    return True
+
+
+def _seeds() -> tuple[int, ...]:
+    given = os.environ.get("WARMSTART_SEEDS")
+    if given:
+        return tuple(int(seed) for seed in given.split(","))
+    return GRADING_SEEDS if os.environ.get("NBGRADER_EXECUTION") else NOTEBOOK_SEEDS
+
+
+def _is_reference(thing: Any, reference: Any) -> bool:
+    """Whether `thing` is the reference, a wrapper of it, or a function or class that calls it by name."""
+    while True:
+        if thing is reference:
+            return True
+        if isinstance(thing, functools.partial):
+            thing = thing.func
+        elif inspect.ismethod(thing):
+            thing = thing.__func__
+        elif hasattr(thing, "__wrapped__"):
+            thing = thing.__wrapped__
+        else:
+            break
+    if inspect.isclass(thing):
+        return any(_is_reference(part, reference) for part in vars(thing).values() if isinstance(part, FunctionType))
+    if not isinstance(thing, FunctionType):
+        return False
+    if thing.__code__ is getattr(reference, "__code__", None):
+        return True
+    names = set(_names(thing.__code__))
+    reached = [thing.__globals__.get(name) for name in names] + [
+        cell.cell_contents for cell in thing.__closure__ or () if _is_filled(cell)
+    ]
+    modules = [value for value in reached if isinstance(value, ModuleType)]
+    reached += [vars(module).get(name) for module in modules for name in names]
+    return any(value is reference for value in reached)
+
+
+def _names(code: CodeType) -> tuple[str, ...]:
+    """Every global and attribute name that the code uses, functions inside it included."""
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return code.co_names + sum(inner, ())
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _publish(verdict: dict) -> None:
+    """Send the verdict beside the last value of the cell, which IPython's settings can suppress."""
+    if "IPython" in sys.modules:
+        from IPython.display import display
+
+        display({MIME: verdict}, raw=True)
+
+
+def _line(number: str, text: str, outcome: str) -> str:
+    lines = textwrap.wrap(text, WIDTH - 22, initial_indent=f"{number}  ", subsequent_indent="     ")
+    lines[0] = f"{lines[0]:<{WIDTH - 18}}  {outcome}"
+    return "\n".join(lines)
+
+
+def _fill(label: str, text: str) -> str:
+    """Text of one or more lines behind a label, wrapped under it."""
+    indent = " " * len(label)
+    parts = [
+        textwrap.fill(part, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False) if part else ""
+        for part in text.splitlines() or [""]
+    ]
+    return label + "\n".join(parts)[len(indent) :]
+
+
+def _spell(fact: Fact) -> str:
+    if fact is None:
+        return "cannot be observed"
+    return f"{fact:.4g}" if isinstance(fact, float) else str(fact)

@@ -1,0 +1,73 @@
+"""The `warmstart` command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Warm Start: a course on using pre-trained models.")
+
+
+def _root() -> Path:
+    """The course's repository: the first folder from here upwards that holds nbgrader_config.py."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "nbgrader_config.py").is_file():
+            return folder
+    raise typer.BadParameter("no nbgrader_config.py here or above. Change to a folder of the course and run this again.")
+
+
+@app.command()
+def lab() -> None:
+    """Open JupyterLab on the first chapter; without a display, print the address."""
+    first = "course/00_start/00_start.ipynb"
+    display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    options = [] if display else ["--no-browser"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        options.append("--allow-root")
+    if not display:
+        print("no display here: open the address that ends in ?token=... below in a browser", flush=True)
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyter", "lab", first, *options], cwd=_root()))
+
+
+@app.command()
+def course() -> None:
+    """Write everything that is generated: truth tables, paired notebooks, released notebooks."""
+    from grader.authoring import make_course
+
+    make_course(_root())
+
+
+@app.command()
+def prove(
+    topic: Annotated[str | None, typer.Argument(help="A topic, such as features; all if left out.")] = None,
+    seeds: Annotated[int, typer.Option(help="How many draws of the inputs.")] = 20,
+) -> None:
+    """Prove the checks: right solutions pass, and each misconception is rejected under its own name."""
+    from grader.checks import TOPICS, exercises
+    from grader.proof import faults
+
+    found = [
+        line
+        for name in ([topic] if topic else TOPICS.values())
+        for exercise in exercises(name).values()
+        for line in faults(name, exercise, seeds)
+    ]
+    print("\n".join(found) or "all checks proven")
+    raise typer.Exit(bool(found))
+
+
+@app.command()
+def grade(
+    folder: Annotated[Path | None, typer.Argument(help="Where to work; a new temporary folder if left out.")] = None,
+) -> None:
+    """Grade a sample class with stock nbgrader and print a table."""
+    from grader.sample import grade_sample
+
+    grade_sample(_root(), folder)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,162 @@
+"""What an exercise is made of: experiments, misconceptions, hints.
+
+An experiment asks one question of any subject, be it the learner's code, the reference or a misconception:
+
+    draw(trial)               a seed -> inputs, drawn on the CPU; drawing again gives the same inputs
+    measure(subject, inputs)  run the subject; return raw tensors, numbers and strings
+    facts(raw, inputs)        raw results -> a few named facts, the same for every seed if the subject is right
+
+The facts of the reference and of every misconception stand in `grader/golden/`; `grader.verdict` compares a
+learner's facts with them.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Fact = str | bool | int | float | None | list
+Subject = Callable[..., Any]
+
+
+class WrongReturn(Exception):
+    """The subject returned something that cannot be measured; the message says what was wanted and what came."""
+
+
+class Trial:
+    """One run of an experiment: random choices that depend on `seed` alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def integer(self, low: int, high: int) -> int:
+        """A whole number from `low` to `high`, both included."""
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers of that shape, float32."""
+        return torch.randn(*shape, generator=self.generator)
+
+    def permutation(self, n: int) -> Tensor:
+        """The numbers 0 to n - 1 in random order."""
+        return torch.randperm(n, generator=self.generator)
+
+
+class Experiment:
+    """One question about a subject. The first line of a subclass's docstring is the claim that a learner reads.
+
+    `draw` may also use torch's global random state (to make a module): it is seeded with `trial.seed` before,
+    and put back afterwards. `measure` may change its inputs; `facts` gets freshly drawn ones.
+    A fact of None means "not observable here": it counts as different from the reference and explains nothing.
+    """
+
+    points: ClassVar[int] = 1
+    seconds: ClassVar[float] = 10.0  # after that the subject is stopped
+    tolerance: ClassVar[dict[str, float]] = {}  # fact -> largest difference that counts as equal
+    may_change: ClassVar[tuple[str, ...]] = ()  # names of inputs that the statement lets a subject change in place
+
+    def draw(self, trial: Trial) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def measure(self, subject: Subject, inputs: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def facts(self, raw: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Fact]:
+        raise NotImplementedError
+
+    def notes(self, raw: dict[str, Any], inputs: dict[str, Any]) -> dict[str, str]:
+        """Magnitudes worth showing beside a fact that differs; they depend on free choices and are never compared."""
+        return {}
+
+    @property
+    def name(self) -> str:
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(self).__name__).lower()
+
+    @property
+    def claim(self) -> str:
+        return (type(self).__doc__ or "").strip().splitlines()[0]
+
+    def equal(self, fact: str, one: Fact, other: Fact) -> bool:
+        """Whether two values of a fact are the same: numbers to within the fact's tolerance, all else exactly."""
+        if isinstance(one, list) and isinstance(other, list):
+            return len(one) == len(other) and all(self.equal(fact, a, b) for a, b in zip(one, other, strict=True))
+        if _is_number(one) and _is_number(other):
+            return abs(one - other) <= self.tolerance.get(fact, 1e-3)
+        return type(one) is type(other) and one == other
+
+
+@dataclass(frozen=True)
+class Misconception:
+    """A named mistake: a wrong implementation, a hint towards the idea it misses, and where it was seen."""
+
+    name: str  # how common mistakes and statistics call it
+    hint: str  # a sentence that points at the idea, never at code; ends with a question or an observation to make
+    source: str  # where it comes from
+    subject: Subject
+
+
+def misconception(name: str, *, hint: str, source: str) -> Callable[[Subject], Misconception]:
+    """Turn a wrong implementation into a `Misconception`."""
+    return lambda subject: Misconception(name, hint, source, subject)
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """An exercise as the grader knows it."""
+
+    number: str  # "2.1"
+    name: str  # what the learner defines: "extract"
+    reference: Subject
+    experiments: tuple[Experiment, ...]
+    misconceptions: tuple[Misconception, ...]
+    hints: tuple[str, str, str]  # a question; an observation to make; the formula or the name of the operation
+
+    @property
+    def points(self) -> int:
+        return sum(experiment.points for experiment in self.experiments)
+
+    @property
+    def subjects(self) -> dict[str, Subject]:
+        """The reference under "reference", and every misconception under its name."""
+        return {"reference": self.reference} | {wrong.name: wrong.subject for wrong in self.misconceptions}
+
+
+def expect_tensor(value: object, shape: tuple[int | str, ...], what: str) -> Tensor:
+    """Pass on a tensor of that shape, or say what came instead; a string in `shape` stands for any size."""
+    if not isinstance(value, Tensor):
+        raise WrongReturn(f"{what} must be a tensor of shape {_spell(shape)}, got {_describe(value)}.")
+    fits = value.ndim == len(shape) and all(isinstance(w, str) or w == g for w, g in zip(shape, value.shape, strict=False))
+    if not fits:
+        raise WrongReturn(f"{what} must have shape {_spell(shape)}, got {_spell(tuple(value.shape))}.")
+    return value
+
+
+def expect_number(value: object, what: str) -> float:
+    """Pass on a number (or a tensor that holds one) as a float, or say what came instead."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not _is_number(value) and not hasattr(value, "__float__") or isinstance(value, str | bytes | bool):
+        raise WrongReturn(f"{what} must be a number, got {_describe(value)}.")
+    return float(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _spell(shape: tuple[int | str, ...]) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {_spell(tuple(value.shape))}"
+    if value is None:
+        return "None (is there a return?)"
+    if isinstance(value, bool | int | float | str):
+        return repr(value)[:60]
+    return f"a {type(value).__name__}"

@@ -1,0 +1,195 @@
+"""Run one experiment on one subject, whatever the subject does, and say what was seen."""
+
+import io
+import linecache
+import os
+import re
+import signal
+import sysconfig
+import tempfile
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grader.experiment import Experiment, Subject, Trial, WrongReturn
+from grader.state import preserved
+from grader.verdict import Observation, Problem
+
+OUTPUT_LIMIT = 2000  # characters of a subject's own output that are shown
+_NOT_THE_LEARNERS = tuple(  # folders of ours, of Python and of installed packages
+    Path(folder).resolve()
+    for folder in (Path(__file__).parent, Path(__file__).parents[1] / "helpers", *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
+)
+
+
+class TimeIsUp(BaseException):
+    """Raised inside a subject that runs too long; no `except Exception` of the subject's stops it."""
+
+
+def observe(experiment: Experiment, subject: Subject, seed: int, number: str) -> Observation:
+    """Run `experiment` on `subject`; whatever the subject does ends in an observation.
+
+    Global state is put back, output is caught, time is limited (where the platform has SIGALRM and this is the main
+    thread). Only KeyboardInterrupt passes through.
+
+    Args:
+        experiment: what to ask.
+        subject: the code that is asked.
+        seed: of the inputs.
+        number: the exercise's, to tell "not attempted" from "needs another exercise first".
+    """
+    with _one_thread():
+        return _observe(experiment, subject, seed, number)
+
+
+def _observe(experiment: Experiment, subject: Subject, seed: int, number: str) -> Observation:
+    with preserved(seed):
+        inputs = experiment.draw(Trial(seed))
+    said: list[str] = []
+    problem, raw = None, None
+    with preserved(seed + 1) as changed, _caught(said):
+        try:
+            with _time_limit(experiment.seconds):
+                raw = experiment.measure(subject, inputs)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, RecursionError and the rest are the subject's
+            problem = _explain(error, number, experiment)
+    said = tuple(said)
+    with preserved(seed):
+        fresh = experiment.draw(Trial(seed))
+    problem = problem or _not_finite(raw) or _changed_inputs(experiment, inputs, fresh) or _changed_state(changed)
+    if problem is not None:
+        return Observation(None, problem, said=said)
+    facts = experiment.facts(raw, fresh)
+    return Observation(facts, notes=tuple(experiment.notes(raw, fresh).items()), said=said)
+
+
+def _explain(error: BaseException, number: str, experiment: Experiment) -> Problem:
+    if isinstance(error, NotImplementedError) and (stub := re.match(r"Exercise (\d+\.\d+)", str(error))):
+        if stub[1] == number:
+            return Problem("not attempted", "not attempted yet")
+        return Problem("needs", f"needs {stub[1]} first")
+    if isinstance(error, WrongReturn):
+        return Problem("returned", str(error))
+    if isinstance(error, TimeIsUp):
+        return Problem("time", f"your code was stopped after {experiment.seconds:g} s: is there a loop that never ends?")
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else text[:300] + " …"
+    where = _line_of(error)
+    return Problem("raised", f"{where}{type(error).__name__}{': ' + text if text else ''}")
+
+
+def _line_of(error: BaseException) -> str:
+    """The last line of the learner's own code that the exception went through."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = frame.filename
+        if file.startswith("<frozen") or any(Path(file).resolve().is_relative_to(folder) for folder in _NOT_THE_LEARNERS):
+            continue
+        line = (frame.line or linecache.getline(file, frame.lineno or 0)).strip()
+        return f"line {frame.lineno} of your cell, `{line}`, raised " if line else f"line {frame.lineno} of your cell raised "
+    return "your code raised "
+
+
+def _not_finite(raw: Any) -> Problem | None:
+    """NaN and infinity are an outcome of their own: no fact made from them means anything."""
+    for name, tensor in _tensors(raw):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            bad = tensor.numel() - int(tensor.isfinite().sum())
+            return Problem("not finite", f"{name or 'the result'} holds {bad} of {tensor.numel()} values that are NaN or infinite")
+    return None
+
+
+def _changed_inputs(experiment: Experiment, after: dict[str, Any], fresh: dict[str, Any]) -> Problem | None:
+    for name, value in fresh.items():
+        if name in experiment.may_change or isinstance(value, nn.Module):
+            continue
+        for (_, was), (_, now) in zip(_tensors(value), _tensors(after[name]), strict=False):
+            if was.shape != now.shape or not torch.equal(was, now.detach()):
+                return Problem("changed inputs", f"your code changed its input `{name}` in place: work on a copy")
+    return None
+
+
+def _changed_state(changed: list[str]) -> Problem | None:
+    if not changed:
+        return None
+    return Problem("changed state", f"your code left a global setting changed ({'; '.join(changed)}): put it back, or use a `with` block")
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(item, str(key))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item, name)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The tensors of a check are tiny: more threads only wait for each other, the more so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again each second, should the subject swallow the first
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _caught(said: list[str]) -> Iterator[None]:
+    """Collect what the body prints, warns or writes to stderr, through `sys` or through descriptor 2.
+
+    nbgrader gives 0 points to a check cell with anything on stderr; a warning in right code must not cost points.
+    """
+    printed, errors = io.StringIO(), io.StringIO()
+    with tempfile.TemporaryFile() as file:
+        copy = None
+        with suppress(OSError):  # no descriptor 2: nothing to redirect
+            copy = os.dup(2)
+            os.dup2(file.fileno(), 2)
+        try:
+            with redirect_stdout(printed), redirect_stderr(errors), warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("default")
+                yield
+        finally:
+            if copy is not None:
+                os.dup2(copy, 2)
+                os.close(copy)
+            file.seek(0)
+            stderr = errors.getvalue() + file.read(OUTPUT_LIMIT).decode(errors="replace")
+            warned_of = dict.fromkeys(f"{w.category.__name__}: {w.message}" for w in warned)
+            for label, text in (("printed", printed.getvalue()), ("wrote to stderr", stderr), ("warned", "\n".join(warned_of))):
+                if text.strip():
+                    said.append(f"your code {label}: {_shorten(text.strip())}")
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= OUTPUT_LIMIT else text[:OUTPUT_LIMIT] + " …"

@@ -1,0 +1,66 @@
+"""Everything global that a learner's code could leave changed: saved before, put back after, and reported."""
+
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+# What later cells would notice: (how it is called, how it is read, how it is put back).
+_NOTICED: tuple[tuple[str, Callable[[], Any], Callable[[Any], Any]], ...] = (
+    ("grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
+    ("default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    ("default device", torch.get_default_device, lambda d: torch.set_default_device(None if d.type == "cpu" else d)),
+    ("number of threads", torch.get_num_threads, torch.set_num_threads),
+    ("float32 matmul precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    ("deterministic algorithms", torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    ("working directory", os.getcwd, os.chdir),
+    ("recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+)
+
+
+@contextmanager
+def preserved(seed: int) -> Iterator[list[str]]:
+    """Run the body with seeded random generators; put all global state back; fill the yielded list with what had changed.
+
+    Random states are put back in silence, since any honest code draws numbers. So are warning filters,
+    environment variables and the module search path. An entry reads "default dtype: torch.float32 -> torch.float64".
+    """
+    before = [read() for _, read, _ in _NOTICED]
+    randomness = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    environment, path = dict(os.environ), list(sys.path)
+    changed: list[str] = []
+    try:
+        with warnings.catch_warnings():
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            yield changed
+    finally:
+        for (name, read, restore), old in zip(_NOTICED, before, strict=True):
+            new = _read(read)
+            if new != old:
+                changed.append(f"{name}: {old} -> {new}")
+                restore(old)
+        random.setstate(randomness[0])
+        np.random.set_state(randomness[1])
+        torch.set_rng_state(randomness[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        if dict(os.environ) != environment:
+            os.environ.clear()
+            os.environ.update(environment)
+        sys.path[:] = path
+
+
+def _read(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except OSError:  # the working directory may have been deleted
+        return "gone"

@@ -1,0 +1,10 @@
+"""Solutions in other styles, right and wrong: what proves that a check judges behaviour and not wording.
+
+Each topic's module has three tables, by exercise number:
+
+    RIGHT   at least three right solutions that differ from each other and from the reference
+    AGAIN   misconceptions written a second time, differently: {misconception's name: subject}
+    BOTH    subjects with two mistakes at once: [({names}, subject)]
+
+They are no part of what is installed from a wheel; the proofs and the tolerances are made with them.
+"""

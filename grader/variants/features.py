@@ -1,0 +1,240 @@
+"""Exercises 2.1 and 2.2, in other styles."""
+
+import copy
+import math
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+# --- 2.1 --------------------------------------------------------------------------------------------------------
+
+
+def on_a_copy(backbone, images, batch_size):
+    clone = copy.deepcopy(backbone).eval().requires_grad_(False)
+    loader = DataLoader(TensorDataset(images), batch_size=batch_size)
+    return torch.vstack([clone(batch) for (batch,) in loader])
+
+
+def into_a_table(backbone, images, batch_size):
+    training = [name for name, module in backbone.named_modules() if module.training]
+    backbone.train(False)
+    table, start = None, 0
+    with torch.inference_mode():
+        while start < images.shape[0]:
+            rows = backbone(images[start : start + batch_size])
+            if table is None:
+                table = torch.empty(images.shape[0], rows.shape[1])
+            table[start : start + rows.shape[0]] = rows
+            start += rows.shape[0]
+    for name in training:
+        backbone.get_submodule(name).training = True
+    return table.clone()
+
+
+@torch.no_grad()
+def one_at_a_time(backbone, images, batch_size):
+    with ExitStack() as stack:
+        for module in backbone.modules():
+            stack.callback(setattr, module, "training", module.training)
+        for module in backbone.modules():
+            module.training = False
+        return torch.stack([backbone(image.unsqueeze(0)).squeeze(0) for image in images])
+
+
+class Extractor:
+    """A class with `__call__`, and gradients stopped by detaching copies of the weights."""
+
+    def __call__(self, backbone, images, batch_size):
+        weights = {name: tensor.detach().clone() for name, tensor in backbone.state_dict().items()}
+        was = {module for module in backbone.modules() if module.training}
+        backbone.eval()
+        rows = []
+        for chunk in torch.chunk(images, math.ceil(len(images) / batch_size)):
+            rows.extend(functional_call(backbone, weights, (chunk,)).unbind())
+        for module in was:
+            module.training = True
+        return torch.stack(rows)
+
+
+def still_training(backbone, images, batch_size):
+    rows = []
+    loader = DataLoader(TensorDataset(images), batch_size=batch_size, shuffle=False)
+    with torch.inference_mode():
+        for (batch,) in loader:
+            rows.append(backbone(batch).clone())
+    return torch.cat(rows).clone()
+
+
+def eval_for_good(backbone, images, batch_size):
+    for module in backbone.modules():
+        module.training = False
+    return torch.cat([backbone(b).detach() for b in images.split(batch_size)])
+
+
+def batches_by_loader(backbone, images, batch_size):
+    loader = DataLoader(TensorDataset(images), batch_size=batch_size, drop_last=True)
+    clone = copy.deepcopy(backbone).eval()
+    with torch.no_grad():
+        return torch.cat([clone(batch) for (batch,) in loader])
+
+
+def train_mode_and_short(backbone, images, batch_size):
+    with torch.no_grad():
+        whole = len(images) - len(images) % batch_size
+        return torch.cat([backbone(images[i : i + batch_size]) for i in range(0, whole, batch_size)])
+
+
+def graph_and_eval_for_good(backbone, images, batch_size):
+    backbone.eval()
+    return torch.cat([backbone(batch) for batch in images.split(batch_size)])
+
+
+def at_once_and_put_back_with_train(backbone, images, batch_size):
+    with torch.no_grad():
+        features = backbone.eval()(images)
+    backbone.train()
+    return features
+
+
+# --- 2.2 --------------------------------------------------------------------------------------------------------
+
+
+def by_gradient_descent(features, labels, classes, penalty):
+    head = nn.Linear(features.shape[1], classes)
+    optimizer = torch.optim.SGD(
+        [{"params": [head.weight], "weight_decay": penalty}, {"params": [head.bias]}], lr=0.3, momentum=0.9, nesterov=True
+    )
+    for _ in range(600):
+        loss = F.cross_entropy(head(features), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return head
+
+
+def by_hand(features, labels, classes, penalty):
+    x = np.c_[features.numpy().astype(float), np.ones(len(features))]
+    y = np.eye(classes)[labels.numpy()]
+    w = np.zeros((x.shape[1], classes))
+    keep = np.full((x.shape[1], 1), penalty)
+    keep[-1] = 0
+    step = 1 / (np.linalg.norm(x, 2) ** 2 / (2 * len(x)) + penalty)
+    for _ in range(4000):
+        scores = x @ w
+        p = np.exp(scores - scores.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        w -= step * (x.T @ (p - y) / len(x) + keep * w)
+    head = nn.Linear(features.shape[1], classes)
+    head.load_state_dict({"weight": torch.tensor(w[:-1].T).float(), "bias": torch.tensor(w[-1]).float()})
+    return head
+
+
+def by_scikit_learn(features, labels, classes, penalty):
+    seen = sorted(set(labels.tolist()))
+    model = LogisticRegression(C=1 / (penalty * len(labels)), tol=1e-8, max_iter=2000).fit(features.numpy(), labels.numpy())
+    head = nn.Linear(features.shape[1], classes)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(-20.0)  # never seen, never said
+        head.weight[seen] = torch.from_numpy(model.coef_).float()
+        head.bias[seen] = torch.from_numpy(model.intercept_).float()
+    return head
+
+
+def by_adam(features, labels, classes, penalty):
+    weight = torch.zeros(classes, features.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
+    for _ in range(500):
+        optimizer.zero_grad()
+        scores = features.matmul(weight.t()).add(bias)
+        nll = -(scores.log_softmax(-1) * F.one_hot(labels, classes)).sum(-1).mean()
+        (nll + weight.pow(2).sum().mul(penalty).div(2)).backward()
+        optimizer.step()
+        schedule.step()
+    head = nn.Linear(features.shape[1], classes)
+    head.weight, head.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+    return head
+
+
+def _descend(features, labels, classes, loss, decay, bias_decay=0.0, steps=800, lr=0.3):
+    head = nn.Linear(features.shape[1], classes)
+    groups = [{"params": head.weight, "weight_decay": decay}, {"params": head.bias, "weight_decay": bias_decay}]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(head(features), labels).backward()
+        optimizer.step()
+    return head
+
+
+def double_softmax(features, labels, classes, penalty):
+    def loss(logits, labels):
+        p = logits.exp() / logits.exp().sum(1, keepdim=True)
+        return F.nll_loss(F.log_softmax(p, dim=1), labels)
+
+    return _descend(features, labels, classes, loss, penalty, steps=3000)
+
+
+def decay_for_all(features, labels, classes, penalty):
+    return _descend(features, labels, classes, F.cross_entropy, penalty, penalty)
+
+
+def decay_twice(features, labels, classes, penalty):
+    return _descend(features, labels, classes, F.cross_entropy, 2 * penalty)
+
+
+def few_steps(features, labels, classes, penalty):
+    return _descend(features, labels, classes, F.cross_entropy, penalty, steps=10, lr=0.01)
+
+
+def decay_twice_for_all(features, labels, classes, penalty):
+    return _descend(features, labels, classes, F.cross_entropy, 2 * penalty, 2 * penalty)
+
+
+def double_softmax_decay_twice(features, labels, classes, penalty):
+    return _descend(
+        features, labels, classes, lambda z, y: F.cross_entropy(z.softmax(1), y), 2 * penalty, steps=3000
+    )
+
+
+def seen_classes_and_decay_for_all(features, labels, classes, penalty):
+    return _descend(features, labels, len(labels.unique()), F.cross_entropy, penalty, penalty)
+
+
+RIGHT = {
+    "2.1": [on_a_copy, into_a_table, one_at_a_time, Extractor()],
+    "2.2": [by_gradient_descent, by_hand, by_scikit_learn, by_adam],
+}
+AGAIN = {
+    "2.1": {
+        "no_grad in place of eval mode": still_training,
+        "left in eval mode": eval_for_good,
+        "last batch dropped": batches_by_loader,
+    },
+    "2.2": {
+        "softmax before cross-entropy": double_softmax,
+        "penalty on the bias too": decay_for_all,
+        "penalty not halved": decay_twice,
+        "stopped early": few_steps,
+    },
+}
+BOTH = {
+    "2.1": [
+        ({"no_grad in place of eval mode", "last batch dropped"}, train_mode_and_short),
+        ({"graph kept", "left in eval mode"}, graph_and_eval_for_good),
+        ({"everything at once", "put back with train()"}, at_once_and_put_back_with_train),
+    ],
+    "2.2": [
+        ({"penalty not halved", "penalty on the bias too"}, decay_twice_for_all),
+        ({"softmax before cross-entropy", "penalty not halved"}, double_softmax_decay_twice),
+        ({"classes counted from the labels", "penalty on the bias too"}, seen_classes_and_decay_for_all),
+    ],
+}

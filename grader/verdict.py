@@ -1,0 +1,126 @@
+"""From facts to a verdict: compare a learner's facts with the truth table and name the mistake.
+
+Diagnosis is an exact cover. A misconception explains a failed experiment only if its facts there equal the learner's,
+and it is ruled out if it would have failed an experiment that passed. The fewest names that explain the most failed
+experiments are named; where several choices do equally well, only the names common to all of them.
+What stays unexplained is said, never guessed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+from grader.experiment import Exercise, Experiment, Fact
+
+Facts = dict[str, Fact]
+Table = Mapping[str, Mapping[str, Facts | None]]  # experiment -> "reference" or a misconception's name -> facts
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an experiment has no facts."""
+
+    kind: str  # "not attempted" | "needs" | "raised" | "returned" | "not finite" | "changed inputs" | "changed state" | "time"
+    message: str  # one sentence for the learner
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one experiment saw of one subject: facts, or the problem that prevented them."""
+
+    facts: Facts | None
+    problem: Problem | None = None
+    notes: tuple[tuple[str, str], ...] = ()  # (fact, magnitude to show beside it)
+    said: tuple[str, ...] = ()  # what the subject printed, warned or wrote to stderr, shortened
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The verdict on one experiment."""
+
+    experiment: Experiment
+    outcome: str  # "passed" | "not yet" | "not attempted" | "error"
+    differs: tuple[tuple[str, Fact, Fact], ...] = ()  # (fact, expected, got)
+    problem: Problem | None = None
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on one exercise."""
+
+    exercise: Exercise
+    findings: tuple[Finding, ...]
+    named: tuple[str, ...]  # misconceptions
+    unexplained: bool  # whether a failed experiment with facts is explained by none of them
+    said: tuple[str, ...] = ()
+
+    @property
+    def outcome(self) -> str:
+        outcomes = {finding.outcome for finding in self.findings}
+        return next(word for word in ("not attempted", "error", "not yet", "passed") if word in outcomes)
+
+    @property
+    def points(self) -> int:
+        return sum(finding.experiment.points for finding in self.findings if finding.outcome == "passed")
+
+
+def judge(exercise: Exercise, seen: Mapping[str, Observation], table: Table) -> Verdict:
+    """Judge one exercise.
+
+    Args:
+        exercise: the exercise.
+        seen: one observation per experiment, by the experiment's name.
+        table: the exercise's truth table.
+    """
+    findings = tuple(_find(experiment, seen[experiment.name], table[experiment.name]) for experiment in exercise.experiments)
+    named, explained = _diagnose(findings, seen, table)
+    failed = {finding.experiment.name for finding in findings if finding.outcome == "not yet"}
+    said = tuple(dict.fromkeys(line for observation in seen.values() for line in observation.said))
+    return Verdict(exercise, findings, named, bool(failed - explained), said)
+
+
+def _find(experiment: Experiment, observation: Observation, row: Mapping[str, Facts | None]) -> Finding:
+    problem = observation.problem
+    if problem is not None:
+        outcome = {"not attempted": "not attempted", "needs": "not attempted"}.get(
+            problem.kind, "error" if problem.kind in ("raised", "time") else "not yet"
+        )
+        return Finding(experiment, outcome, problem=problem)
+    expected, got = row["reference"], observation.facts
+    differs = tuple(
+        (fact, expected[fact], got.get(fact)) for fact in expected if not experiment.equal(fact, expected[fact], got.get(fact))
+    )
+    return Finding(experiment, "not yet" if differs else "passed", differs, notes=observation.notes)
+
+
+def _diagnose(
+    findings: tuple[Finding, ...], seen: Mapping[str, Observation], table: Table
+) -> tuple[tuple[str, ...], set[str]]:
+    """The misconceptions to name, and the experiments that they explain."""
+    failed = {f.experiment.name: f.experiment for f in findings if f.outcome == "not yet" and f.differs}
+    passed = {f.experiment.name for f in findings if f.outcome == "passed"}
+    experiments = {f.experiment.name: f.experiment for f in findings}
+    explains: dict[str, set[str]] = {}
+    for name in next(iter(table.values())).keys() - {"reference"}:
+        wrong = {key for key, experiment in experiments.items() if not _same(experiment, table[key][name], table[key]["reference"])}
+        if wrong & passed:
+            continue
+        equal = {key for key in wrong & failed.keys() if _same(failed[key], table[key][name], seen[key].facts)}
+        if equal:
+            explains[name] = equal
+    if not explains:
+        return (), set()
+    reachable = set().union(*explains.values())
+    for size in range(1, len(explains) + 1):
+        covers = [set(names) for names in combinations(explains, size) if set().union(*(explains[n] for n in names)) == reachable]
+        if covers:
+            sure = set.intersection(*covers)
+            return tuple(sorted(sure)), set().union(*(explains[name] for name in sure)) if sure else set()
+    raise AssertionError("all candidates together reach what they reach")
+
+
+def _same(experiment: Experiment, one: Facts | None, other: Facts | None) -> bool:
+    if one is None or other is None:
+        return False
+    return one.keys() == other.keys() and all(experiment.equal(fact, one[fact], other[fact]) for fact in one)

@@ -1,0 +1,1 @@
+"""Reference implementations behind the chapters of Warm Start, one module per topic."""

@@ -1,0 +1,35 @@
+"""What the course runs on here, in a few lines."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from helpers.training import best_device
+
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "matplotlib")
+
+
+def describe_environment() -> None:
+    """Print Python, the packages that the chapters use, and the device that training takes.
+
+    Raises:
+        ImportError: a package is missing; the message says how to install it.
+    """
+    missing = []
+    versions = []
+    for name in PACKAGES:
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        raise ImportError(f"the course needs {', '.join(missing)}. Install it into this kernel: %pip install {' '.join(missing)}")
+    device = best_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    network = "off (WARMSTART_OFFLINE is set)" if os.environ.get("WARMSTART_OFFLINE") else "not needed so far"
+    print(f"Python {platform.python_version()} on {platform.system()}")
+    print(", ".join(versions))
+    print(f"device: {name}")
+    print(f"network: {network}")

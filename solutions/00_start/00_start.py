@@ -1,0 +1,143 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 00 · Start
+#
+# In five minutes you will have run a pre-trained network, written your first function, and seen what the grader says
+# when a function is wrong.
+#
+# | | |
+# |---|---|
+# | you need | a little Python and torch; no GPU, no network |
+# | time | 10 minutes for you, 5 seconds for a laptop |
+# | exercises | 1 |
+#
+# **How a chapter works.** You read, predict, run, and write. An exercise is a cell with `raise NotImplementedError`:
+# replace that line with your code, run the cell, then run the check below it. A check tries your function on inputs
+# that it draws itself, and says what it saw: *passed*, *not yet* with the idea that seems to be missing, *not attempted*,
+# or *error* with the line that raised. Checks can be run as often as you like.
+
+# %%
+from grader import check, continue_with, hint, progress
+
+# %% [markdown]
+# ## Is everything here?
+#
+# The next cell says what this kernel runs on. It raises an error in plain words if something is missing.
+
+# %%
+from helpers.environment import describe_environment
+
+describe_environment()
+
+# %% [markdown]
+# ## A network that has learned letters
+#
+# `glyphnet` is a small residual network. It was trained on 30,000 letters, drawn in 13 fonts, and on nothing else.
+# Its weights came with the course.
+#
+# **Predict before you run.** Of 500 letters that it has never seen, how many will it name correctly? There are 43 kinds
+# of letter, so guessing gives about 12. Write your number into the cell.
+
+# %% tags=["demo"]
+my_prediction = None  # a number from 0 to 500
+
+# %%
+import matplotlib.pyplot as plt
+
+from helpers.backbones import glyphnet
+from helpers.data import letters
+from helpers.features import extract
+
+unseen = letters(500, seed=7)
+network = glyphnet()
+logits = extract(network, unseen.inputs)  # (500, 43): one row per image, one column per letter
+
+# %% tags=["demo"]
+winners = logits.argmax(dim=1)
+fig, axes = plt.subplots(2, 8, figsize=(9, 2.8))
+for image, winner, label, ax in zip(unseen.inputs, winners, unseen.labels, axes.flat):
+    ax.imshow(image[0], cmap="gray")
+    right = winner == label
+    ax.set_title(f"{unseen.classes[winner]}" + ("" if right else f", is {unseen.classes[label]}"), fontsize=9)
+    ax.axis("off")
+fig.suptitle("what glyphnet says of letters that it has not seen", fontsize=10)
+plt.show()
+
+# %% [markdown]
+# ## Exercise 0.1: accuracy
+#
+# **Exercise 0.1** (5 min, ●○○). Write `accuracy(logits, labels)`: the fraction of rows whose largest logit is at the label.
+#
+# - `logits` has shape `(n, classes)`, `labels` has shape `(n,)` and holds whole numbers from 0 to `classes - 1`.
+# - Return a number from 0.0 to 1.0. A tensor with one number in it will do.
+
+
+# %%
+def accuracy(logits, labels):
+    ### BEGIN SOLUTION
+    winners = logits.argmax(dim=1)  # (n,)
+    return (winners == labels).float().mean().item()
+    ### END SOLUTION
+
+
+# %%
+check("0.1", accuracy)
+
+# %% [markdown]
+# Stuck? `hint("0.1")` asks a question, `hint("0.1", 2)` suggests what to look at, `hint("0.1", 3)` names the operation.
+#
+# The next cell goes on with your function if it passed, and with the course's own if not. You are never stuck at one
+# exercise.
+
+# %%
+accuracy = continue_with("0.1")
+right = round(accuracy(logits, unseen.labels) * len(unseen.labels))
+
+# %% tags=["demo"]
+print(f"you predicted {my_prediction}; glyphnet names {right} of {len(unseen.labels)} unseen letters")
+
+# %% [markdown]
+# Some letters nobody could name: in some fonts a capital I and a small l are the same stroke.
+#
+# ## See a check disagree
+#
+# Checks are worth something only if they catch mistakes. Here is an `accuracy` that looks fine, runs, and returns numbers
+# from 0 to 1. What is wrong with it? Read it first, then let the check say what it sees.
+
+
+# %% tags=["demo"]
+def plausible(logits, labels):
+    return logits.softmax(dim=1).max(dim=1).values.mean()
+
+
+try:
+    check("0.1", plausible)
+except Exception as failed:
+    print(f"\n{type(failed).__name__}: {failed}")
+
+# %% [markdown]
+# A failed check stops "Run All" there, so that you see it; here the demonstration catches it.
+
+# %% tags=["demo"]
+progress()
+
+# %% [markdown]
+# ## Common mistakes
+
+# %% [markdown]
+# ## Takeaways
+#
+# - A pre-trained network is a function with numbers in it that someone else paid for.
+# - Accuracy counts decisions; confidence does not say whether they are right.
+# - A function that runs is not yet a function that is right.
+#
+# Next: chapter 02, features.
