@@ -43,18 +43,22 @@ def release(root: Path, chapter: str, *options: str) -> None:
     nbgrader(root, "generate_assignment", chapter, "--force", *(options or ("--no-db",)))
 
 
-def nbgrader(root: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a stock nbgrader command in `root`, with this environment's programs first on PATH."""
+def nbgrader(root: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Run a stock nbgrader command in `root`, with this environment's programs first on PATH.
+
+    Raises:
+        RuntimeError: the command failed; the message ends with what it printed.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     done = subprocess.run(
         [sys.executable, "-m", "nbgrader", *arguments],
         cwd=root,
-        env=os.environ | {"PATH": path},
+        env=os.environ | {"PATH": path} | (environment or {}),
         capture_output=True,
         text=True,
         check=False,
     )
-    if check and done.returncode:
+    if done.returncode:
         raise RuntimeError(f"nbgrader {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
     return done
 

@@ -19,7 +19,7 @@ NOTEBOOK_SEEDS = (0,)
 GRADING_SEEDS = (101, 202)  # unless WARMSTART_SEEDS gives others, as `warmstart grade` does, new ones for each run
 MIME = "application/vnd.warmstart.verdict+json"  # how a verdict leaves the kernel when nbgrader runs the notebook
 
-_session: dict[str, tuple[Verdict, Subject]] = {}  # the last verdict on each exercise, and what was checked
+_session: dict[str, tuple[Verdict, Subject]] = {}  # the last pass, else the last verdict, and its subject
 
 
 class CheckFailed(Exception):
@@ -51,7 +51,8 @@ def check(number: str, thing: Subject) -> float | None:
     elif isinstance(verdict, str):
         print(_line(number, verdict, "error"))
     else:
-        _session[number] = verdict, thing
+        if verdict.outcome == "passed" or number not in _session or _session[number][0].outcome != "passed":
+            _session[number] = verdict, thing
         print(describe(verdict))
     points, outcome, named = 0, "error", []
     if isinstance(verdict, Verdict):
@@ -88,7 +89,7 @@ def continue_with(number: str) -> Subject:
 
 
 def progress() -> None:
-    """Print the last verdict on every exercise checked since the kernel started."""
+    """Print where you are: every exercise checked since the kernel started. An exercise once passed stays passed."""
     if not _session:
         print("nothing checked yet in this kernel")
     for number, (verdict, _) in sorted(_session.items()):

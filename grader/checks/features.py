@@ -28,6 +28,26 @@ def _plain_backbone(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(1, width, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+class _Sizes(list):
+    """A list that a deep copy of its owner shares: a subject may work on a copy of the backbone."""
+
+    def __deepcopy__(self, memo: dict) -> "_Sizes":
+        return self
+
+
+class _Counting(nn.Module):
+    """A module that remembers how many inputs each call brought."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.sizes = _Sizes()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        return self.inner(x)
+
+
 class DependsOnTheImageAlone(Experiment):
     """The features of an image depend on that image alone."""
 
@@ -86,14 +106,15 @@ class LeftAsFound(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        backbone = _backbone(trial, width=6)
-        backbone[5].eval()  # one BatchNorm is in eval mode, as a frozen one would be
-        return {"backbone": backbone, "images": trial.normal(11, 1, 8, 8)}
+        backbone = _Counting(_backbone(trial, width=6))
+        backbone.inner[5].eval()  # one BatchNorm is in eval mode, as a frozen one would be
+        return {"backbone": backbone, "images": trial.normal(12, 1, 8, 8)}
 
     def measure(self, subject, inputs):
         backbone = inputs["backbone"]
-        subject(backbone, inputs["images"], 4)
+        expect_tensor(subject(backbone, inputs["images"], 4), ("n", 6), "the features")
         return {
+            "seen": sum(backbone.sizes),
             "state": {name: tensor.detach().clone() for name, tensor in backbone.state_dict().items()},
             "trainable": [parameter.requires_grad for parameter in backbone.parameters()],
             "modes": [module.training for module in backbone.modules()],
@@ -105,6 +126,7 @@ class LeftAsFound(Experiment):
         parameters = dict(before.named_parameters())
         modes = [(module.training, now) for module, now in zip(before.modules(), raw["modes"], strict=True)]
         return {
+            "the images went through the backbone": "yes" if raw["seen"] else "no",
             "buffers that moved": _some(moved - parameters.keys()),
             "parameters that moved": _some(moved & parameters.keys()),
             "parameters whose requires_grad changed": _some([flag for flag in raw["trainable"] if not flag]),
@@ -118,14 +140,17 @@ class NoGraph(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(4, 8)
-        return {"backbone": _plain_backbone(width), "images": trial.normal(9, 1, 6, 6), "width": width}
+        return {"backbone": _Counting(_plain_backbone(width)), "images": trial.normal(9, 1, 6, 6), "width": width}
 
     def measure(self, subject, inputs):
-        features = subject(inputs["backbone"], inputs["images"], 4)
-        return {"graph": expect_tensor(features, ("n", inputs["width"]), "the features").requires_grad}
+        features = expect_tensor(subject(inputs["backbone"], inputs["images"], 4), ("n", inputs["width"]), "the features")
+        return {"graph": features.requires_grad, "seen": sum(inputs["backbone"].sizes)}
 
     def facts(self, raw, inputs):
-        return {"the features require gradients": "yes" if raw["graph"] else "no"}
+        return {
+            "the images went through the backbone": "yes" if raw["seen"] else "no",
+            "the features require gradients": "yes" if raw["graph"] else "no",
+        }
 
 
 class InBatches(Experiment):
@@ -138,33 +163,14 @@ class InBatches(Experiment):
         return {"backbone": backbone, "images": trial.normal(n, 1, 6, 6), "batch_size": batch_size}
 
     def measure(self, subject, inputs):
-        subject(inputs["backbone"], inputs["images"], inputs["batch_size"])
+        features = subject(inputs["backbone"], inputs["images"], inputs["batch_size"])
+        expect_tensor(features, ("n", 4), "the features")
         return {"sizes": list(inputs["backbone"].sizes)}
 
     def facts(self, raw, inputs):
         largest = max(raw["sizes"], default=0)
         wanted = "at most batch_size" if 0 < largest <= inputs["batch_size"] else "more than batch_size"
         return {"the largest batch that the backbone saw": wanted if largest else "none"}
-
-
-class _Sizes(list):
-    """A list that a deep copy of its owner shares: a subject may work on a copy of the backbone."""
-
-    def __deepcopy__(self, memo: dict) -> "_Sizes":
-        return self
-
-
-class _Counting(nn.Module):
-    """A module that remembers how many inputs each call brought."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.sizes = _Sizes()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.sizes.append(len(x))
-        return self.inner(x)
 
 
 @misconception(
