@@ -117,7 +117,9 @@ def common_mistakes(topic: str) -> str:
     return "\n".join(lines)
 
 
-def _grade(cell: NotebookNode, grade_id: str, *, solution: bool = False, grade: bool = False, points: int | None = None) -> None:
+def _grade(
+    cell: NotebookNode, grade_id: str, *, solution: bool = False, grade: bool = False, points: int | None = None
+) -> None:
     meta = {
         "schema_version": 3,
         "grade_id": grade_id.replace(".", "_"),  # nbgrader refuses a dot

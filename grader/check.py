@@ -44,12 +44,10 @@ def check(number: str, thing: Subject) -> float | None:
         CheckFailed: not passed yet (not under nbgrader). An untouched exercise does not raise: the chapter goes on.
     """
     topic, exercise = find(number)
-    verdict = _verdict(exercise, thing, golden.load(topic)[number]) if callable(thing) else None
-    if verdict is None:
-        came = "nothing" if thing is None else f"a {type(thing).__name__}"
-        print(_line(number, f"`{exercise.name}` must be something that can be called, got {came}.", "not yet"))
-    elif isinstance(verdict, str):
-        print(_line(number, verdict, "error"))
+    verdict = _verdict(exercise, thing, golden.load(topic)[number])
+    if isinstance(verdict, str):
+        print(_line(number, exercise.name, "error"))
+        print(_fill("     got       ", verdict))
     else:
         if verdict.outcome == "passed" or number not in _session or _session[number][0].outcome != "passed":
             _session[number] = verdict, thing
@@ -94,7 +92,8 @@ def progress() -> None:
         print("nothing checked yet in this kernel")
     for number, (verdict, _) in sorted(_session.items()):
         named = f" ({', '.join(verdict.named)})" if verdict.named else ""
-        print(f"{number}  {verdict.exercise.name:<20}  {verdict.points} of {verdict.exercise.points} points  {verdict.outcome}{named}")
+        exercise = verdict.exercise
+        print(f"{number}  {exercise.name:<20}  {verdict.points} of {exercise.points} points  {verdict.outcome}{named}")
 
 
 def describe(verdict: Verdict) -> str:
@@ -128,6 +127,9 @@ def describe(verdict: Verdict) -> str:
 
 def _verdict(exercise: Exercise, thing: Subject, table: dict) -> Verdict | str:
     """The verdict, or a sentence that says why there can be none."""
+    if not callable(thing):
+        came = "nothing" if thing is None else f"a {type(thing).__name__}"
+        return f"`{exercise.name}` must be something that can be called, got {came}."
     if _is_reference(thing, exercise.reference):
         return (
             f"`{exercise.name}` is or calls the reference from `{exercise.reference.__module__}`. "

@@ -139,7 +139,7 @@ def expect_number(value: object, what: str) -> float:
     """Pass on a number (or a tensor that holds one) as a float, or say what came instead."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if not _is_number(value) and not hasattr(value, "__float__") or isinstance(value, str | bytes | bool):
+    if (not _is_number(value) and not hasattr(value, "__float__")) or isinstance(value, str | bytes | bool):
         raise WrongReturn(f"{what} must be a number, got {_describe(value)}.")
     return float(value)
 

@@ -25,9 +25,7 @@ class DropDemo(NbGraderPreprocessor):
     """
 
     def preprocess(self, nb: NotebookNode, resources):
-        nb.cells = [
-            cell for cell in nb.cells if "nbgrader" in cell.metadata or "demo" not in cell.metadata.get("tags", ())
-        ]
+        nb.cells = [cell for cell in nb.cells if "nbgrader" in cell.metadata or "demo" not in cell.metadata.get("tags", ())]
         for cell in nb.cells:
             cell.metadata.pop("tags", None)
         return nb, resources

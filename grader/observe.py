@@ -25,7 +25,11 @@ from grader.verdict import Observation, Problem
 OUTPUT_LIMIT = 2000  # characters of a subject's own output that are shown
 _NOT_THE_LEARNERS = tuple(  # folders of ours, of Python and of installed packages
     Path(folder).resolve()
-    for folder in (Path(__file__).parent, Path(__file__).parents[1] / "helpers", *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
+    for folder in (
+        Path(__file__).parent,
+        Path(__file__).parents[1] / "helpers",
+        *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")),
+    )
 )
 
 
@@ -103,7 +107,9 @@ def _not_finite(raw: Any) -> Problem | None:
     for name, tensor in _tensors(raw):
         if tensor.is_floating_point() and not tensor.isfinite().all():
             bad = tensor.numel() - int(tensor.isfinite().sum())
-            return Problem("not finite", f"{name or 'the result'} holds {bad} of {tensor.numel()} values that are NaN or infinite")
+            return Problem(
+                "not finite", f"{name or 'the result'} holds {bad} of {tensor.numel()} values that are NaN or infinite"
+            )
     return None
 
 
@@ -120,7 +126,9 @@ def _changed_inputs(experiment: Experiment, after: dict[str, Any], fresh: dict[s
 def _changed_state(changed: list[str]) -> Problem | None:
     if not changed:
         return None
-    return Problem("changed state", f"your code left a global setting changed ({'; '.join(changed)}): put it back, or use a `with` block")
+    return Problem(
+        "changed state", f"your code left a global setting changed ({'; '.join(changed)}): put it back, or use a `with` block"
+    )
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -1,11 +1,11 @@
 """The proof that a check can be trusted, for any exercise: what `warmstart prove` and the tests run.
 
-    the stub                    "not attempted"
-    the reference               passes, and shows the facts of the truth table
-    right solutions             pass; they differ from each other in more than names and layout
-    each misconception          is rejected under its own name, and nothing else is said of it
-    the same, written again     likewise
-    two mistakes at once        at least one of the two is named, and no third
+the stub                    "not attempted"
+the reference               passes, and shows the facts of the truth table
+right solutions             pass; they differ from each other in more than names and layout
+each misconception          is rejected under its own name, and nothing else is said of it
+the same, written again     likewise
+two mistakes at once        at least one of the two is named, and no third
 """
 
 import ast
@@ -39,10 +39,22 @@ def faults(topic: str, exercise: Exercise, seeds: int = 20) -> list[str]:
             *_equal_facts(exercise, table),
             *_wrong_verdicts(exercise, table, stub(number), "the stub", seeds, outcome="not attempted"),
             *_wrong_verdicts(exercise, table, exercise.reference, "the reference", seeds, outcome="passed"),
-            *(f for s in right for f in _wrong_verdicts(exercise, table, s, f"the right solution {_name(s)}", seeds, outcome="passed")),
+            *(
+                f
+                for s in right
+                for f in _wrong_verdicts(exercise, table, s, f"the right solution {_name(s)}", seeds, outcome="passed")
+            ),
             *(f for n, s in wrong.items() for f in _wrong_verdicts(exercise, table, s, f"“{n}”", seeds, names={n})),
-            *(f for n, s in again.items() for f in _wrong_verdicts(exercise, table, s, f"“{n}” as {_name(s)}", seeds, names={n})),
-            *(f for n, s in both for f in _wrong_verdicts(exercise, table, s, f"{_name(s)}, two mistakes", seeds, names=n, some=True)),
+            *(
+                f
+                for n, s in again.items()
+                for f in _wrong_verdicts(exercise, table, s, f"“{n}” as {_name(s)}", seeds, names={n})
+            ),
+            *(
+                f
+                for n, s in both
+                for f in _wrong_verdicts(exercise, table, s, f"{_name(s)}, two mistakes", seeds, names=n, some=True)
+            ),
         )
     ]
 
@@ -114,11 +126,10 @@ def _wrong_verdicts(
         named = set(verdict.named)
         agrees = bool(named) and named <= names if some else named == names and not verdict.unexplained
         if verdict.outcome != outcome or not agrees:
-            yield (
-                f"{who} must be {outcome!r} {f'as {sorted(names)}' if names else ''} with seed {seed}, got {verdict.outcome!r} as "
-                f"{sorted(named)}{', something unexplained' if verdict.unexplained else ''}: "
-                f"{[(f.experiment.name, f.differs, f.problem) for f in verdict.findings if f.outcome != 'passed']}"
-            )
+            wanted = f"{outcome!r}{f' as {sorted(names)}' if names else ''}"
+            got = f"{verdict.outcome!r} as {sorted(named)}{' and something unexplained' if verdict.unexplained else ''}"
+            why = [(f.experiment.name, f.differs, f.problem) for f in verdict.findings if f.outcome != "passed"]
+            yield f"{who} must be {wanted} with seed {seed}, got {got}: {why}"
         seed += 1
 
 

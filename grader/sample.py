@@ -21,6 +21,7 @@ from rich.table import Table
 from grader.authoring import nbgrader, release
 from grader.checks import exercises
 from grader.experiment import Subject
+from helpers.files import write_text
 
 CHAPTER = "02_features"
 
@@ -55,10 +56,11 @@ def grade_class(root: Path, folder: Path, submissions: dict[str, NotebookNode]) 
         inbox.mkdir(parents=True)
         nbformat.write(notebook, inbox / f"{CHAPTER}.ipynb")
     seeds = ",".join(str(secrets.randbelow(2**31)) for _ in range(2))  # the same for all, known to nobody before
+    write_text(folder / "seeds.txt", seeds + "\n")  # so that a regrade can use the same
     nbgrader(folder, "autograde", CHAPTER, environment={"WARMSTART_SEEDS": seeds})
     nbgrader(folder, "generate_feedback", CHAPTER)
     nbgrader(folder, "export", "--to", "grades.csv")
-    with open(folder / "grades.csv", encoding="utf-8", newline="") as file:
+    with (folder / "grades.csv").open(encoding="utf-8", newline="") as file:
         grades = {row["student_id"]: row for row in csv.DictReader(file)}
     return [
         {"student": student, "points": float(grades[student]["score"]), "of": float(grades[student]["max_score"])}
@@ -88,9 +90,8 @@ def sample_submissions(root: Path) -> dict[str, NotebookNode]:
         return with_answers(released, {number.replace("_", ".").lstrip("e"): text for number, text in answers.items()})
 
     second = right["2.2"]
-    noisy = right["2.1"].replace(
-        "modes =", "import os, sys, warnings\n    warnings.warn('careful'); print('oh', file=sys.stderr); os.write(2, b'C code')\n    modes =", 1
-    )
+    noise = "import os, sys, warnings; warnings.warn('careful'); print('oh', file=sys.stderr); os.write(2, b'C code')"
+    noisy = right["2.1"].replace("    modes =", f"    {noise}\n    modes =", 1)
     return {
         "perfect": hand_in(e2_1=right["2.1"], e2_2=second),
         "empty": hand_in(),

@@ -75,9 +75,13 @@ def judge(exercise: Exercise, seen: Mapping[str, Observation], table: Table) -> 
     """
     findings = tuple(_find(experiment, seen[experiment.name], table[experiment.name]) for experiment in exercise.experiments)
     named, explained = _diagnose(findings, seen, table)
-    failed = {finding.experiment.name for finding in findings if finding.outcome == "not yet"}
+    # What could not be observed because of a named mistake needs no explanation of its own.
+    observed = {
+        f.experiment.name for f in findings if f.outcome == "not yet" and not all(got is None for _, _, got in f.differs)
+    }
+    unexplained = bool(observed - explained) or (not named and any(f.outcome == "not yet" for f in findings))
     said = tuple(dict.fromkeys(line for observation in seen.values() for line in observation.said))
-    return Verdict(exercise, findings, named, bool(failed - explained), said)
+    return Verdict(exercise, findings, named, unexplained, said)
 
 
 def _find(experiment: Experiment, observation: Observation, row: Mapping[str, Facts | None]) -> Finding:
@@ -94,26 +98,33 @@ def _find(experiment: Experiment, observation: Observation, row: Mapping[str, Fa
     return Finding(experiment, "not yet" if differs else "passed", differs, notes=observation.notes)
 
 
-def _diagnose(
-    findings: tuple[Finding, ...], seen: Mapping[str, Observation], table: Table
-) -> tuple[tuple[str, ...], set[str]]:
+def _diagnose(findings: tuple[Finding, ...], seen: Mapping[str, Observation], table: Table) -> tuple[tuple[str, ...], set[str]]:
     """The misconceptions to name, and the experiments that they explain."""
     failed = {f.experiment.name: f.experiment for f in findings if f.outcome == "not yet" and f.differs}
+    failed_facts = {f.experiment.name: f.differs for f in findings}
     passed = {f.experiment.name for f in findings if f.outcome == "passed"}
     experiments = {f.experiment.name: f.experiment for f in findings}
     explains: dict[str, set[str]] = {}
     for name in next(iter(table.values())).keys() - {"reference"}:
-        wrong = {key for key, experiment in experiments.items() if not _same(experiment, table[key][name], table[key]["reference"])}
+        wrong = {
+            key for key, experiment in experiments.items() if not _same(experiment, table[key][name], table[key]["reference"])
+        }
         if wrong & passed:
             continue
-        equal = {key for key in wrong & failed.keys() if _same(failed[key], table[key][name], seen[key].facts)}
+        equal = {
+            key
+            for key in wrong & failed.keys()
+            if _same(failed[key], table[key][name], seen[key].facts) and any(got is not None for _, _, got in failed_facts[key])
+        }
         if equal:
             explains[name] = equal
     if not explains:
         return (), set()
     reachable = set().union(*explains.values())
     for size in range(1, len(explains) + 1):
-        covers = [set(names) for names in combinations(explains, size) if set().union(*(explains[n] for n in names)) == reachable]
+        covers = [
+            set(names) for names in combinations(explains, size) if set().union(*(explains[n] for n in names)) == reachable
+        ]
         if covers:
             sure = set.intersection(*covers)
             return tuple(sorted(sure)), set().union(*(explains[name] for name in sure)) if sure else set()

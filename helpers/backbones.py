@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 WEIGHTS = Path(__file__).parent / "weights" / "glyphnet.safetensors"
 CARD = WEIGHTS.with_suffix(".json")
@@ -42,10 +41,10 @@ class GlyphNet(nn.Module):
         self.conv1 = nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _stage(16, 16, stride=1)
-        self.layer2 = _stage(16, 32, stride=2)
-        self.layer3 = _stage(32, 64, stride=2)
-        self.layer4 = _stage(64, 128, stride=2)
+        self.layer1 = nn.Sequential(BasicBlock(16, 16, stride=1))
+        self.layer2 = nn.Sequential(BasicBlock(16, 32, stride=2))
+        self.layer3 = nn.Sequential(BasicBlock(32, 64, stride=2))
+        self.layer4 = nn.Sequential(BasicBlock(64, 128, stride=2))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(self.width, classes)
         for module in self.modules():
@@ -100,10 +99,25 @@ def glyphnet_card() -> dict:
     return json.loads(CARD.read_text(encoding="utf-8"))
 
 
-def _stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-    downsample = None
-    if stride > 1:
-        downsample = nn.Sequential(
-            nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
-        )
-    return nn.Sequential(BasicBlock(channels_in, channels_out, stride, downsample))
+class BasicBlock(nn.Module):
+    """relu(conv, norm, relu, conv, norm + shortcut), as torchvision's block of that name, with its parameter names.
+
+    Ours, because importing torchvision takes as long as importing torch, and most chapters need nothing else of it.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.downsample = None
+        if stride > 1 or channels_in != channels_out:
+            shortcut = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)) + shortcut)

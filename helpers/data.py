@@ -53,9 +53,7 @@ def letters(count: int, seed: int = 0) -> Examples:
     glyphs = _glyphs()  # (fonts, classes, 64, 64)
     fonts = torch.randint(len(FONTS), (count,), generator=generator)
     labels = torch.randint(len(LETTERS), (count,), generator=generator)
-    images = [
-        _distort(glyphs[fonts[part], labels[part]][:, None], generator) for part in torch.arange(count).split(4096)
-    ]
+    images = [_distort(glyphs[fonts[part], labels[part]][:, None], generator) for part in torch.arange(count).split(4096)]
     return Examples(torch.cat(images), labels, tuple(LETTERS))
 
 
@@ -66,7 +64,7 @@ def digits(split: str = "train", labels_per_class: int | None = None, draw: int 
 
     Args:
         split: "train", "validation" or "test".
-        labels_per_class: keep that many examples of each digit, 1 to 77; None keeps all.
+        labels_per_class: keep that many examples of each digit, 1 to 78; None keeps all.
         draw: which random choice of examples; matters only with `labels_per_class`.
 
     Returns:
@@ -116,9 +114,7 @@ def _split_rows() -> dict[str, Tensor]:
 def _glyphs() -> Tensor:
     """Every letter in every font, cropped, centred, filling 44 of 64 pixels: (fonts, classes, 64, 64)."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return torch.stack(
-        [torch.stack([_render(letter, folder / f"{font}.ttf") for letter in LETTERS]) for font in FONTS]
-    )
+    return torch.stack([torch.stack([_render(letter, folder / f"{font}.ttf") for letter in LETTERS]) for font in FONTS])
 
 
 def _render(letter: str, font_file: Path, canvas: int = 64, fill: int = 44) -> Tensor:

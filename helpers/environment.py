@@ -25,7 +25,9 @@ def describe_environment() -> None:
         except PackageNotFoundError:
             missing.append(name)
     if missing:
-        raise ImportError(f"the course needs {', '.join(missing)}. Install it into this kernel: %pip install {' '.join(missing)}")
+        raise ImportError(
+            f"the course needs {', '.join(missing)}. Install it into this kernel: %pip install {' '.join(missing)}"
+        )
     device = best_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     network = "off (WARMSTART_OFFLINE is set)" if os.environ.get("WARMSTART_OFFLINE") else "not needed so far"

@@ -120,7 +120,7 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int | None = None, p
 
     with torch.enable_grad():
         optimizer.step(objective)
-    head = nn.Linear(x.shape[1], classes, device=features.device, dtype=features.dtype)
+    head = nn.utils.skip_init(nn.Linear, x.shape[1], classes, device=features.device, dtype=features.dtype)
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias - weight @ center)

@@ -42,8 +42,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     """
     if logits.ndim != 2 or len(logits) == 0 or labels.shape != logits.shape[:1]:
         raise ValueError(
-            f"logits must have shape (n, classes) and labels shape (n,), "
-            f"got {tuple(logits.shape)} and {tuple(labels.shape)}."
+            f"logits must have shape (n, classes) and labels shape (n,), got {tuple(logits.shape)} and {tuple(labels.shape)}."
         )
     return (logits.argmax(dim=1) == labels).float().mean().item()
 

@@ -18,7 +18,7 @@ from torch import nn
 from helpers.backbones import glyphnet
 from helpers.data import Examples, digits
 from helpers.features import extract, linear_probe, remove_head
-from helpers.training import accuracy, evaluate, fit, seed_everything
+from helpers.training import evaluate, fit, seed_everything
 
 ARMS = ("raw pixels", "probe", "from scratch", "fine-tuned")
 PENALTIES = (1e-3, 1e-2, 1e-1)
@@ -30,7 +30,7 @@ def measure_arm(arm: str, labels_per_class: int, draw: int = 0, steps: int = 300
 
     Args:
         arm: one of `ARMS`.
-        labels_per_class: 1 to 77.
+        labels_per_class: 1 to 78.
         draw: which labelled digits, and the seed of training.
         steps: updates for the arms that train a network.
     """

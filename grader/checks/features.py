@@ -85,7 +85,12 @@ class EveryImageOnce(Experiment):
     def draw(self, trial: Trial) -> dict:
         width, batch_size = trial.integer(4, 8), trial.integer(4, 7)
         n = 3 * batch_size + trial.integer(1, batch_size - 1)  # the last batch is short
-        return {"backbone": _plain_backbone(width), "images": trial.normal(n, 1, 6, 6), "batch_size": batch_size, "width": width}
+        return {
+            "backbone": _plain_backbone(width),
+            "images": trial.normal(n, 1, 6, 6),
+            "batch_size": batch_size,
+            "width": width,
+        }
 
     def measure(self, subject, inputs):
         features = subject(inputs["backbone"], inputs["images"], inputs["batch_size"])
@@ -95,7 +100,9 @@ class EveryImageOnce(Experiment):
         with torch.no_grad():
             wanted = inputs["backbone"](inputs["images"])
         n, batch_size = len(wanted), inputs["batch_size"]
-        rows = {n: "one per image", n - n % batch_size: "none for the last, short batch"}.get(len(raw["features"]), "another number")
+        rows = {n: "one per image", n - n % batch_size: "none for the last, short batch"}.get(
+            len(raw["features"]), "another number"
+        )
         order = _equal(raw["features"], wanted[: len(raw["features"])]) if len(raw["features"]) <= n else "differ"
         return {"rows": rows, "rows compared with the images in their order": order}
 
@@ -122,7 +129,9 @@ class LeftAsFound(Experiment):
 
     def facts(self, raw, inputs):
         before = inputs["backbone"]
-        moved = {name for name, tensor in before.state_dict().items() if not torch.equal(raw["state"].get(name, tensor * 0), tensor)}
+        moved = {
+            name for name, tensor in before.state_dict().items() if not torch.equal(raw["state"].get(name, tensor * 0), tensor)
+        }
         parameters = dict(before.named_parameters())
         modes = [(module.training, now) for module, now in zip(before.modules(), raw["modes"], strict=True)]
         return {
@@ -175,7 +184,7 @@ class InBatches(Experiment):
 
 @misconception(
     "no_grad in place of eval mode",
-    hint="Without gradients, which layers still behave as in training: what do BatchNorm and dropout ask about, gradients or the mode?",
+    hint="Without gradients, BatchNorm and dropout still behave as in training. What do they ask about, gradients or the mode?",
     source="traps: evaluation that never calls .eval(); running_mean changes under no_grad",
 )
 def no_grad_in_place_of_eval_mode(backbone, images, batch_size):
@@ -394,7 +403,7 @@ def _train_probe(features, labels, classes, penalty, *, loss, steps=300, bias=Tr
 
 @misconception(
     "softmax before cross-entropy",
-    hint="The probabilities went through softmax a second time inside the loss. Between which two values can its input then move?",
+    hint="Softmax is applied twice, once before the loss and once inside it. Between which two values can its input then move?",
     source="traps: softmax before cross-entropy",
 )
 def softmax_before_cross_entropy(features, labels, classes, penalty):
@@ -416,7 +425,9 @@ def penalty_forgotten(features, labels, classes, penalty):
     source="a line of reasoning: torch's weight_decay = c is the penalty c / 2 * |W|^2, not c * |W|^2",
 )
 def penalty_not_halved(features, labels, classes, penalty):
-    return _train_probe(features, labels, classes, penalty, loss=F.cross_entropy, squares=lambda head: head.weight.square().sum())
+    return _train_probe(
+        features, labels, classes, penalty, loss=F.cross_entropy, squares=lambda head: head.weight.square().sum()
+    )
 
 
 @misconception(
@@ -469,7 +480,9 @@ def classes_counted_from_the_labels(features, labels, classes, penalty):
 
 
 def _equal(one: Tensor, other: Tensor) -> str:
-    return "equal" if one.shape == other.shape and torch.allclose(one.to(other.dtype), other, rtol=1e-4, atol=1e-5) else "differ"
+    return (
+        "equal" if one.shape == other.shape and torch.allclose(one.to(other.dtype), other, rtol=1e-4, atol=1e-5) else "differ"
+    )
 
 
 def _some(found) -> str:
@@ -508,7 +521,7 @@ EXERCISES = (
             "Print the norm of the objective's gradient as training goes on; "
             "at the end, compare the mean predicted probability of each class with its frequency in the labels.",
             "objective = mean cross-entropy of the logits + penalty / 2 * sum of squared weights, the bias left out; "
-            "`torch.optim.LBFGS` with a closure, or a few hundred full-batch steps of gradient descent, bring its gradient to zero.",
+            "`torch.optim.LBFGS` with a closure, or some hundred full-batch gradient steps, bring its gradient to zero.",
         ),
     ),
 )

@@ -134,7 +134,8 @@ EXERCISES = (
         hints=(
             "Each row of logits stands for one decision. Which of its entries does the network decide for?",
             "Take three rows that you can check by hand, two right and one wrong, and look at what each step gives.",
-            "accuracy = (number of rows whose largest entry is at the label) / (number of rows); `argmax` finds the place of the largest.",
+            "accuracy = (number of rows whose largest entry is at the label) / (number of rows); "
+            "`argmax` finds the place of the largest.",
         ),
     ),
 )

@@ -200,9 +200,7 @@ def decay_twice_for_all(features, labels, classes, penalty):
 
 
 def double_softmax_decay_twice(features, labels, classes, penalty):
-    return _descend(
-        features, labels, classes, lambda z, y: F.cross_entropy(z.softmax(1), y), 2 * penalty, steps=3000
-    )
+    return _descend(features, labels, classes, lambda z, y: F.cross_entropy(z.softmax(1), y), 2 * penalty, steps=3000)
 
 
 def seen_classes_and_decay_for_all(features, labels, classes, penalty):

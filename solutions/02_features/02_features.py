@@ -206,7 +206,7 @@ for name, values in results.items():
 
 # %% tags=["demo"]
 fig, ax = plt.subplots(figsize=(6, 2.6))
-for row, (name, values) in enumerate(results.items()):
+for row, values in enumerate(results.values()):
     ax.plot(values, [row] * len(values), "o", color=f"C{row}", alpha=0.6)
     ax.plot([sum(values) / len(values)] * 2, [row - 0.25, row + 0.25], color=f"C{row}", linewidth=3)
 ax.set(yticks=[0, 1], yticklabels=list(results), xlim=(0.5, 1), ylim=(-0.6, 1.6))

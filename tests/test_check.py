@@ -1,0 +1,392 @@
+"""What a learner sees, whatever their code does."""
+
+import os
+import random
+import subprocess
+import sys
+import textwrap
+import warnings
+from contextlib import suppress
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import helpers.features
+from grader import CheckFailed, check, continue_with, hint, progress
+from grader.checks import TOPICS, exercises
+from grader.experiment import Experiment
+from grader.observe import observe
+from grader.proof import stub
+from grader.shadow import refuse
+from grader.state import preserved
+from helpers.features import extract
+
+FIRST = exercises("features")["2.1"]
+WRONG = {m.name: m.subject for m in FIRST.misconceptions}
+
+
+def right(backbone, images, batch_size):
+    modes = [(m, m.training) for m in backbone.modules()]
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            return torch.cat([backbone(b) for b in images.split(batch_size)])
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def said(capsys, subject, number="2.1"):
+    """What `check` prints for a subject, in one line."""
+    with suppress(CheckFailed):
+        check(number, subject)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_right_code_passes_without_a_word_too_many(capsys):
+    assert check("2.1", right) is None
+    out = capsys.readouterr().out
+    assert out.count("passed") == len(FIRST.experiments)
+    assert "likely" not in out and "more" not in out and len(out.splitlines()) < 12
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_a_mistake_is_named_with_what_was_expected_and_what_came(capsys):
+    with pytest.raises(CheckFailed, match=r"^2.1 is not passed yet: see above.$"):
+        check("2.1", WRONG["no_grad in place of eval mode"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    text = " ".join(out.split())
+    assert "expected features of one image in two different batches: equal" in text
+    assert "got features of one image in two different batches: differ (by up to" in text
+    assert "likely Without gradients, BatchNorm and dropout still behave as in training" in text
+    assert text.endswith('more hint("2.1")')
+    assert text.count("likely") == 1 and "besides" not in text
+
+
+def test_two_mistakes_are_both_told(capsys):
+    def both(backbone, images, batch_size):
+        backbone.eval()
+        return torch.cat([backbone(batch) for batch in images.split(batch_size)])
+
+    assert said(capsys, both).count("likely") == 2
+
+
+def test_an_unknown_mistake_is_described_and_not_guessed(capsys):
+    text = said(capsys, lambda backbone, images, batch_size: 2 * right(backbone, images, batch_size))
+    assert "features compared with those of eval mode: differ" in text
+    assert "likely" not in text
+
+
+def test_a_stub_is_not_attempted_and_does_not_stop_the_notebook(capsys):
+    assert check("2.1", stub("2.1")) is None
+    assert capsys.readouterr().out.split() == ["2.1", "extract", "not", "attempted"]
+
+
+def test_another_exercises_stub_is_named(capsys):
+    assert "needs 0.1 first" in said(capsys, stub("0.1"))
+
+
+def test_an_exception_is_told_with_the_line_that_raised(capsys):
+    def broken(backbone, images, batch_size):
+        rows = images.shape
+        return rows["n"]
+
+    text = said(capsys, broken)
+    assert 'of your cell, `return rows["n"]`, raised TypeError: tuple indices must be integers or slices, not str' in text
+    assert "error" in text
+
+
+def endless():
+    while True:
+        yield 1
+
+
+def recursion(*args):
+    return recursion(*args)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "the features must be a tensor of shape (12, "),
+        ("abc", "got 'abc'."),
+        (endless(), "got a generator."),
+        (torch.zeros(3), "got (3,)."),
+        (nn.Linear(1, 1), "got a Linear."),
+    ],
+)
+def test_garbage_ends_in_a_clear_sentence(capsys, value, message):
+    text = said(capsys, lambda backbone, images, batch_size: value)
+    assert message in text
+    assert "Traceback" not in text and "not yet" in text
+
+
+def test_nan_is_an_outcome_of_its_own(capsys):
+    text = said(capsys, lambda backbone, images, batch_size: right(backbone, images, batch_size) * torch.nan)
+    assert "got first holds" in text and "values that are NaN or infinite" in text
+
+
+@pytest.mark.parametrize(
+    ("subject", "message"),
+    [
+        (lambda *_: sys.exit("bye"), "SystemExit: bye"),
+        (recursion, "RecursionError"),
+        (lambda *_: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda *_: (_ for _ in ()).throw(GeneratorExit), "GeneratorExit"),
+        (lambda backbone: None, "TypeError"),
+        (lambda *_: (_ for _ in ()).throw(MemoryError("x" * 1000)), "MemoryError: xxx"),
+    ],
+)
+def test_whatever_is_raised_ends_in_a_clear_sentence(capsys, subject, message):
+    text = said(capsys, subject)
+    assert message in text and " error" in text
+    assert len(text) < 1500
+
+
+def test_an_interrupt_passes_through():
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check("2.1", interrupted)
+
+
+class Quick(Experiment):
+    """quick"""
+
+    seconds = 0.2
+
+    def draw(self, trial):
+        return {"x": trial.normal(3)}
+
+    def measure(self, subject, inputs):
+        return {"y": subject(inputs["x"])}
+
+    def facts(self, raw, inputs):
+        return {"y": "seen"}
+
+
+@pytest.mark.skipif(not hasattr(__import__("signal"), "SIGALRM"), reason="this platform cannot stop a loop from outside")
+def test_a_loop_that_never_ends_is_stopped():
+    def loop(x):
+        while True:
+            with suppress(Exception):
+                sum(range(1000))
+
+    observation = observe(Quick(), loop, 0, "9.1")
+    assert observation.problem.kind == "time"
+    assert observation.problem.message == "your code was stopped after 0.2 s: is there a loop that never ends?"
+
+
+def test_changed_inputs_are_told(capsys):
+    def in_place(features, labels, classes, penalty):
+        features -= features.mean(0)
+        return nn.Linear(features.shape[1], classes)
+
+    assert "your code changed its input `features` in place: work on a copy" in said(capsys, in_place, "2.2")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: torch.set_grad_enabled(False), "grad mode: True -> False"),
+        (lambda: torch.set_default_dtype(torch.float64), "default dtype: torch.float32 -> torch.float64"),
+        (lambda: torch.set_default_device("meta"), "default device: cpu -> meta"),
+        (lambda: torch.use_deterministic_algorithms(True), "deterministic algorithms: False -> True"),
+        (lambda: os.chdir("/"), "working directory: "),
+        (lambda: sys.setrecursionlimit(12345), "recursion limit: "),
+    ],
+)
+def test_a_changed_global_setting_is_told_and_put_back(change, message):
+    def subject(x):
+        change()
+        return 1
+
+    before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), os.getcwd()
+    limit = sys.getrecursionlimit()
+    problem = observe(Quick(), subject, 0, "9.1").problem
+    assert problem.kind == "changed state"
+    assert problem.message.startswith("your code left a global setting changed (") and message in problem.message
+    assert before == (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), os.getcwd())
+    assert limit == sys.getrecursionlimit() and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_random_states_environment_and_warning_filters_are_put_back_in_silence(capsys):
+    def subject(x):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        os.environ["WARMSTART_TEST"] = "1"
+        warnings.simplefilter("ignore")
+        sys.path.insert(0, "/nowhere")
+        return 1
+
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), list(warnings.filters)
+    assert observe(Quick(), subject, 0, "9.1").facts == {"y": "seen"}
+    assert states == (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+        list(warnings.filters),
+    )
+    assert "WARMSTART_TEST" not in os.environ and "/nowhere" not in sys.path
+    with preserved(0) as changed:
+        pass
+    assert changed == []
+
+
+def test_output_warnings_and_stderr_are_caught_and_cost_nothing(capfd):
+    def noisy(backbone, images, batch_size):
+        print("hello")
+        warnings.warn("careful", UserWarning, stacklevel=1)
+        print("oh", file=sys.stderr)
+        os.write(2, b"from C code")
+        return right(backbone, images, batch_size)
+
+    assert check("2.1", noisy) is None
+    out, err = capfd.readouterr()
+    assert err == ""
+    for line in ("your code printed: hello", "UserWarning: careful", "your code wrote to stderr: oh"):
+        assert line in out
+    assert "from C code" in out
+
+
+def test_much_output_is_shortened():
+    observation = observe(Quick(), lambda x: print("x" * 100_000), 0, "9.1")
+    assert len(observation.said[0]) < 2100
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        extract,
+        partial(extract, progress=False),
+        lambda backbone, images, batch_size: extract(backbone, images, batch_size),
+        lambda backbone, images, batch_size: helpers.features.extract(backbone, images, batch_size),
+    ],
+)
+def test_the_reference_is_refused_as_a_subject(capsys, thing):
+    text = said(capsys, thing)
+    assert "`extract` is or calls the reference from `helpers.features`. Run your own cell again, then this one." in text
+    assert "passed" not in text
+
+
+@pytest.mark.parametrize(("thing", "came"), [(None, "nothing"), (3, "a int"), (torch.zeros(1), "a Tensor")])
+def test_what_cannot_be_called_is_told(capsys, thing, came):
+    assert f"`extract` must be something that can be called, got {came}." in said(capsys, thing)
+
+
+def test_a_patched_torch_is_noticed_instead_of_blamed_on_the_learner(capsys, monkeypatch):
+    monkeypatch.setattr(nn.BatchNorm2d, "eval", lambda self: self)
+    monkeypatch.setattr(nn.BatchNorm2d, "train", lambda self, mode=True: self)
+    text = said(capsys, WRONG["left in eval mode"])
+    assert "something in this kernel has changed torch itself" in text and "likely" not in text
+
+
+def test_the_chapter_goes_on_with_what_passed_and_says_so(capsys):
+    assert continue_with("2.1") is extract
+    assert "2.1  was not checked: continuing with the reference extract from helpers.features" in capsys.readouterr().out
+    check("2.1", right)
+    capsys.readouterr()
+    assert continue_with("2.1") is right
+    assert capsys.readouterr().out == "2.1  continuing with your extract\n"
+    said(capsys, WRONG["graph kept"])
+    assert continue_with("2.1") is right, "an exercise once passed stays passed"
+
+
+def test_progress_lists_verdicts_and_names(capsys):
+    progress()
+    assert capsys.readouterr().out == "nothing checked yet in this kernel\n"
+    said(capsys, WRONG["graph kept"])
+    progress()
+    assert " ".join(capsys.readouterr().out.split()) == "2.1 extract 6 of 7 points not yet (graph kept)"
+
+
+def test_hints_come_in_steps(capsys):
+    for level in (1, 2, 3):
+        hint("2.1", level)
+        out = capsys.readouterr().out
+        assert out.startswith(f"2.1  hint {level} of 3  ")
+        assert (f'hint("2.1", {level + 1})' in out) == (level < 3)
+    with pytest.raises(ValueError, match=r"^level must be 1, 2 or 3, got 4.$"):
+        hint("2.1", 4)
+
+
+@pytest.mark.parametrize("call", [lambda: check("2.9", right), lambda: hint("x"), lambda: continue_with("7.1")])
+def test_unknown_exercises_are_told(call):
+    with pytest.raises(ValueError, match=r"no exercise '.*'. Choose from 0.1, 2.1, 2.2."):
+        call()
+
+
+def test_under_nbgrader_the_points_are_returned_and_nothing_is_raised(monkeypatch, capsys):
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    assert check("2.1", right) == 7.0
+    assert check("2.1", WRONG["graph kept"]) == 6.0
+    for zero in (stub("2.1"), None, extract, lambda *_: float("nan"), lambda *_: sys.exit()):
+        assert check("2.1", zero) == 0.0
+
+
+def test_grading_draws_other_inputs_than_the_notebook(monkeypatch):
+    drawn = []
+
+    def spy(backbone, images, batch_size):
+        drawn.append(images.sum().item())
+        return right(backbone, images, batch_size)
+
+    check("2.1", spy)
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    check("2.1", spy)
+    monkeypatch.setenv("WARMSTART_SEEDS", "5")
+    check("2.1", spy)
+    assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("name", ["torch.py", "helpers.py", "numpy/__init__.py"])
+def test_files_that_hide_a_package_are_noticed(tmp_path, name):
+    hiding = tmp_path / name
+    hiding.parent.mkdir(exist_ok=True)
+    hiding.write_text("")
+    package = name.split("/")[0].removesuffix(".py")
+    with pytest.raises(ImportError) as error:
+        refuse(tmp_path, home=tmp_path / "elsewhere")
+    assert str(error.value).endswith(f"in this folder hides the real {package}. Rename it and restart the kernel.")
+
+
+def test_the_repository_itself_hides_nothing(root):
+    refuse(root, home=root)
+
+
+def test_checks_work_without_jupyter_nbgrader_or_scikit_learn(root, tmp_path):
+    program = """
+        import sys
+
+        for name in ("IPython", "jupyter_client", "ipykernel", "nbgrader", "nbformat", "nbconvert", "jupytext", "sklearn"):
+            sys.modules[name] = None  # importing it raises ModuleNotFoundError
+
+        from grader import check, hint, progress
+        import helpers.backbones, helpers.features, helpers.training
+
+        for number in ("0.1", "2.1", "2.2"):
+            def stub(*args):
+                raise NotImplementedError(f"Exercise {number}")
+            check(number, stub)
+        progress()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("not attempted") == 6
+
+
+@pytest.mark.parametrize("topic", TOPICS.values())
+def test_hints_hold_no_line_of_the_solution(root, topic):
+    script = next((root / "solutions").glob(f"*_{topic}/*_{topic}.py")).read_text(encoding="utf-8")
+    solutions = [block.split("### END SOLUTION")[0] for block in script.split("### BEGIN SOLUTION")[1:]]
+    lines = {"".join(line.split()) for block in solutions for line in block.splitlines() if len(line.split()) > 1}
+    for exercise in exercises(topic).values():
+        for text in (*exercise.hints, *(m.hint for m in exercise.misconceptions)):
+            assert not any(line in "".join(text.split()) for line in lines)
+        assert exercise.hints[0].rstrip().endswith("?"), "hint 1 asks"

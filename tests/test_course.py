@@ -1,0 +1,151 @@
+"""From script to release: what is generated is fresh, deterministic and without a solution; and all of it runs."""
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from grader import golden
+from grader.authoring import MISTAKES, common_mistakes, make_course, notebook
+from grader.checks import TOPICS, exercises
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "solutions").glob("*/*.py"))
+NAMES = [script.stem for script in SCRIPTS]
+
+
+def text_of(cell):
+    return "".join(output.get("text", "") for output in cell.get("outputs", ()) if output.output_type == "stream")
+
+
+def run(path, tmp_path, **options):
+    nb = nbformat.read(path, 4)
+    NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}, **options).execute()
+    return nb
+
+
+@pytest.mark.slow
+def test_committed_files_equal_freshly_generated_ones(tmp_path):
+    shutil.copytree(ROOT / "solutions", tmp_path / "solutions")
+    shutil.copy(ROOT / "nbgrader_config.py", tmp_path)
+    for generated in (tmp_path / "solutions").glob("*/*.ipynb"):
+        generated.unlink()
+    make_course(tmp_path, tables=tmp_path / "golden")
+    fresh = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.suffix in (".ipynb", ".json")}
+    assert len(fresh) == 2 * len(SCRIPTS) + len(TOPICS)
+    for path, content in fresh.items():
+        committed = golden.FOLDER / path.name if path.suffix == ".json" else ROOT / path
+        assert committed.read_bytes() == content, f"{path} is stale: run `make course`"
+    here = {p.relative_to(ROOT) for folder in ("solutions", "course") for p in (ROOT / folder).rglob("*.ipynb")}
+    assert {p for p in here if ".ipynb_checkpoints" not in p.parts} == {p for p in fresh if p.suffix == ".ipynb"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_a_notebook_is_made_the_same_twice(script):
+    assert nbformat.writes(notebook(script)) == nbformat.writes(notebook(script))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_every_exercise_is_in_the_chapter_with_its_points(script):
+    nb = notebook(script)
+    topic = script.stem.partition("_")[2]
+    metas = {c.metadata.nbgrader.grade_id: c.metadata.nbgrader for c in nb.cells if "nbgrader" in c.metadata}
+    for number, exercise in exercises(topic).items():
+        key = number.replace(".", "_")
+        assert metas[f"check-{key}"].points == exercise.points and metas[f"check-{key}"].locked
+        assert metas[f"answer-{key}"].solution and not metas[f"answer-{key}"].locked
+    assert sum(meta.grade for meta in metas.values()) == len(exercises(topic))
+    statements = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
+    for number in exercises(topic):
+        assert re.search(rf"\*\*Exercise {re.escape(number)}\*\* \(\d+ min, [●○]{{3}}\)", statements), "minutes and difficulty"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_common_mistakes_are_those_the_checks_know(script):
+    topic = script.stem.partition("_")[2]
+    section = next(c.source for c in notebook(script).cells if c.source.startswith(MISTAKES))
+    assert section == common_mistakes(topic)
+    assert all(m.hint in section for e in exercises(topic).values() for m in e.misconceptions)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_learners_get_holds_no_solution_and_no_output(name):
+    folder = ROOT / "course" / name
+    assert {p.name for p in folder.iterdir() if p.name != ".ipynb_checkpoints"} == {f"{name}.ipynb"}
+    text = (folder / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert not re.search(r"(BEGIN|END) (SOLUTION|HIDDEN)", text)
+    nb = nbformat.reads(text, 4)
+    assert not any(cell.get("outputs") for cell in nb.cells)
+    script = (ROOT / "solutions" / name / f"{name}.py").read_text(encoding="utf-8")
+    answers = [c for c in nb.cells if c.metadata.get("nbgrader", {}).get("solution")]
+    solutions = [block.split("### END SOLUTION")[0] for block in script.split("### BEGIN SOLUTION")[1:]]
+    assert len(answers) == len(solutions) > 0
+    for cell, solution in zip(answers, solutions, strict=True):
+        number = cell.metadata.nbgrader.grade_id.removeprefix("answer-").replace("_", ".")
+        assert f'raise NotImplementedError("Exercise {number}")' in cell.source
+        for line in solution.splitlines():
+            assert len(line.split()) < 2 or line not in cell.source
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_locked_cells_use_nothing_that_a_demo_cell_defines(name):
+    """Demo cells are not run when grading, so no other cell may need them."""
+    nb = nbformat.read(ROOT / "solutions" / name / f"{name}.ipynb", 4)
+    here, demo = set(), set()
+    for cell in nb.cells:
+        if cell.cell_type != "code":
+            continue
+        tree = ast.parse(cell.source)
+        bound = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        bound |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        if "demo" in cell.metadata.get("tags", ()):
+            demo |= bound
+        else:
+            used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+            assert not used & (demo - here - bound)
+            here |= bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_solution_notebook_runs_and_every_check_passes(name, tmp_path):
+    nb = run(ROOT / "solutions" / name / f"{name}.ipynb", tmp_path)
+    checks = [c for c in nb.cells if c.metadata.get("nbgrader", {}).get("grade")]
+    assert checks
+    for cell in checks:
+        assert "passed" in text_of(cell) and "not yet" not in text_of(cell) and "error" not in text_of(cell)
+    assert not any(o.get("name") == "stderr" for c in nb.cells for o in c.get("outputs", ())), "nothing on stderr"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_an_untouched_student_notebook_runs_to_the_end_on_the_reference(name, tmp_path):
+    nb = run(ROOT / "course" / name / f"{name}.ipynb", tmp_path)
+    for cell in nb.cells:
+        grade_id = cell.metadata.get("nbgrader", {}).get("grade_id", "")
+        if grade_id.startswith("check-"):
+            assert text_of(cell).rstrip().endswith("not attempted")
+        if cell.cell_type == "code" and (called := re.search(r'= continue_with\("(\d+\.\d+)"\)', cell.source)):
+            assert f"{called[1]}  is not attempted: continuing with the reference" in text_of(cell)
+
+
+def test_a_chapter_without_a_check_below_an_answer_is_refused(tmp_path):
+    script = tmp_path / "00_start.py"
+    script.write_text("# %%\ndef f():\n    ### BEGIN SOLUTION\n    return 1\n    ### END SOLUTION\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^00_start.py: the last answer cell has no check below it.$"):
+        notebook(script)
+    script.write_text('# %%\ncheck("0.1", f)\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^00_start.py: exercise 0.1 needs one answer cell and one check below it.$"):
+        notebook(script)
+
+
+@pytest.mark.parametrize("topic", TOPICS.values())
+def test_truth_tables_are_readable_json(topic):
+    tables = json.loads((golden.FOLDER / f"{topic}.json").read_text(encoding="utf-8"))
+    assert tables.keys() == exercises(topic).keys()
+    assert golden.dump(tables) == (golden.FOLDER / f"{topic}.json").read_text(encoding="utf-8")

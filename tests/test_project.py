@@ -1,0 +1,85 @@
+"""What the repository promises about itself."""
+
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+
+def tracked_files(root):
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
+    return [root / name for name in listed.split("\0") if name and (root / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def project(request):
+    return tomllib.loads((request.config.rootpath / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def requirements(project):
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    return [Requirement(line) for line in (*project["dependencies"], *extras)]
+
+
+def test_conda_installs_the_project_itself_and_keeps_no_list_of_its_own(root, project):
+    environment = yaml.safe_load((root / "environment.yml").read_text(encoding="utf-8"))
+    python, pip, project_itself = environment["dependencies"]
+    assert python == f"python {project['requires-python']}"
+    assert pip == "pip"
+    assert project_itself == {"pip": ["--constraint constraints.txt", '--editable ".[dev]"']}
+
+
+def test_constraints_pin_names_and_versions_only(root, project):
+    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+]+", line) for line in lines)
+    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    for requirement in requirements(project):
+        if requirement.name != "warmstart":
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+    assert (pinned["torch"], pinned["torchvision"]) == ("2.14.0", "0.29.2")
+
+
+def test_no_range_admits_the_torch_that_no_torchvision_imports_beside(project):
+    torch = next(r.specifier for r in requirements(project) if r.name == "torch")
+    assert not any(torch.contains(version) for version in ("2.10.0", "2.13.0", "2.13.0+cpu", "2.13.1"))
+    assert all(torch.contains(version) for version in ("2.11.0", "2.12.0", "2.14.0"))
+
+
+def test_this_python_is_one_that_is_claimed(project):
+    from packaging.specifiers import SpecifierSet
+
+    claimed = SpecifierSet(project["requires-python"])
+    assert claimed.contains(".".join(map(str, sys.version_info[:3])))
+    assert [v for v in ("3.10", "3.11", "3.12", "3.13", "3.14") if claimed.contains(Version(v))] == ["3.11", "3.12", "3.13"]
+
+
+def test_code_is_formatted_and_clean(root):
+    for arguments in (["check", "."], ["format", "--check", "."]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_make_help_lists_the_targets(root):
+    done = subprocess.run(["make", "help"], cwd=root, capture_output=True, text=True, check=True)
+    listed = re.findall(r"make ([a-z-]+)", done.stdout)
+    assert {"lab", "test", "test-fast", "grade", "course", "help"} <= set(listed)
+
+
+def test_no_file_is_large_and_none_holds_an_address_of_a_registry_or_a_home(root):
+    for path in tracked_files(root):
+        assert path.stat().st_size <= 3_000_000, path
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        assert (
+            not re.search(r"/root/|/home/\w+/|pypi\.org|pythonhosted|download\.pytorch", text) or path.name == "test_project.py"
+        ), path
+
+
+def test_ci_runs_make_test(root):
+    assert "make test" in (root / ".ci" / "run").read_text(encoding="utf-8")
+    assert "make test" in (root / "README.md").read_text(encoding="utf-8")
