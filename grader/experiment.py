@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from helpers import expect
+
 Fact = str | bool | int | float | None | list
 Subject = Callable[..., Any]
 
@@ -127,12 +129,10 @@ class Exercise:
 
 def expect_tensor(value: object, shape: tuple[int | str, ...], what: str) -> Tensor:
     """Pass on a tensor of that shape, or say what came instead; a string in `shape` stands for any size."""
-    if not isinstance(value, Tensor):
-        raise WrongReturn(f"{what} must be a tensor of shape {_spell(shape)}, got {_describe(value)}.")
-    fits = value.ndim == len(shape) and all(isinstance(w, str) or w == g for w, g in zip(shape, value.shape, strict=False))
-    if not fits:
-        raise WrongReturn(f"{what} must have shape {_spell(shape)}, got {_spell(tuple(value.shape))}.")
-    return value
+    try:
+        return expect.tensor(what, value, shape)
+    except (TypeError, ValueError) as error:
+        raise WrongReturn(str(error)) from None
 
 
 def expect_number(value: object, what: str) -> float:
@@ -140,23 +140,9 @@ def expect_number(value: object, what: str) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if (not _is_number(value) and not hasattr(value, "__float__")) or isinstance(value, str | bytes | bool):
-        raise WrongReturn(f"{what} must be a number, got {_describe(value)}.")
+        raise WrongReturn(f"{what} must be a number, got {expect.describe(value)}.")
     return float(value)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _spell(shape: tuple[int | str, ...]) -> str:
-    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {_spell(tuple(value.shape))}"
-    if value is None:
-        return "None (is there a return?)"
-    if isinstance(value, bool | int | float | str):
-        return repr(value)[:60]
-    return f"a {type(value).__name__}"

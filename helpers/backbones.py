@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from helpers import expect
+
 WEIGHTS = Path(__file__).parent / "weights" / "glyphnet.safetensors"
 CARD = WEIGHTS.with_suffix(".json")
 
@@ -73,8 +75,8 @@ def glyphnet(pretrained: bool = True, classes: int | None = None) -> GlyphNet:
     Raises:
         ValueError: the weights file is not the one the card describes.
     """
-    if classes is not None and (not isinstance(classes, int) or classes < 1):
-        raise ValueError(f"classes must be a whole number of at least 1, got {classes!r}. Ten digits need classes=10.")
+    if classes is not None:
+        expect.whole_number("classes", classes, advice="Ten digits need classes=10.")
     card = glyphnet_card()
     model = GlyphNet(len(card["classes"]))
     if pretrained:

@@ -18,6 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
+from helpers import expect
+
 SIZE = 32  # pixels on a side, of every image here
 FONTS = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif"),
@@ -47,9 +49,8 @@ def letters(count: int, seed: int = 0) -> Examples:
     Returns:
         Examples of 43 classes: 26 capitals and 17 small letters. No digit is among them.
     """
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"count must be a whole number of at least 1, got {count!r}. Ask for, say, letters(1000).")
-    generator = torch.Generator().manual_seed(seed)
+    expect.whole_number("count", count, advice="Ask for, say, letters(1000).")
+    generator = torch.Generator().manual_seed(expect.whole_number("seed", seed, least=0))
     glyphs = _glyphs()  # (fonts, classes, 64, 64)
     fonts = torch.randint(len(FONTS), (count,), generator=generator)
     labels = torch.randint(len(LETTERS), (count,), generator=generator)
@@ -76,12 +77,9 @@ def digits(split: str = "train", labels_per_class: int | None = None, draw: int 
     rows = _split_rows()[split]
     if labels_per_class is not None:
         most = int(labels[rows].bincount().min())
-        if not isinstance(labels_per_class, int) or not 1 <= labels_per_class <= most:
-            raise ValueError(
-                f"labels_per_class must be a whole number from 1 to {most} for the {split} split, "
-                f"got {labels_per_class!r}. Leave it out to get all {len(rows)} examples."
-            )
-        generator = torch.Generator().manual_seed(draw)
+        advice = f"That is all of the {split} split; leave labels_per_class out to get all {len(rows)} examples."
+        expect.whole_number("labels_per_class", labels_per_class, most=most, advice=advice)
+        generator = torch.Generator().manual_seed(expect.whole_number("draw", draw, least=0))
         rows = rows[torch.randperm(len(rows), generator=generator)]
         rows = torch.cat([rows[labels[rows] == digit][:labels_per_class] for digit in range(10)])
     return Examples(images[rows], labels[rows], tuple("0123456789"))

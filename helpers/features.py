@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from helpers import expect
+
 
 def freeze(model: nn.Module) -> nn.Module:
     """Stop every parameter of `model` from training and put every module into eval mode, in place; return the model.
 
     A later `model.train()` undoes the second half: BatchNorm statistics would move again.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"freeze needs an nn.Module, got {type(model).__name__}. Pass the model, not its parameters.")
-    return model.requires_grad_(False).eval()
+    return expect.module("model", model).requires_grad_(False).eval()
 
 
 def remove_head(model: nn.Module, name: str = "fc") -> nn.Linear:
@@ -40,7 +40,7 @@ def remove_head(model: nn.Module, name: str = "fc") -> nn.Linear:
     Raises:
         ValueError: `name` is not an nn.Linear of this model; the message lists those there are.
     """
-    modules = dict(model.named_modules())
+    modules = dict(expect.module("model", model).named_modules())
     head = modules.get(name)
     if not isinstance(head, nn.Linear):
         linear = [key for key, module in modules.items() if isinstance(module, nn.Linear)]
@@ -65,11 +65,9 @@ def extract(model: nn.Module, inputs: Tensor, batch_size: int = 256, progress: b
     Returns:
         (n, ...) outputs in the order of the inputs, on the device of the inputs, without a graph.
     """
-    if not isinstance(inputs, Tensor) or inputs.ndim == 0 or len(inputs) == 0:
-        came = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise ValueError(f"inputs must be a tensor of shape (n, ...) with n of at least 1, got {came}.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}. 256 suits most models on a CPU.")
+    expect.module("model", model)
+    expect.tensor("inputs", inputs, ("n", "..."))
+    expect.whole_number("batch_size", batch_size, advice="256 suits most models on a CPU.")
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), inputs.device)
     batches = tqdm(inputs.split(batch_size), desc="extracting", disable=not progress, leave=False)
     with eval_mode(model), torch.no_grad():
@@ -140,20 +138,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _check_probe_inputs(features: Tensor, labels: Tensor, classes: int | None, penalty: float) -> int:
-    if features.ndim != 2 or len(features) == 0:
-        advice = " Pool first: features.mean((2, 3))." if features.ndim == 4 else ""
-        raise ValueError(f"features must have shape (n, width), got {tuple(features.shape)}.{advice}")
-    if labels.shape != features.shape[:1] or labels.is_floating_point():
+    if isinstance(features, Tensor) and features.ndim == 4:
         raise ValueError(
-            f"labels must be {len(features)} whole numbers, one per row of features, "
-            f"got shape {tuple(labels.shape)}, {labels.dtype}."
+            f"features must have shape (n, width), got {tuple(features.shape)}. Pool first: features.mean((2, 3))."
         )
+    n, _ = expect.tensor("features", features, ("n", "width")).shape
+    if expect.tensor("labels", labels, (n,)).is_floating_point():
+        raise ValueError(f"labels must be whole numbers, got {labels.dtype}. Convert them: labels.long().")
     if not features.isfinite().all():
         rows = int((~features.isfinite().all(1)).sum())
         raise ValueError(f"features must be finite, got {rows} rows with NaN or infinity. Look at the inputs first.")
-    if penalty <= 0:
-        raise ValueError(f"penalty must be above 0, got {penalty}. Without one, separable features have no optimum.")
-    classes = int(labels.max()) + 1 if classes is None else classes
+    expect.positive("penalty", penalty, advice="Without one, separable features have no optimum.")
+    classes = int(labels.max()) + 1 if classes is None else expect.whole_number("classes", classes)
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f"labels must be from 0 to {classes - 1} for {classes} classes, "

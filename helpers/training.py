@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from helpers import expect
 from helpers.data import Examples
 from helpers.features import extract
 
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's random generators, on the CPU and every GPU."""
-    random.seed(seed)
+    random.seed(expect.whole_number("seed", seed, least=0))
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
@@ -40,10 +41,8 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
         logits: (n, classes), n >= 1.
         labels: (n,), whole numbers from 0 to classes - 1.
     """
-    if logits.ndim != 2 or len(logits) == 0 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits must have shape (n, classes) and labels shape (n,), got {tuple(logits.shape)} and {tuple(labels.shape)}."
-        )
+    n, _ = expect.tensor("logits", logits, ("n", "classes")).shape
+    expect.tensor("labels", labels, (n,))
     return (logits.argmax(dim=1) == labels).float().mean().item()
 
 
@@ -105,14 +104,17 @@ def fit(
     Raises:
         ValueError: nothing to train, no steps, or no examples.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in expect.module("model", model).parameters() if parameter.requires_grad]
     if not parameters:
         count = sum(1 for _ in model.parameters())
         raise ValueError(
             f"nothing to train: all {count} parameters are frozen. Unfreeze the head: model.fc.requires_grad_(True)."
         )
-    if steps < 1 or len(train.labels) == 0:
-        raise ValueError(f"fit needs at least 1 step and 1 example, got {steps} and {len(train.labels)}.")
+    if len(train.labels) == 0:
+        raise ValueError("train must hold at least 1 example, got none. Look at how it was selected.")
+    expect.whole_number("steps", steps)
+    expect.whole_number("batch_size", batch_size)
+    expect.positive("lr", lr, advice="1e-3 is where to start with AdamW.")
     device = torch.device(device or best_device())
     home = parameters[0].device
     modes = {module: module.training for module in model.modules()}

@@ -22,7 +22,7 @@ from helpers.training import evaluate, fit, seed_everything
 
 ARMS = ("raw pixels", "probe", "from scratch", "fine-tuned")
 PENALTIES = (1e-3, 1e-2, 1e-1)
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 
 
 def measure_arm(arm: str, labels_per_class: int, draw: int = 0, steps: int = 300) -> float:
@@ -58,5 +58,5 @@ def _trained(arm: str, train: Examples, seed: int, steps: int) -> Iterator[nn.Mo
     for lr in LEARNING_RATES:
         seed_everything(seed)  # the new head, and from scratch the whole network
         model = glyphnet(pretrained=arm == "fine-tuned", classes=len(train.classes))
-        fit(model, train, steps=steps, lr=lr, seed=seed, progress=False)
+        fit(model, train, steps=steps, lr=lr, batch_size=32, seed=seed, progress=False)
         yield model

@@ -68,16 +68,18 @@ def test_digits_are_the_originals_enlarged():
     [
         (lambda: letters(0), "count must be a whole number of at least 1, got 0. Ask for, say, letters(1000)."),
         (lambda: letters(2.5), "count must be a whole number of at least 1, got 2.5. Ask for, say, letters(1000)."),
+        (lambda: letters(3, seed=-1), "seed must be a whole number of at least 0, got -1."),
+        (lambda: digits("train", 2, draw="a"), "draw must be a whole number of at least 0, got 'a'."),
         (lambda: digits("tset"), "split must be one of 'train', 'validation' and 'test', got 'tset'."),
         (
             lambda: digits("train", 100),
-            "labels_per_class must be a whole number from 1 to 78 for the train split, got 100. "
-            "Leave it out to get all 797 examples.",
+            "labels_per_class must be a whole number from 1 to 78, got 100. "
+            "That is all of the train split; leave labels_per_class out to get all 797 examples.",
         ),
         (
             lambda: digits("train", 0),
-            "labels_per_class must be a whole number from 1 to 78 for the train split, got 0. "
-            "Leave it out to get all 797 examples.",
+            "labels_per_class must be a whole number from 1 to 78, got 0. "
+            "That is all of the train split; leave labels_per_class out to get all 797 examples.",
         ),
     ],
 )

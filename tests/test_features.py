@@ -145,22 +145,26 @@ NET = nn.Sequential(nn.Linear(3, 2))
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: freeze([1]), TypeError, "freeze needs an nn.Module, got list. Pass the model, not its parameters."),
+        (lambda: freeze([1]), TypeError, "model must be an nn.Module, got a list. Pass the model itself."),
+        (lambda: remove_head(None), TypeError, "model must be an nn.Module, got None. Pass the model itself."),
+        (lambda: extract({}, torch.randn(2, 3)), TypeError, "model must be an nn.Module, got a dict. Pass the model itself."),
+        (lambda: linear_probe([[1.0]], [0]), TypeError, "features must be a tensor of shape (n, width), got a list."),
+        (lambda: linear_probe(torch.randn(3, 2), torch.zeros(2).long()), ValueError, "labels must have shape (3,), got (2,)."),
         (lambda: remove_head(NET, "fc"), ValueError, "not an nn.Linear of Sequential: 'fc'. Choose from ['0']."),
         (
             lambda: extract(NET, torch.randn(0, 3)),
             ValueError,
-            "inputs must be a tensor of shape (n, ...) with n of at least 1, got (0, 3).",
+            "inputs must have shape (n, ...), got (0, 3).",
         ),
         (
             lambda: extract(NET, [1, 2]),
-            ValueError,
-            "inputs must be a tensor of shape (n, ...) with n of at least 1, got list.",
+            TypeError,
+            "inputs must be a tensor of shape (n, ...), got a list.",
         ),
         (
             lambda: extract(NET, torch.randn(2, 3), batch_size=0),
             ValueError,
-            "batch_size must be at least 1, got 0. 256 suits most models on a CPU.",
+            "batch_size must be a whole number of at least 1, got 0. 256 suits most models on a CPU.",
         ),
         (
             lambda: linear_probe(torch.randn(32, 512, 7, 7), torch.zeros(32).long()),
@@ -170,7 +174,7 @@ NET = nn.Sequential(nn.Linear(3, 2))
         (
             lambda: linear_probe(torch.randn(3, 2), torch.zeros(3)),
             ValueError,
-            "labels must be 3 whole numbers, one per row of features, got shape (3,), torch.float32.",
+            "labels must be whole numbers, got torch.float32. Convert them: labels.long().",
         ),
         (
             lambda: linear_probe(torch.tensor([[1.0], [torch.nan]]), torch.tensor([0, 1])),
@@ -180,7 +184,7 @@ NET = nn.Sequential(nn.Linear(3, 2))
         (
             lambda: linear_probe(torch.randn(2, 2), torch.tensor([0, 1]), penalty=0),
             ValueError,
-            "penalty must be above 0, got 0. Without one, separable features have no optimum.",
+            "penalty must be a number above 0, got 0. Without one, separable features have no optimum.",
         ),
         (
             lambda: linear_probe(torch.randn(2, 2), torch.tensor([0, 3]), classes=3),

@@ -93,17 +93,43 @@ def test_accuracy_by_hand():
     assert accuracy(logits, torch.tensor([0, 1, 1, 0])) == 0.75
 
 
-def test_bad_input_is_told_in_one_sentence(task, digits_net):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0."),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0."),
+        ({"lr": -1.0}, "lr must be a number above 0, got -1.0. 1e-3 is where to start with AdamW."),
+        ({"seed": 1.5}, "seed must be a whole number of at least 0, got 1.5."),
+        (
+            {"train": Examples(torch.zeros(0, 1), torch.zeros(0), ())},
+            "train must hold at least 1 example, got none. Look at how it was selected.",
+        ),
+    ],
+)
+def test_fit_tells_bad_input_in_one_sentence(task, digits_net, change, message):
     with pytest.raises(ValueError) as error:
-        accuracy(torch.randn(4, 2), torch.zeros(3))
-    assert str(error.value) == "logits must have shape (n, classes) and labels shape (n,), got (4, 2) and (3,)."
+        fit(digits_net, **({"train": task, "steps": 1, "lr": 0.1, "progress": False} | change))
+    assert str(error.value) == message
+
+
+def test_a_model_with_nothing_to_train_is_told(task, digits_net):
     digits_net.requires_grad_(False)
     with pytest.raises(ValueError) as error:
         fit(digits_net, task, steps=1, lr=0.1)
-    assert (
-        str(error.value) == "nothing to train: all 6 parameters are frozen. Unfreeze the head: model.fc.requires_grad_(True)."
-    )
-    digits_net.requires_grad_(True)
-    with pytest.raises(ValueError) as error:
-        fit(digits_net, task, steps=0, lr=0.1)
-    assert str(error.value) == "fit needs at least 1 step and 1 example, got 0 and 60."
+    wanted = "nothing to train: all 6 parameters are frozen. Unfreeze the head: model.fc.requires_grad_(True)."
+    assert str(error.value) == wanted
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "kind", "message"),
+    [
+        (torch.randn(4, 2), torch.zeros(3), ValueError, "labels must have shape (4,), got (3,)."),
+        (torch.randn(4), torch.zeros(4), ValueError, "logits must have shape (n, classes), got (4,)."),
+        (torch.randn(0, 3), torch.zeros(0), ValueError, "logits must have shape (n, classes), got (0, 3)."),
+        ([[1, 2]], torch.zeros(1), TypeError, "logits must be a tensor of shape (n, classes), got a list."),
+    ],
+)
+def test_accuracy_tells_bad_input_in_one_sentence(logits, labels, kind, message):
+    with pytest.raises(kind) as error:
+        accuracy(logits, labels)
+    assert str(error.value) == message
