@@ -14,7 +14,7 @@ from grader.experiment import Exercise, Fact, Subject
 from grader.observe import observe
 from grader.verdict import Verdict, judge
 
-WIDTH = 100  # characters of a line
+WIDTH = 88  # characters of a line; wider ones break in a half-screen notebook
 NOTEBOOK_SEEDS = (0,)
 GRADING_SEEDS = (101, 202)  # unless WARMSTART_SEEDS gives others, as `warmstart grade` does, new ones for each run
 MIME = "application/vnd.warmstart.verdict+json"  # how a verdict leaves the kernel when nbgrader runs the notebook
@@ -106,7 +106,8 @@ def describe(verdict: Verdict) -> str:
         if problem.kind != "not attempted":
             lines.append(_fill("     got       ", problem.message))
     else:
-        for finding in verdict.findings:
+        # What passed comes first, so that a mistake stands right above its name.
+        for finding in sorted(verdict.findings, key=lambda finding: finding.outcome != "passed"):
             lines.append(_line(exercise.number, finding.experiment.claim, finding.outcome))
             if finding.problem:
                 lines.append(_fill("     got       ", finding.problem.message))
@@ -116,7 +117,7 @@ def describe(verdict: Verdict) -> str:
                 note = f" ({notes[fact]})" if fact in notes else ""
                 lines.append(_fill("     got       ", f"{fact}: {_spell(got)}{note}"))
     hints = {wrong.name: wrong.hint for wrong in exercise.misconceptions}
-    lines += [_fill("     likely    ", hints[name]) for name in verdict.named]
+    lines += [_fill("     likely    ", f"{name}. {hints[name]}") for name in verdict.named]
     if verdict.named and verdict.unexplained:
         lines.append("     besides   something else differs too")
     lines += [_fill("     note      ", line) for line in verdict.said]

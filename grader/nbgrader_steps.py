@@ -8,7 +8,14 @@ MIME = "application/vnd.warmstart.verdict+json"  # the same as grader.check.MIME
 
 
 class NameTheExercise(ClearSolutions):
-    """Clear solutions as nbgrader does, with a stub that names the exercise."""
+    """Clear solutions as nbgrader does, with a stub that names the exercise; end the pairing with a script.
+
+    A learner's notebook that were still paired would write a script beside itself at every save.
+    """
+
+    def preprocess(self, nb, resources):
+        nb.metadata.pop("jupytext", None)
+        return super().preprocess(nb, resources)
 
     def preprocess_cell(self, cell, resources, cell_index):
         grade_id = cell.metadata.get("nbgrader", {}).get("grade_id", "")

@@ -72,8 +72,12 @@ def _observe(experiment: Experiment, subject: Subject, seed: int, number: str) -
     problem = problem or _not_finite(raw) or _changed_inputs(experiment, inputs, fresh) or _changed_state(changed)
     if problem is not None:
         return Observation(None, problem, said=said)
-    facts = experiment.facts(raw, fresh)
-    return Observation(facts, notes=tuple(experiment.notes(raw, fresh).items()), said=said)
+    try:
+        facts, notes = experiment.facts(raw, fresh), experiment.notes(raw, fresh)
+    except Exception as error:  # results of a form that no experiment foresaw
+        message = f"what your code returned or left behind cannot be measured ({type(error).__name__}: {error})"
+        return Observation(None, Problem("returned", message), said=said)
+    return Observation(facts, notes=tuple(notes.items()), said=said)
 
 
 def _explain(error: BaseException, number: str, experiment: Experiment) -> Problem:

@@ -143,6 +143,12 @@ class LeftAsFound(Experiment):
             "modules switched to train mode": _some([1 for was, now in modes if now and not was]),
         }
 
+    def notes(self, raw, inputs):
+        before = inputs["backbone"]
+        buffers = dict(before.named_buffers())
+        moved = [name.removeprefix("inner.") for name in buffers if not torch.equal(raw["state"][name], buffers[name])]
+        return {"buffers that moved": f"{len(moved)} of {len(buffers)}, such as {moved[0]}"} if moved else {}
+
 
 class NoGraph(Experiment):
     """The features carry no graph, so that memory does not grow with the number of images."""

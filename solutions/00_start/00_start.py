@@ -41,7 +41,7 @@ describe_environment()
 # %% [markdown]
 # ## A network that has learned letters
 #
-# `glyphnet` is a small residual network. It was trained on 30,000 letters, drawn in 13 fonts, and on nothing else.
+# `glyphnet` is a small residual network. It was trained on 120,000 letters, drawn in 13 fonts, and on nothing else.
 # Its weights came with the course.
 #
 # **Predict before you run.** Of 500 letters that it has never seen, how many will it name correctly? There are 43 kinds
@@ -103,7 +103,7 @@ accuracy = continue_with("0.1")
 right = round(accuracy(logits, unseen.labels) * len(unseen.labels))
 
 # %% tags=["demo"]
-print(f"you predicted {my_prediction}; glyphnet names {right} of {len(unseen.labels)} unseen letters")
+print(f"glyphnet names {right} of {len(unseen.labels)} unseen letters; your prediction was {my_prediction}")
 
 # %% [markdown]
 # Some letters nobody could name: in some fonts a capital I and a small l are the same stroke.
@@ -125,7 +125,8 @@ except Exception as failed:
     print(f"\n{type(failed).__name__}: {failed}")
 
 # %% [markdown]
-# A failed check stops "Run All" there, so that you see it; here the demonstration catches it.
+# A failed check stops "Run All" there; here the demonstration catches it. JupyterLab jumps to the last cell after "Run
+# All": if the cells at the end have not run, scroll up to the red bar.
 
 # %% tags=["demo"]
 progress()

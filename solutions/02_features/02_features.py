@@ -200,9 +200,14 @@ for draw in range(5):
             best = max(probes, key=lambda probe: accuracy(probe(held_out["validation"]), validation.labels))
             results[name].append(accuracy(best(held_out["test"]), test.labels))
 
+
+def predicted(name):
+    return "(no prediction)" if my_prediction[name] is None else f"you predicted {my_prediction[name]}"
+
+
 for name, values in results.items():
     values = torch.tensor(values)
-    print(f"{name:<10}  {values.mean():.3f} ± {values.std():.3f}   you predicted {my_prediction[name]}")
+    print(f"{name:<10}  {values.mean():.3f} ± {values.std():.3f}   {predicted(name)}")
 
 # %% tags=["demo"]
 fig, ax = plt.subplots(figsize=(6, 2.6))
