@@ -82,7 +82,7 @@ def sample_submissions(root: Path) -> dict[str, NotebookNode]:
     """The notebooks that the sample class hands in, made from the released chapter."""
     released = nbformat.read(root / "course" / CHAPTER / f"{CHAPTER}.ipynb", 4)
     solved = nbformat.read(root / "solutions" / CHAPTER / f"{CHAPTER}.ipynb", 4)
-    right = {number: _answer(solved, number).source for number in exercises("features")}
+    right = {number: _without_markers(_answer(solved, number).source) for number in exercises("features")}
     first = exercises("features")["2.1"]
     wrong = {_file_name(m.name): source_as(m.subject, first.name) for m in first.misconceptions}
 
@@ -123,6 +123,10 @@ def source_as(subject: Subject, name: str) -> str:
 def _answer(notebook: NotebookNode, number: str) -> NotebookNode:
     grade_id = f"answer-{number.replace('.', '_')}"
     return next(c for c in notebook.cells if c.metadata.get("nbgrader", {}).get("grade_id") == grade_id)
+
+
+def _without_markers(source: str) -> str:
+    return "\n".join(line for line in source.splitlines() if not line.strip().startswith("### "))
 
 
 def _verdicts(graded: Path) -> dict[str, str]:
