@@ -22,14 +22,14 @@ def _root() -> Path:
 @app.command()
 def lab() -> None:
     """Open JupyterLab on the first chapter; without a display, print the address."""
-    first = "course/00_start/00_start.ipynb"
+    first = "/lab/tree/course/00_start/00_start.ipynb"
     display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    options = [] if display else ["--no-browser"]
+    options = [f"--LabApp.default_url={first}", *([] if display else ["--no-browser"])]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         options.append("--allow-root")
     if not display:
         print("no display here: open the address that ends in ?token=... below in a browser", flush=True)
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyter", "lab", first, *options], cwd=_root()))
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyter", "lab", *options], cwd=_root()))
 
 
 @app.command()
@@ -49,6 +49,8 @@ def prove(
     from grader.checks import TOPICS, exercises
     from grader.proof import faults
 
+    if topic and topic not in TOPICS.values():
+        raise typer.BadParameter(f"no topic {topic!r}. Choose from {', '.join(TOPICS.values())}.")
     found = [
         line
         for name in ([topic] if topic else TOPICS.values())
