@@ -20,7 +20,7 @@ test: .venv/installed  ## set up if needed, then run all tests
 	$(BIN)/python -m pytest
 
 test-fast: .venv/installed  ## the tests that take less than two minutes together
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m fast
 
 grade: .venv/installed  ## grade a sample class with nbgrader and print a table
 	$(BIN)/warmstart grade

@@ -8,6 +8,9 @@ c.CourseDirectory.release_directory = "course"
 # The authors' scripts lie beside the notebooks and hold the answers.
 c.CourseDirectory.ignore = [".ipynb_checkpoints", "*.pyc", "__pycache__", "feedback", "*.py"]
 
+# `nbgrader zip_collect`: what an LMS gave, in downloaded/<chapter>/archive/, named <student>_<chapter>.ipynb.
+c.FileNameCollectorPlugin.named_regexp = r".*/(?P<student_id>[^/_]+)_(?P<file_id>[^/]+)"
+
 c.GenerateAssignment.preprocessors = [
     "nbgrader.preprocessors.IncludeHeaderFooter",
     "nbgrader.preprocessors.InstantiateTests",

@@ -110,7 +110,7 @@ def notebook(script: Path) -> NotebookNode:
 
 def common_mistakes(topic: str) -> str:
     """The section that closes a chapter: its misconceptions, in the words of their hints."""
-    lines = [MISTAKES, "", "Each of these was seen in real code; the checks know them by these names."]
+    lines = [MISTAKES, "", "The checks know these mistakes by name."]
     for number, exercise in exercises(topic).items():
         lines += ["", f"**{number} `{exercise.name}`**", ""]
         lines += [f"- *{wrong.name}.* {wrong.hint}" for wrong in exercise.misconceptions]

@@ -52,9 +52,8 @@ def grade_class(root: Path, folder: Path, submissions: dict[str, NotebookNode]) 
     shutil.copy(root / "nbgrader_config.py", folder)
     release(folder, CHAPTER, "--create")  # makes the gradebook too, before anything else wants it
     for student, notebook in submissions.items():
-        inbox = folder / "submitted" / student / CHAPTER
-        inbox.mkdir(parents=True)
-        nbformat.write(notebook, inbox / f"{CHAPTER}.ipynb")
+        write_text(folder / "downloaded" / CHAPTER / "archive" / f"{student}_{CHAPTER}.ipynb", nbformat.writes(notebook))
+    nbgrader(folder, "zip_collect", CHAPTER)
     seeds = ",".join(str(secrets.randbelow(2**31)) for _ in range(2))  # the same for all, known to nobody before
     write_text(folder / "seeds.txt", seeds + "\n")  # so that a regrade can use the same
     nbgrader(folder, "autograde", CHAPTER, environment={"WARMSTART_SEEDS": seeds})

@@ -12,6 +12,13 @@ import grader  # noqa: F401
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """What is not slow is fast."""
+    for item in items:
+        if "slow" not in item.keywords:
+            item.add_marker("fast")
+
+
 @pytest.fixture
 def root() -> Path:
     return ROOT

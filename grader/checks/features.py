@@ -191,7 +191,7 @@ class InBatches(Experiment):
 @misconception(
     "no_grad in place of eval mode",
     hint="Without gradients, BatchNorm and dropout still behave as in training. What do they ask about, gradients or the mode?",
-    source="traps: evaluation that never calls .eval(); running_mean changes under no_grad",
+    source="seen in public teaching code: evaluation that never calls .eval(); running_mean changes under no_grad",
 )
 def no_grad_in_place_of_eval_mode(backbone, images, batch_size):
     with torch.no_grad():
@@ -201,7 +201,7 @@ def no_grad_in_place_of_eval_mode(backbone, images, batch_size):
 @misconception(
     "requires_grad=False in place of eval mode",
     hint="No parameter can train any more, and yet the buffers moved. What moves a buffer, if not a gradient?",
-    source="topics D5 and traps: backbone frozen with requires_grad_(False), then run in train mode",
+    source="seen in public teaching code: backbone frozen with requires_grad_(False), then run in train mode",
 )
 def requires_grad_in_place_of_eval_mode(backbone, images, batch_size):
     backbone.requires_grad_(False)
@@ -236,7 +236,7 @@ def left_in_eval_mode(backbone, images, batch_size):
 @misconception(
     "put back with train()",
     hint="One BatchNorm was in eval mode before, the others were not. What does train() do to it?",
-    source="traps: a freeze that the next model.train() undoes",
+    source="seen in public teaching code: a freeze that the next model.train() undoes",
 )
 def put_back_with_train(backbone, images, batch_size):
     backbone.eval()
@@ -410,7 +410,7 @@ def _train_probe(features, labels, classes, penalty, *, loss, steps=300, bias=Tr
 @misconception(
     "softmax before cross-entropy",
     hint="Softmax is applied twice, once before the loss and once inside it. Between which two values can its input then move?",
-    source="traps: softmax before cross-entropy",
+    source="seen in public teaching code: softmax before cross-entropy",
 )
 def softmax_before_cross_entropy(features, labels, classes, penalty):
     return _train_probe(features, labels, classes, penalty, loss=lambda z, y: F.cross_entropy(z.softmax(1), y))
@@ -448,7 +448,7 @@ def sum_in_place_of_mean(features, labels, classes, penalty):
 @misconception(
     "penalty on the bias too",
     hint="Compare the mean predicted probability of each class with its frequency in the labels. What keeps them apart?",
-    source="topics A11: no weight decay on biases; an optimizer's weight_decay reaches every parameter it is given",
+    source="a line of reasoning: no weight decay on biases; an optimizer's weight_decay reaches every parameter it is given",
 )
 def penalty_on_the_bias_too(features, labels, classes, penalty):
     return _train_probe(
@@ -470,7 +470,7 @@ def no_bias(features, labels, classes, penalty):
 @misconception(
     "stopped early",
     hint="Print the norm of the gradient at your last step, and after ten times as many. Has it come to rest?",
-    source="design: 30 untuned steps made one arm look far worse than it is",
+    source="a line of reasoning: a fixed small number of steps makes good features look bad",
 )
 def stopped_early(features, labels, classes, penalty):
     return _train_probe(features, labels, classes, penalty, loss=F.cross_entropy, steps=1)
@@ -479,7 +479,7 @@ def stopped_early(features, labels, classes, penalty):
 @misconception(
     "classes counted from the labels",
     hint="One class has no example among these labels. How many outputs does your head have, and how many should it?",
-    source="topics B6: the head's shape error; a small labelled sample easily misses a class",
+    source="a line of reasoning: the head's shape error; a small labelled sample easily misses a class",
 )
 def classes_counted_from_the_labels(features, labels, classes, penalty):
     return _train_probe(features, labels, int(labels.max()) + 1, penalty, loss=F.cross_entropy)

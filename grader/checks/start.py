@@ -99,7 +99,7 @@ def divided_by_all_logits(logits, labels):
 @misconception(
     "confidence",
     hint="The result changes when the logits are sharpened and the winners stay. Is it sure, or is it right?",
-    source="traps: confidence stays high where accuracy falls, so one does not stand in for the other",
+    source="a line of reasoning: confidence stays high where accuracy falls, so one does not stand in for the other",
 )
 def confidence(logits, labels):
     return logits.softmax(dim=1).max(dim=1).values.mean()
