@@ -145,8 +145,8 @@ print({name: tuple(table.shape) for name, table in features.items()})
 #   A class may have no example among the labels; the head has an output for it all the same.
 # - The bias is trained, and not penalised.
 # - The objective is convex: every way of minimising it ends at the same head, if it goes on until the gradient has all
-#   but vanished. A few hundred steps over all examples at once are enough here. The check takes as long as eight of
-#   your trainings on 40 examples, less than a second for most solutions.
+#   but vanished. A few hundred steps over all examples at once are enough here. The check trains four times, on
+#   at most 40 examples: with most solutions that takes less than a second.
 
 
 # %%
@@ -155,7 +155,7 @@ def linear_probe(features, labels, classes, penalty):
     head = nn.Linear(features.shape[1], classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-10)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=500, tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -215,7 +215,7 @@ for row, values in enumerate(results.values()):
     ax.plot(values, [row] * len(values), "o", color=f"C{row}", alpha=0.6)
     ax.plot([sum(values) / len(values)] * 2, [row - 0.25, row + 0.25], color=f"C{row}", linewidth=3)
 ax.set(yticks=[0, 1], yticklabels=list(results), xlim=(0.5, 1), ylim=(-0.6, 1.6))
-ax.set_xlabel("accuracy on 800 test digits (dots: five draws of 50 labels; bar: their mean)")
+ax.set_xlabel("accuracy on 800 test digits (dots: draws of 50 labels; bar: their mean)")
 fig.tight_layout()
 plt.show()
 
