@@ -86,7 +86,7 @@ def main(
             "recipe": {"optimizer": "AdamW"} | RECIPE,
             "seed": SEED,
             "seconds": round(history.seconds),
-            "machine": f"{torch.get_num_threads()} threads of a {platform.machine()} CPU",
+            "machine": f"{platform.machine()} CPU, threads: {torch.get_num_threads()}",
             "versions": {"torch": version("torch"), "pillow": PIL.__version__},
             "letters_accuracy": round(evaluate(model, letters(5000, TEST_SEED)), 4),
         }
