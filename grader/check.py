@@ -90,7 +90,7 @@ def progress() -> None:
     """Print where you are: every exercise checked since the kernel started. An exercise once passed stays passed."""
     if not _session:
         print("nothing checked yet in this kernel")
-    for number, (verdict, _) in sorted(_session.items()):
+    for number, (verdict, _) in sorted(_session.items(), key=lambda entry: [int(part) for part in entry[0].split(".")]):
         named = f" ({', '.join(verdict.named)})" if verdict.named else ""
         exercise = verdict.exercise
         print(f"{number}  {exercise.name:<20}  {verdict.points} of {exercise.points} points  {verdict.outcome}{named}")
@@ -170,17 +170,15 @@ def _seeds() -> tuple[int, ...]:
 
 def _is_reference(thing: Any, reference: Any) -> bool:
     """Whether `thing` is the reference, a wrapper of it, or a function or class that calls it by name."""
-    while True:
+    for _ in range(10):  # wrappers inside wrappers; an object may also claim to wrap itself
         if thing is reference:
             return True
         if isinstance(thing, functools.partial):
             thing = thing.func
         elif inspect.ismethod(thing):
             thing = thing.__func__
-        elif hasattr(thing, "__wrapped__"):
+        elif inspect.isfunction(thing) and hasattr(thing, "__wrapped__"):
             thing = thing.__wrapped__
-        else:
-            break
     if inspect.isclass(thing):
         return any(_is_reference(part, reference) for part in vars(thing).values() if isinstance(part, FunctionType))
     if not isinstance(thing, FunctionType):
