@@ -130,18 +130,23 @@ class Exercise:
 def expect_tensor(value: object, shape: tuple[int | str, ...], what: str) -> Tensor:
     """Pass on a tensor of that shape, or say what came instead; a string in `shape` stands for any size."""
     try:
-        return expect.tensor(what, value, shape)
+        return expect.tensor(what, value, shape).as_subclass(Tensor)
     except (TypeError, ValueError) as error:
-        raise WrongReturn(str(error)) from None
+        question = " Is there a return?" if value is None else ""
+        raise WrongReturn(str(error) + question) from None
 
 
 def expect_number(value: object, what: str) -> float:
     """Pass on a number (or a tensor that holds one) as a float, or say what came instead."""
-    if isinstance(value, Tensor) and value.numel() == 1:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
-    if (not _is_number(value) and not hasattr(value, "__float__")) or isinstance(value, str | bytes | bool):
-        raise WrongReturn(f"{what} must be a number, got {expect.describe(value)}.")
-    return float(value)
+    if isinstance(value, str | bytes | bool | Tensor) or not (_is_number(value) or hasattr(value, "__float__")):
+        question = " Is there a return?" if value is None else ""
+        raise WrongReturn(f"{what} must be a number, got {expect.describe(value)}.{question}")
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise WrongReturn(f"{what} must be a number, got {expect.describe(value)} ({error}).") from None
 
 
 def _is_number(value: object) -> bool:

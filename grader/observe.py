@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from grader.experiment import Experiment, Subject, Trial, WrongReturn
-from grader.state import preserved
+from grader.state import fresh_defaults, preserved
 from grader.verdict import Observation, Problem
 
 OUTPUT_LIMIT = 2000  # characters of a subject's own output that are shown
@@ -49,7 +49,7 @@ def observe(experiment: Experiment, subject: Subject, seed: int, number: str) ->
         seed: of the inputs.
         number: the exercise's, to tell "not attempted" from "needs another exercise first".
     """
-    with _one_thread():
+    with _one_thread(), fresh_defaults():
         return _observe(experiment, subject, seed, number)
 
 
@@ -69,19 +69,23 @@ def _observe(experiment: Experiment, subject: Subject, seed: int, number: str) -
     said = tuple(said)
     with preserved(seed):
         fresh = experiment.draw(Trial(seed))
-    problem = problem or _not_finite(raw) or _changed_inputs(experiment, inputs, fresh) or _changed_state(changed)
     if problem is not None:
         return Observation(None, problem, said=said)
     try:
-        facts, notes = experiment.facts(raw, fresh), experiment.notes(raw, fresh)
-    except Exception as error:  # results of a form that no experiment foresaw
-        message = f"what your code returned or left behind cannot be measured ({type(error).__name__}: {error})"
-        return Observation(None, Problem("returned", message), said=said)
-    return Observation(facts, notes=tuple(notes.items()), said=said)
+        problem = _not_finite(raw) or _changed_inputs(experiment, inputs, fresh) or _changed_state(changed)
+        if problem is None:
+            facts, notes = experiment.facts(raw, fresh), experiment.notes(raw, fresh)
+            return Observation(facts, notes=tuple(notes.items()), said=said)
+    except Exception as error:  # results of a form that no experiment foresaw: on another device, sparse, quantised
+        text = " ".join(_text(error).split())[:200]
+        problem = Problem(
+            "returned", f"what your code returned or left behind cannot be measured ({type(error).__name__}: {text})"
+        )
+    return Observation(None, problem, said=said)
 
 
 def _explain(error: BaseException, number: str, experiment: Experiment) -> Problem:
-    if isinstance(error, NotImplementedError) and (stub := re.match(r"Exercise (\d+\.\d+)", str(error))):
+    if isinstance(error, NotImplementedError) and (stub := re.match(r"Exercise (\d+\.\d+)", _text(error))):
         if stub[1] == number:
             return Problem("not attempted", "not attempted yet")
         return Problem("needs", f"needs {stub[1]} first")
@@ -89,17 +93,24 @@ def _explain(error: BaseException, number: str, experiment: Experiment) -> Probl
         return Problem("returned", str(error))
     if isinstance(error, TimeIsUp):
         return Problem("time", f"your code was stopped after {experiment.seconds:g} s: is there a loop that never ends?")
-    text = " ".join(str(error).split())
+    text = " ".join(_text(error).split())
     text = text if len(text) <= 300 else text[:300] + " …"
     where = _line_of(error)
     return Problem("raised", f"{where}{type(error).__name__}{': ' + text if text else ''}")
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "its message cannot be read"
 
 
 def _line_of(error: BaseException) -> str:
     """The last line of the learner's own code that the exception went through."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = frame.filename
-        if file.startswith("<frozen") or any(Path(file).resolve().is_relative_to(folder) for folder in _NOT_THE_LEARNERS):
+        if file.startswith("<frozen") or any(Path(file).is_relative_to(folder) for folder in _NOT_THE_LEARNERS):
             continue
         line = (frame.line or linecache.getline(file, frame.lineno or 0)).strip()
         return f"line {frame.lineno} of your cell, `{line}`, raised " if line else f"line {frame.lineno} of your cell raised "
@@ -108,12 +119,10 @@ def _line_of(error: BaseException) -> str:
 
 def _not_finite(raw: Any) -> Problem | None:
     """NaN and infinity are an outcome of their own: no fact made from them means anything."""
-    for name, tensor in _tensors(raw):
+    for _, tensor in _tensors(raw):
         if tensor.is_floating_point() and not tensor.isfinite().all():
             bad = tensor.numel() - int(tensor.isfinite().sum())
-            return Problem(
-                "not finite", f"{name or 'the result'} holds {bad} of {tensor.numel()} values that are NaN or infinite"
-            )
+            return Problem("not finite", f"{bad} of {tensor.numel()} values that came back are NaN or infinite")
     return None
 
 
@@ -123,7 +132,8 @@ def _changed_inputs(experiment: Experiment, after: dict[str, Any], fresh: dict[s
             continue
         for (_, was), (_, now) in zip(_tensors(value), _tensors(after[name]), strict=False):
             if was.shape != now.shape or not torch.equal(was, now.detach()):
-                return Problem("changed inputs", f"your code changed its input `{name}` in place: work on a copy")
+                which = f"its input `{name}`" if isinstance(value, Tensor) else "its inputs"
+                return Problem("changed inputs", f"your code changed {which} in place: work on a copy")
     return None
 
 
@@ -138,6 +148,8 @@ def _changed_state(changed: list[str]) -> Problem | None:
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name, value
+    elif isinstance(value, float):
+        yield name, torch.tensor(value)
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from _tensors(item, str(key))
@@ -181,7 +193,7 @@ def _caught(said: list[str]) -> Iterator[None]:
 
     nbgrader gives 0 points to a check cell with anything on stderr; a warning in right code must not cost points.
     """
-    printed, errors = io.StringIO(), io.StringIO()
+    printed, errors = _Capped(), _Capped()
     with tempfile.TemporaryFile() as file:
         copy = None
         with suppress(OSError):  # no descriptor 2: nothing to redirect
@@ -196,11 +208,26 @@ def _caught(said: list[str]) -> Iterator[None]:
                 os.dup2(copy, 2)
                 os.close(copy)
             file.seek(0)
-            stderr = errors.getvalue() + file.read(OUTPUT_LIMIT).decode(errors="replace")
+            stderr = errors.text() + file.read(OUTPUT_LIMIT).decode(errors="replace")
             warned_of = dict.fromkeys(f"{w.category.__name__}: {w.message}" for w in warned)
-            for label, text in (("printed", printed.getvalue()), ("wrote to stderr", stderr), ("warned", "\n".join(warned_of))):
+            for label, text in (("printed", printed.text()), ("wrote to stderr", stderr), ("warned", "\n".join(warned_of))):
                 if text.strip():
                     said.append(f"your code {label}: {_shorten(text.strip())}")
+
+
+class _Capped(io.StringIO):
+    """A stream that keeps the beginning of what is written to it, and cannot be closed."""
+
+    def write(self, text: str) -> int:
+        if self.tell() <= OUTPUT_LIMIT:
+            super().write(text[: OUTPUT_LIMIT + 1])
+        return len(text)
+
+    def close(self) -> None:
+        """A subject may close `sys.stdout`; what it wrote is still wanted."""
+
+    def text(self) -> str:
+        return self.getvalue()
 
 
 def _shorten(text: str) -> str:

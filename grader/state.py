@@ -2,7 +2,9 @@
 
 import os
 import random
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +21,35 @@ _NOTICED: tuple[tuple[str, Callable[[], Any], Callable[[Any], Any]], ...] = (
     ("number of threads", torch.get_num_threads, torch.set_num_threads),
     ("float32 matmul precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     ("deterministic algorithms", torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    ("anomaly detection", torch.is_anomaly_enabled, torch.set_anomaly_enabled),
+    ("inference mode", torch.is_inference_mode_enabled, lambda _: None),
     ("working directory", os.getcwd, os.chdir),
     ("recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
 )
+
+
+# Checks mean the same whatever a learner's earlier cells did: inside, these are as in a fresh process.
+_FRESH: tuple[tuple[Callable[[], Any], Callable[[Any], Any], Any], ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled, True),
+    (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+    (torch.get_default_device, torch.set_default_device, torch.device("cpu")),
+)
+
+
+@contextmanager
+def fresh_defaults() -> Iterator[None]:
+    """Gradients on, float32, CPU, no autocast and no inference mode inside the `with`; afterwards all as it was."""
+    before = [read() for read, _, _ in _FRESH]
+    for (_, restore, default), old in zip(_FRESH, before, strict=True):
+        if old != default:
+            restore(default)
+    try:
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.enable_grad():
+            yield
+    finally:
+        for (_, restore, default), old in zip(_FRESH, before, strict=True):
+            if old != default:
+                restore(old)
 
 
 @contextmanager
@@ -31,10 +59,12 @@ def preserved(seed: int) -> Iterator[list[str]]:
     Random states are put back in silence, since any honest code draws numbers. So are warning filters,
     environment variables and the module search path. An entry reads "default dtype: torch.float32 -> torch.float64".
     """
-    before = [read() for _, read, _ in _NOTICED]
+    before = [_read(read) for _, read, _ in _NOTICED]
     randomness = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     environment, path = dict(os.environ), list(sys.path)
+    main = threading.current_thread() is threading.main_thread()
+    interrupt = signal.getsignal(signal.SIGINT) if main else None
     changed: list[str] = []
     try:
         with warnings.catch_warnings():
@@ -47,7 +77,8 @@ def preserved(seed: int) -> Iterator[list[str]]:
             new = _read(read)
             if new != old:
                 changed.append(f"{name}: {old} -> {new}")
-                restore(old)
+                if old != "gone":
+                    restore(old)
         random.setstate(randomness[0])
         np.random.set_state(randomness[1])
         torch.set_rng_state(randomness[2])
@@ -57,6 +88,8 @@ def preserved(seed: int) -> Iterator[list[str]]:
             os.environ.clear()
             os.environ.update(environment)
         sys.path[:] = path
+        if main and interrupt is not None:
+            signal.signal(signal.SIGINT, interrupt)
 
 
 def _read(read: Callable[[], Any]) -> Any:

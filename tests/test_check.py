@@ -1,10 +1,13 @@
 """What a learner sees, whatever their code does."""
 
+import inspect
 import os
 import random
+import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 import warnings
 from contextlib import suppress
 from functools import partial
@@ -56,13 +59,13 @@ def test_right_code_passes_without_a_word_too_many(capsys):
 
 def test_a_mistake_is_named_with_what_was_expected_and_what_came(capsys):
     with pytest.raises(CheckFailed, match=r"^2.1 is not passed yet: see above.$"):
-        check("2.1", WRONG["no_grad in place of eval mode"])
+        check("2.1", WRONG["train mode during extraction"])
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 88
     text = " ".join(out.split())
     assert "expected features of one image in two different batches: equal" in text
     assert "got features of one image in two different batches: differ (by up to" in text
-    assert "likely no_grad in place of eval mode. Without gradients, BatchNorm and dropout still behave as in training" in text
+    assert "likely train mode during extraction. BatchNorm and dropout behave as in training, whether" in text
     assert text.endswith('more hint("2.1")')
     assert text.count("likely") == 1 and "besides" not in text
 
@@ -112,7 +115,7 @@ def recursion(*args):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (None, "the features must be a tensor of shape (12, "),
+        (None, "got None. Is there a return?"),
         ("abc", "got 'abc'."),
         (endless(), "got a generator."),
         (torch.zeros(3), "got (3,)."),
@@ -127,7 +130,7 @@ def test_garbage_ends_in_a_clear_sentence(capsys, value, message):
 
 def test_nan_is_an_outcome_of_its_own(capsys):
     text = said(capsys, lambda backbone, images, batch_size: right(backbone, images, batch_size) * torch.nan)
-    assert "got first holds" in text and "values that are NaN or infinite" in text
+    assert "values that came back are NaN or infinite" in text
 
 
 @pytest.mark.parametrize(
@@ -390,3 +393,128 @@ def test_hints_hold_no_line_of_the_solution(root, topic):
         for text in (*exercise.hints, *(m.hint for m in exercise.misconceptions)):
             assert not any(line in "".join(text.split()) for line in lines)
         assert exercise.hints[0].rstrip().endswith("?"), "hint 1 asks"
+
+
+class Unreadable(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+def closing_stdout(backbone, images, batch_size):
+    print("about to close")
+    sys.stdout.close()
+    return right(backbone, images, batch_size)
+
+
+def adding_a_module(backbone, images, batch_size):
+    features = right(backbone, images, batch_size)
+    backbone.extra = nn.BatchNorm1d(2)
+    return features
+
+
+def raising_the_unreadable(*_):
+    raise Unreadable
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        lambda b, i, s: right(b, i, s).to("meta"),
+        lambda b, i, s: right(b, i, s).to_sparse(),
+        lambda b, i, s: right(b, i, s).to(torch.float8_e5m2),
+        lambda b, i, s: right(b, i, s).to(torch.complex64),
+        lambda b, i, s: right(b, i, s)[:1].expand(10**12, -1),
+        closing_stdout,
+        adding_a_module,
+        raising_the_unreadable,
+    ],
+)
+def test_strange_behaviour_ends_in_a_verdict_and_no_traceback(capsys, subject):
+    text = said(capsys, subject)
+    assert text.startswith("2.1 ") and "Traceback" not in text
+
+
+def test_features_that_no_training_accepts_are_told(capsys):
+    def frozen_for_ever(backbone, images, batch_size):
+        with torch.inference_mode():
+            return right(backbone, images, batch_size)
+
+    assert "got the features are inference tensors, which no later training accepts: yes" in said(capsys, frozen_for_ever)
+
+
+def test_a_number_of_batches_is_not_a_batch_size(capsys):
+    def chunked(backbone, images, batch_size):
+        rows = [right(backbone, chunk, len(chunk)) for chunk in images.chunk(batch_size)]
+        return torch.cat(rows)
+
+    text = said(capsys, chunked)
+    assert "the largest batch that the backbone saw: more than batch_size" in text
+    assert "likely" not in text
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        lambda: torch.set_grad_enabled(False),
+        lambda: torch.set_default_dtype(torch.float64),
+        lambda: torch.set_default_device("meta"),
+        lambda: torch.autocast("cpu", torch.bfloat16).__enter__(),
+    ],
+)
+def test_a_disturbed_kernel_does_not_fail_right_code(disturb):
+    """In a process of its own, since some of these settings cannot be undone."""
+    program = f"""
+        import torch
+        from grader import check
+        from grader.variants.features import by_gradient_descent, one_at_a_time
+        {inspect.getsource(disturb).strip().removeprefix("lambda: ").removesuffix(",")}
+        check("2.1", one_at_a_time)
+        check("2.2", by_gradient_descent)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("passed") == 9
+
+
+def test_a_method_with_the_references_name_is_no_reference():
+    class Mine:
+        def extract(self, *inputs):
+            return right(*inputs)
+
+    def solution(backbone, images, batch_size):
+        return Mine().extract(backbone, images, batch_size)
+
+    assert check("2.1", solution) is None
+
+
+def test_after_a_loop_that_never_ends_the_other_experiments_are_not_waited_for(monkeypatch, capsys):
+    calls = []
+
+    def loop(*_):
+        calls.append(1)
+        while True:
+            pass
+
+    for experiment in FIRST.experiments:
+        monkeypatch.setattr(type(experiment), "seconds", 0.1)
+    assert "your code was stopped after 0.1 s" in said(capsys, loop)
+    assert len(calls) == 1
+
+
+def test_the_interrupt_key_works_after_a_subject_has_disabled_it():
+    before = signal.getsignal(signal.SIGINT)
+    observe(Quick(), lambda x: signal.signal(signal.SIGINT, signal.SIG_IGN) and 1, 0, "9.1")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_endless_printing_does_not_fill_the_memory():
+    def chatter(x):
+        for _ in range(100_000):
+            print("x" * 100)
+        return 1
+
+    tracemalloc.start()
+    observe(Quick(), chatter, 0, "9.1")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5_000_000

@@ -127,7 +127,7 @@ def test_a_figure_without_data_counts_as_blank(drawn: str) -> None:
 
 def misconception() -> Misconception:
     """The mistake that this student makes in exercise 2.1."""
-    return next(m for m in exercises("features")["2.1"].misconceptions if m.name == "no_grad in place of eval mode")
+    return next(m for m in exercises("features")["2.1"].misconceptions if m.name == "train mode during extraction")
 
 
 @cache

@@ -16,3 +16,9 @@ def test_a_short_training_learns_letters():
 
 def test_the_model_card_is_made_from_its_facts():
     assert CARD.with_suffix(".md").read_text(encoding="utf-8") == card_text(glyphnet_card())
+
+
+def test_the_readme_quotes_the_card(root):
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in CARD.with_suffix(".md").read_text(encoding="utf-8").splitlines() if line.startswith("| 5 |"))
+    assert row in readme

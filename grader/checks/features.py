@@ -1,10 +1,13 @@
 """Exercises 2.1 (feature extraction) and 2.2 (the linear probe)."""
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, misconception
+from helpers import expect
 from helpers.features import extract, linear_probe
 
 # --- 2.1 extract(backbone, images, batch_size) ------------------------------------------------------------------
@@ -28,11 +31,22 @@ def _plain_backbone(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(1, width, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-class _Sizes(list):
-    """A list that a deep copy of its owner shares: a subject may work on a copy of the backbone."""
+_SIZES: dict[int, "_Sizes"] = weakref.WeakValueDictionary()
 
-    def __deepcopy__(self, memo: dict) -> "_Sizes":
-        return self
+
+class _Sizes(list):
+    """A list that every copy of its owner shares, deep or pickled: a subject may work on a copy of the backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _SIZES[id(self)] = self
+
+    def __reduce__(self):
+        return _sizes_with, (id(self),)
+
+
+def _sizes_with(number: int) -> _Sizes:
+    return _SIZES[number]
 
 
 class _Counting(nn.Module):
@@ -44,7 +58,7 @@ class _Counting(nn.Module):
         self.sizes = _Sizes()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.sizes.append(len(x))
+        self.sizes.append(x.shape[0])
         return self.inner(x)
 
 
@@ -115,6 +129,7 @@ class LeftAsFound(Experiment):
     def draw(self, trial: Trial) -> dict:
         backbone = _Counting(_backbone(trial, width=6))
         backbone.inner[5].eval()  # one BatchNorm is in eval mode, as a frozen one would be
+        backbone.inner[0].requires_grad_(False)  # and one convolution is frozen
         return {"backbone": backbone, "images": trial.normal(12, 1, 8, 8)}
 
     def measure(self, subject, inputs):
@@ -123,30 +138,29 @@ class LeftAsFound(Experiment):
         return {
             "seen": sum(backbone.sizes),
             "state": {name: tensor.detach().clone() for name, tensor in backbone.state_dict().items()},
-            "trainable": [parameter.requires_grad for parameter in backbone.parameters()],
-            "modes": [module.training for module in backbone.modules()],
+            "trainable": {name: parameter.requires_grad for name, parameter in backbone.named_parameters()},
+            "modes": {name: module.training for name, module in backbone.named_modules()},
         }
 
     def facts(self, raw, inputs):
         before = inputs["backbone"]
-        moved = {
-            name for name, tensor in before.state_dict().items() if not torch.equal(raw["state"].get(name, tensor * 0), tensor)
-        }
+        moved = {name for name, tensor in before.state_dict().items() if not _same(raw["state"].get(name), tensor)}
         parameters = dict(before.named_parameters())
-        modes = [(module.training, now) for module, now in zip(before.modules(), raw["modes"], strict=True)]
+        flipped = _changed(parameters, raw["trainable"], lambda parameter: parameter.requires_grad)
+        switched = _changed(dict(before.named_modules()), raw["modes"], lambda module: module.training)
         return {
             "the images went through the backbone": "yes" if raw["seen"] else "no",
             "buffers that moved": _some(moved - parameters.keys()),
             "parameters that moved": _some(moved & parameters.keys()),
-            "parameters whose requires_grad changed": _some([flag for flag in raw["trainable"] if not flag]),
-            "modules switched to eval mode": _some([1 for was, now in modes if was and not now]),
-            "modules switched to train mode": _some([1 for was, now in modes if now and not was]),
+            "parameters whose requires_grad changed": _some(flipped),
+            "modules switched to eval mode": _some([name for name in switched if raw["modes"].get(name) is False]),
+            "modules switched to train mode": _some([name for name in switched if raw["modes"].get(name) is True]),
         }
 
     def notes(self, raw, inputs):
         before = inputs["backbone"]
         buffers = dict(before.named_buffers())
-        moved = [name.removeprefix("inner.") for name in buffers if not torch.equal(raw["state"][name], buffers[name])]
+        moved = [name.removeprefix("inner.") for name in buffers if not _same(raw["state"].get(name), buffers[name])]
         return {"buffers that moved": f"{len(moved)} of {len(buffers)}, such as {moved[0]}"} if moved else {}
 
 
@@ -159,12 +173,16 @@ class NoGraph(Experiment):
 
     def measure(self, subject, inputs):
         features = expect_tensor(subject(inputs["backbone"], inputs["images"], 4), ("n", inputs["width"]), "the features")
-        return {"graph": features.requires_grad, "seen": sum(inputs["backbone"].sizes)}
+        graph = (
+            "kept" if features.grad_fn is not None else "none, but they require gradients" if features.requires_grad else "none"
+        )
+        return {"graph": graph, "inference": features.is_inference(), "seen": sum(inputs["backbone"].sizes)}
 
     def facts(self, raw, inputs):
         return {
             "the images went through the backbone": "yes" if raw["seen"] else "no",
-            "the features require gradients": "yes" if raw["graph"] else "no",
+            "the graph behind the features": raw["graph"],
+            "the features are inference tensors, which no later training accepts": "yes" if raw["inference"] else "no",
         }
 
 
@@ -172,28 +190,35 @@ class InBatches(Experiment):
     """At most `batch_size` images are in the backbone at once."""
 
     def draw(self, trial: Trial) -> dict:
-        backbone = _Counting(_plain_backbone(width=4))
         batch_size = trial.integer(3, 6)
-        n = 4 * batch_size + trial.integer(0, 2)
-        return {"backbone": backbone, "images": trial.normal(n, 1, 6, 6), "batch_size": batch_size}
+        settings = [(1, trial.integer(4, 6)), (batch_size, 4 * batch_size + trial.integer(0, 2))]
+        return {
+            "backbones": [_Counting(_plain_backbone(width=4)) for _ in settings],
+            "images": [trial.normal(n, 1, 6, 6) for _, n in settings],
+            "batch_sizes": [size for size, _ in settings],
+        }
 
     def measure(self, subject, inputs):
-        features = subject(inputs["backbone"], inputs["images"], inputs["batch_size"])
-        expect_tensor(features, ("n", 4), "the features")
-        return {"sizes": list(inputs["backbone"].sizes)}
+        for backbone, images, batch_size in zip(*inputs.values(), strict=True):
+            expect_tensor(subject(backbone, images, batch_size), ("n", 4), "the features")
+        return {"largest": [max(backbone.sizes, default=0) for backbone in inputs["backbones"]]}
 
     def facts(self, raw, inputs):
-        largest = max(raw["sizes"], default=0)
-        wanted = "at most batch_size" if 0 < largest <= inputs["batch_size"] else "more than batch_size"
-        return {"the largest batch that the backbone saw": wanted if largest else "none"}
+        largest = raw["largest"]
+        if 0 in largest:
+            return {"the largest batch that the backbone saw": "none"}
+        if largest == [len(images) for images in inputs["images"]]:
+            return {"the largest batch that the backbone saw": "all images at once"}
+        fits = all(seen <= size for seen, size in zip(largest, inputs["batch_sizes"], strict=True))
+        return {"the largest batch that the backbone saw": "at most batch_size" if fits else "more than batch_size"}
 
 
 @misconception(
-    "no_grad in place of eval mode",
-    hint="Without gradients, BatchNorm and dropout still behave as in training. What do they ask about, gradients or the mode?",
+    "train mode during extraction",
+    hint="BatchNorm and dropout behave as in training, whether gradients are computed or not. What do they go by?",
     source="seen in public teaching code: evaluation that never calls .eval(); running_mean changes under no_grad",
 )
-def no_grad_in_place_of_eval_mode(backbone, images, batch_size):
+def train_mode_during_extraction(backbone, images, batch_size):
     with torch.no_grad():
         return torch.cat([backbone(batch) for batch in images.split(batch_size)])
 
@@ -292,10 +317,13 @@ class _Optimum(Experiment):
     n = 40
 
     def draw(self, trial: Trial) -> dict:
-        labels = torch.tensor([0] * 22 + [1] * 12 + [2] * 6)[trial.permutation(self.n)]
-        centers = 1.5 * F.normalize(trial.normal(3, 4), dim=1)
-        features = centers[labels] + trial.normal(self.n, 4)
-        return {"features": features, "labels": labels, "classes": 3, "penalty": self.penalty}
+        return self.draw_task(trial, self.n, self.penalty)
+
+    def draw_task(self, trial: Trial, n: int, penalty: float) -> dict:
+        counts = torch.tensor([n - n * 12 // 40 - n * 6 // 40, n * 12 // 40, n * 6 // 40])
+        labels = torch.arange(3).repeat_interleave(counts)[trial.permutation(n)]
+        centers = F.normalize(trial.normal(3, 4), dim=1)  # the classes overlap
+        return {"features": centers[labels] + trial.normal(n, 4), "labels": labels, "classes": 3, "penalty": penalty}
 
     def measure(self, subject, inputs):
         head = subject(inputs["features"], inputs["labels"], inputs["classes"], inputs["penalty"])
@@ -304,29 +332,40 @@ class _Optimum(Experiment):
     def find(self, raw: dict, inputs: dict) -> dict[str, str | None]:
         """The loss whose gradient vanishes at the head, and the weights of the penalties on weights and bias."""
         x, labels = inputs["features"].double(), inputs["labels"]
-        weight = raw["weight"].double().sub(raw["weight"].double().mean(0)).requires_grad_()
-        bias = raw["bias"].double().sub(raw["bias"].double().mean()).requires_grad_()
+        weight = raw["weight"].double().sub(raw["weight"].double().mean(0))
+        bias = raw["bias"].double().sub(raw["bias"].double().mean())
+        # A saturated head has a small gradient for every loss: so what remains must be small beside one example's, too.
         losses = {
-            "cross-entropy of the logits": lambda logits: F.cross_entropy(logits, labels),
-            "cross-entropy of the softmax of the logits": lambda logits: F.cross_entropy(logits.softmax(1), labels),
+            "cross-entropy of the logits": (lambda logits: F.cross_entropy(logits, labels), 0.1),
+            "cross-entropy of the softmax of the logits": (lambda logits: F.cross_entropy(logits.softmax(1), labels), 0.01),
         }
-        zero = torch.zeros_like(weight).requires_grad_()
-        (scale,) = torch.autograd.grad(F.cross_entropy(x @ zero.T, labels), zero)
-        for name, loss in losses.items():
-            down = [-gradient for gradient in torch.autograd.grad(loss(F.linear(x, weight, bias)), (weight, bias))]
-            pull = _pull(down[0], weight.detach())
-            rest = (down[0] - pull * weight.detach()).norm()
-            if rest < 0.02 * scale.norm() and weight.detach().norm() > 0.05:
-                biased = bias.detach().norm() > 1e-6
-                bias_pull = self.spell(_pull(down[1], bias.detach())) if biased else "there is no bias"
-                return {"loss": name, "weights": self.spell(pull), "bias": bias_pull}
-        return {"loss": "no loss: training has not ended", "weights": None, "bias": None}
+        cross_entropy, _ = losses["cross-entropy of the logits"]
+        start = _down(cross_entropy, x, torch.zeros_like(weight), torch.zeros_like(bias))
+        for name, (loss, share) in losses.items():
+            down = _down(loss, x, weight, bias)
+            pull = _pull(down["weight"], weight)
+            rest = (down["weight"] - pull * weight).norm()
+            small = rest < 0.02 * start["weight"].norm() and rest < share * down["one example"]
+            if small and weight.norm() > 0.05:
+                return {"loss": name, "weights": self.spell(pull, inputs), "bias": self.spell_bias(down, start, bias, inputs)}
+        return {"loss": "no loss that this check knows, or training has not ended", "weights": None, "bias": None}
 
-    def spell(self, pull: float) -> str:
+    def spell_bias(self, down: dict, start: dict, bias: Tensor, inputs: dict) -> str:
+        """What the bias feels: nothing if the loss alone has pulled it as far as it goes."""
+        if bias.norm() < 1e-6:
+            return "there is no bias"
+        if down["bias"].norm() < 0.03 * start["bias"].norm():
+            return "none"
+        pull = _pull(down["bias"], bias)
+        if (down["bias"] - pull * bias).norm() > 0.1 * down["bias"].norm():
+            return "the bias is not where any penalty leaves it"
+        return self.spell(pull, inputs)
+
+    def spell(self, pull: float, inputs: dict) -> str:
         """The weight of a penalty / 2 * |W|^2, as a multiple of what was asked for."""
-        unit = pull / self.penalty
-        for name, value in {"penalty": 1, "2 x penalty": 2, "penalty / n": 1 / self.n, "none": 0}.items():
-            if abs(unit - value) < 0.3 / self.n + 0.05 * value:
+        unit, n = pull / inputs["penalty"], len(inputs["labels"])
+        for name, value in {"penalty": 1, "2 x penalty": 2, "penalty / n": 1 / n, "none": 0}.items():
+            if abs(unit - value) < 0.3 / n + 0.05 * value:
                 return name
         return "another weight"
 
@@ -343,8 +382,17 @@ class RightLoss(_Optimum):
 class RightPenalty(_Optimum):
     """The weights feel penalty / 2 times the sum of their squares, beside the mean loss."""
 
+    def draw(self, trial: Trial) -> dict:
+        # Two sizes and two penalties: what is penalty / n by chance on one of them is not on the other.
+        return {"tasks": [self.draw_task(trial, 40, 0.1), self.draw_task(trial, 80, 0.25)]}
+
+    def measure(self, subject, inputs):
+        return {"heads": [super(RightPenalty, self).measure(subject, task) for task in inputs["tasks"]]}
+
     def facts(self, raw, inputs):
-        return {"weight of the penalty on the weights": self.find(raw, inputs)["weights"]}
+        found = [self.find(head, task)["weights"] for head, task in zip(raw["heads"], inputs["tasks"], strict=True)]
+        agreed = found[0] if found[0] == found[1] else "another weight"
+        return {"weight of the penalty on the weights": None if None in found else agreed}
 
 
 class FreeBias(_Optimum):
@@ -374,6 +422,14 @@ class OneOutputPerClass(Experiment):
         return {"outputs of the head": words.get(raw["outputs"], "another number")}
 
 
+def _down(loss, x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """Minus the gradients of the loss, and the mean norm of the gradient of one example."""
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    logits = F.linear(x, weight, bias)
+    down_weight, down_bias, down_logits = (-g for g in torch.autograd.grad(loss(logits), (weight, bias, logits)))
+    return {"weight": down_weight, "bias": down_bias, "one example": (down_logits.norm(dim=1) * x.norm(dim=1)).sum()}
+
+
 def _pull(down: Tensor, tensor: Tensor) -> float:
     """The factor c for which c * tensor comes closest to `down`."""
     return float((down * tensor).sum() / tensor.square().sum().clamp_min(1e-30))
@@ -381,14 +437,18 @@ def _pull(down: Tensor, tensor: Tensor) -> float:
 
 def _affine(head: object, width: int, outputs: int | str) -> dict[str, Tensor]:
     """Weight and bias of anything that maps (n, width) to (n, outputs) in an affine way, found by calling it."""
-    if not callable(head):
-        expect_tensor(head, (outputs,), "linear_probe must return an nn.Linear; what it returned")
+    if not callable(head) or isinstance(head, Tensor):
+        raise WrongReturn(f"linear_probe must return an nn.Linear, got {expect.describe(head)}.")
     parameter = next(head.parameters(), None) if isinstance(head, nn.Module) else None
     dtype = torch.float32 if parameter is None else parameter.dtype
+    inner = torch.linspace(-2, 2, width)
     with torch.no_grad():
-        probes = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(dtype)
-        values = expect_tensor(head(probes), (width + 1, outputs), "the head's output").detach()
-    return {"weight": (values[1:] - values[0]).T, "bias": values[0]}
+        probes = torch.stack([torch.zeros(width), *torch.eye(width), inner]).to(dtype)
+        values = expect_tensor(head(probes), (width + 2, outputs), "the head's output").detach()
+    weight, bias = (values[1:-1] - values[0]).T, values[0]
+    if values.isfinite().all() and not torch.allclose(values[-1], weight @ inner.to(dtype) + bias, rtol=1e-2, atol=1e-2):
+        raise WrongReturn("the head must give logits, W f + b, got something that is not affine in the features.")
+    return {"weight": weight, "bias": bias}
 
 
 def _train_probe(features, labels, classes, penalty, *, loss, steps=300, bias=True, squares=None) -> nn.Linear:
@@ -468,11 +528,12 @@ def no_bias(features, labels, classes, penalty):
 
 
 @misconception(
-    "stopped early",
-    hint="Print the norm of the gradient at your last step, and after ten times as many. Has it come to rest?",
+    "not at the optimum",
+    hint="Print the norm of the objective's gradient at your last step and after ten times as many. Does it still fall, "
+    "or has another objective than the statement's come to rest?",
     source="a line of reasoning: a fixed small number of steps makes good features look bad",
 )
-def stopped_early(features, labels, classes, penalty):
+def not_at_the_optimum(features, labels, classes, penalty):
     return _train_probe(features, labels, classes, penalty, loss=F.cross_entropy, steps=1)
 
 
@@ -491,6 +552,15 @@ def _equal(one: Tensor, other: Tensor) -> str:
     )
 
 
+def _same(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _changed(before: dict, after: dict, read) -> list[str]:
+    """The names under which `read` gives another value than before, or nothing any more."""
+    return [name for name, thing in before.items() if after.get(name) != read(thing)]
+
+
 def _some(found) -> str:
     return "some" if found else "none"
 
@@ -502,7 +572,7 @@ EXERCISES = (
         reference=extract,
         experiments=(DependsOnTheImageAlone(), EveryImageOnce(), LeftAsFound(), NoGraph(), InBatches()),
         misconceptions=(
-            *(no_grad_in_place_of_eval_mode, requires_grad_in_place_of_eval_mode, graph_kept, left_in_eval_mode),
+            *(train_mode_during_extraction, requires_grad_in_place_of_eval_mode, graph_kept, left_in_eval_mode),
             *(put_back_with_train, last_batch_dropped, everything_at_once),
         ),
         hints=(
@@ -520,7 +590,7 @@ EXERCISES = (
         experiments=(RightLoss(), RightPenalty(), FreeBias(), OneOutputPerClass()),
         misconceptions=(
             *(softmax_before_cross_entropy, penalty_forgotten, penalty_not_halved, sum_in_place_of_mean),
-            *(penalty_on_the_bias_too, no_bias, stopped_early, classes_counted_from_the_labels),
+            *(penalty_on_the_bias_too, no_bias, not_at_the_optimum, classes_counted_from_the_labels),
         ),
         hints=(
             "The objective is convex: there is one best head. How would you notice that you have reached it?",

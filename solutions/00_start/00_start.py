@@ -17,7 +17,7 @@
 # | | |
 # |---|---|
 # | you need | a little Python and torch; no GPU, no network |
-# | time | 10 minutes for you, 5 seconds for a laptop |
+# | time | 10 minutes for you, 6 seconds for two CPU cores |
 # | exercises | 1 |
 #
 # **How a chapter works.** You read, predict, run, and write. An exercise is a cell with `raise NotImplementedError`:
@@ -78,7 +78,7 @@ plt.show()
 # **Exercise 0.1** (5 min, ●○○). Write `accuracy(logits, labels)`: the fraction of rows whose largest logit is at the label.
 #
 # - `logits` has shape `(n, classes)`, `labels` has shape `(n,)` and holds whole numbers from 0 to `classes - 1`.
-# - Return a number from 0.0 to 1.0. A tensor with one number in it will do.
+# - Return a number from 0.0 to 1.0. A tensor with one number in it will do. Leave the inputs as they are.
 
 
 # %%
