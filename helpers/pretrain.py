@@ -1,7 +1,6 @@
 """Pre-train glyphnet on rendered letters: `python -m helpers.pretrain` writes its weights and model card.
 
-`--score` also measures again what the weights are worth on digits; without it the card says that its scores are
-those of the weights before.
+`--score` also measures what the new weights are worth on digits; until then the card says that they have not been scored.
 """
 
 import hashlib
