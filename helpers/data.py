@@ -1,12 +1,22 @@
-"""Labelled examples for every chapter: rendered letters (source task), handwritten digits (target task).
+"""Labelled examples for every chapter, each as `Examples(inputs, labels, classes)`.
 
-Both come as `Examples`: inputs of shape (n, 1, 32, 32), float32, ink 1 on paper 0; labels of shape (n,), int64.
-Nothing here needs a network: the letters are drawn with fonts that matplotlib ships, the digits come with scikit-learn.
+    letters(count, seed)                            rendered letters: what glyphnet was pre-trained on
+    digits(split, labels_per_class, draw)           real handwritten digits
+    docstrings(split, labels_per_class, draw)       what the standard library's functions say of themselves, by topic
+    image_folder(folder, split, ...)                your own photographs
+    text_table(file, split, ...)                    your own texts
+    pets(split, ...)                                Oxford-IIIT Pets, downloaded
 
-Source of the digits: Alpaydin & Kaynak 1998, "Optical Recognition of Handwritten Digits", UCI repository,
-as `sklearn.datasets.load_digits` gives it (the 1,797 images of its test half, 8 x 8, 17 grey levels).
+`split` is "train", "validation" or "test", fixed and disjoint; `labels_per_class` keeps that many labelled examples of
+each class, and `draw` says which. Only the pets need a network: the letters are drawn with fonts that matplotlib ships,
+the digits come with scikit-learn, the docstrings with Python.
+
+Sources: Alpaydin & Kaynak 1998, "Optical Recognition of Handwritten Digits", UCI repository, as
+`sklearn.datasets.load_digits` gives it (the 1,797 images of its test half, 8 x 8, 17 grey levels);
+Parkhi et al. 2012, "Cats and Dogs".
 """
 
+import csv
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -28,13 +38,16 @@ FONTS = (
 )
 # Capitals, and the small letters that are not just smaller capitals: once a glyph fills the image, c and C are one shape.
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abdefghijklmnqrty"
-SPLITS = {"test": 800, "validation": 200, "train": 797}
 
 
 class Examples(NamedTuple):
-    """Inputs with their labels; `classes[label]` is a label's name."""
+    """Inputs with their labels, (n,) int64; `classes[label]` is a label's name.
 
-    inputs: Tensor
+    Inputs of letters and digits are one tensor (n, 1, 32, 32), float32, ink 1 on paper 0; others are a list: of texts,
+    or of paths of images. Every backbone of `helpers.backbones` takes what its kind of data comes as.
+    """
+
+    inputs: Tensor | list
     labels: Tensor
     classes: tuple[str, ...]
 
@@ -71,23 +84,156 @@ def digits(split: str = "train", labels_per_class: int | None = None, draw: int 
     Returns:
         Examples of 10 classes, "0" to "9".
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of 'train', 'validation' and 'test', got {split!r}.")
     images, labels = _digits()
-    rows = _split_rows()[split]
-    if labels_per_class is not None:
-        most = int(labels[rows].bincount().min())
-        advice = f"That is all of the {split} split; leave labels_per_class out to get all {len(rows)} examples."
-        expect.whole_number("labels_per_class", labels_per_class, most=most, advice=advice)
-        generator = torch.Generator().manual_seed(expect.whole_number("draw", draw, least=0))
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        rows = torch.cat([rows[labels[rows] == digit][:labels_per_class] for digit in range(10)])
+    rows = _choose(_digit_splits(), labels, split, labels_per_class, draw)
     return Examples(images[rows], labels[rows], tuple("0123456789"))
+
+
+def docstrings(split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
+    """First paragraphs of docstrings of Python's standard library, by topic.
+
+    1,538 to train on, 216 to choose settings on, 360 to test on (the last two balanced), from different modules: what
+    one module says again and again in nearly the same words is in one split only. `helpers.docstrings` says which
+    modules, and how far this depends on the version of Python.
+
+    Args:
+        split: "train", "validation" or "test".
+        labels_per_class: keep that many examples of each topic, at most 204 in "train"; None keeps all.
+        draw: which random choice of examples; matters only with `labels_per_class`.
+
+    Returns:
+        Examples of 6 classes, with a list of texts as inputs.
+    """
+    texts, labels, splits, classes = _docstrings()
+    rows = _choose(splits, labels, split, labels_per_class, draw)
+    return Examples([texts[row] for row in rows], labels[rows], classes)
+
+
+def image_folder(folder: str | Path, split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
+    """Your own images: one folder per class, its name the class's name.
+
+        photos/cat/001.jpg   photos/cat/002.jpg   photos/dog/a.png   ...
+
+    A fifth of each class becomes the test split, a tenth validation, the rest is to train on, by a fixed random choice.
+    Near-copies (frames of one film, several scans of one page) may fall on both sides of it: keep one of each.
+
+    Args:
+        folder: where the folders of the classes are.
+        split, labels_per_class, draw: as for `digits`.
+
+    Returns:
+        Examples with a list of paths as inputs; a backbone opens them when it needs them.
+
+    Raises:
+        ValueError: fewer than two classes, or a class with fewer than 4 images.
+    """
+    from torchvision.datasets import ImageFolder  # here: importing torchvision takes as long as importing torch
+
+    root = Path(folder)
+    if not root.is_dir() or len([path for path in root.iterdir() if path.is_dir()]) < 2:
+        raise ValueError(f"{root} must hold a folder of images for each of two or more classes: {root}/cat, {root}/dog.")
+    found = ImageFolder(root, allow_empty=True)
+    labels = torch.tensor(found.targets, dtype=torch.int64)
+    rows = _choose(_own_splits(labels, tuple(found.classes)), labels, split, labels_per_class, draw)
+    return Examples([Path(found.samples[row][0]) for row in rows], labels[rows], tuple(found.classes))
+
+
+def text_table(file: str | Path, split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
+    """Your own texts: a CSV file (UTF-8) with the columns `text` and `label`.
+
+    Split as by `image_folder`; texts that occur twice are kept once. Classes are in alphabetical order.
+
+    Args:
+        file: the CSV file; other columns are left alone.
+        split, labels_per_class, draw: as for `digits`.
+
+    Raises:
+        ValueError: a column is missing, a text has two labels, fewer than two classes, or one with fewer than 4 texts.
+    """
+    with Path(file).open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        columns = reader.fieldnames or []
+        if not {"text", "label"} <= set(columns):
+            raise ValueError(f"{file} must have the columns 'text' and 'label', got {columns}. Name them in its first line.")
+        table: dict[str, str] = {}
+        for row in reader:
+            text, label = (row["text"] or "").strip(), (row["label"] or "").strip()
+            if table.setdefault(text, label) != label or not text or not label:
+                raise ValueError(
+                    f"line {reader.line_num} of {file} must have a text and one label, got text {text[:40]!r} with label "
+                    f"{label!r} and, in an earlier line, {table[text]!r}. Correct it or take it out."
+                )
+    classes = tuple(sorted(set(table.values())))
+    if len(classes) < 2:
+        raise ValueError(f"{file} must have texts of two or more labels, got {list(classes)}.")
+    labels = torch.tensor([classes.index(label) for label in table.values()])
+    rows, texts = _choose(_own_splits(labels, classes), labels, split, labels_per_class, draw), list(table)
+    return Examples([texts[row] for row in rows], labels[rows], classes)
+
+
+def pets(split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
+    """Photographs of 37 breeds of cats and dogs, about 200 each, downloaded once (800 MB) by torchvision.
+
+    The authors' test half is the test split; a fifth of their training half is validation.
+
+    Returns:
+        Examples of 37 classes with a list of paths as inputs.
+
+    Raises:
+        DownloadFailed: the files are not there and cannot be had.
+    """
+    from helpers.hub import oxford_pets
+
+    (train, test) = oxford_pets()
+    paths, classes = [*train.images, *test.images], tuple(train.classes)
+    labels = torch.tensor([*train.labels, *test.labels])
+    inner = _stratified(labels[: len(train.labels)], {"validation": 0.2})
+    splits = inner | {"test": torch.arange(len(train.labels), len(labels))}
+    rows = _choose(splits, labels, split, labels_per_class, draw)
+    return Examples([Path(paths[row]) for row in rows], labels[rows], classes)
+
+
+def _choose(splits: dict[str, Tensor], labels: Tensor, split: str, labels_per_class: int | None, draw: int) -> Tensor:
+    """Row numbers of a split, or of that many examples of each class in it, class after class."""
+    if split not in splits:
+        raise ValueError(f"split must be one of 'train', 'validation' and 'test', got {split!r}.")
+    rows = splits[split]
+    if labels_per_class is None:
+        return rows
+    classes = int(labels.max()) + 1
+    most = int(labels[rows].bincount(minlength=classes).min())
+    advice = f"That is all of the {split} split; leave labels_per_class out to get all {len(rows)} examples."
+    expect.whole_number("labels_per_class", labels_per_class, most=most, advice=advice)
+    generator = torch.Generator().manual_seed(expect.whole_number("draw", draw, least=0))
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    return torch.cat([rows[labels[rows] == label][:labels_per_class] for label in range(classes)])
+
+
+def _stratified(labels: Tensor, sizes: dict[str, int | float]) -> dict[str, Tensor]:
+    """Row numbers by split, every class in proportion; what `sizes` (counts or fractions) leaves over is "train"."""
+    from sklearn.model_selection import train_test_split  # here, so that letters need no scikit-learn
+
+    rows, splits = np.arange(len(labels)), {}
+    for name, size in sizes.items():
+        size = size if isinstance(size, int) else max(len(labels.unique()), round(size * len(labels)))
+        rows, taken = train_test_split(rows, test_size=size, stratify=labels[rows], random_state=0)
+        splits[name] = torch.from_numpy(taken)
+    return splits | {"train": torch.from_numpy(rows)}
+
+
+def _own_splits(labels: Tensor, classes: tuple[str, ...]) -> dict[str, Tensor]:
+    counts = labels.bincount(minlength=len(classes))
+    if counts.min() < 4:
+        few = classes[int(counts.argmin())]
+        raise ValueError(
+            f"every class must have at least 4 examples, got {int(counts.min())} of {few!r}. Add some, or drop it."
+        )
+    return _stratified(labels, {"test": 0.2, "validation": 0.1})
 
 
 @cache
 def _digits() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits  # here, so that letters need no scikit-learn
+    from sklearn.datasets import load_digits
 
     raw = load_digits()
     images = torch.from_numpy(raw.images.astype(np.float32) / 16)[:, None]
@@ -96,16 +242,19 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _split_rows() -> dict[str, Tensor]:
-    """Row numbers of each split, every digit in proportion."""
-    from sklearn.model_selection import train_test_split
+def _digit_splits() -> dict[str, Tensor]:
+    return _stratified(_digits()[1], {"test": 800, "validation": 200})
 
-    labels = _digits()[1].numpy()
-    rows, splits = np.arange(len(labels)), {}
-    for name in ("test", "validation"):
-        rows, taken = train_test_split(rows, test_size=SPLITS[name], stratify=labels[rows], random_state=0)
-        splits[name] = torch.from_numpy(taken)
-    return splits | {"train": torch.from_numpy(rows)}
+
+@cache
+def _docstrings() -> tuple[list[str], Tensor, dict[str, Tensor], tuple[str, ...]]:
+    from helpers.docstrings import TOPICS, listed
+
+    rows, classes = listed(), tuple(TOPICS)
+    labels = torch.tensor([classes.index(row.topic) for row in rows])
+    names = ("train", "validation", "test")
+    splits = {name: torch.tensor([number for number, row in enumerate(rows) if row.split == name]) for name in names}
+    return [row.text for row in rows], labels, splits, classes
 
 
 @cache

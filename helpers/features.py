@@ -1,6 +1,6 @@
 """Feature extraction: freeze a backbone, take off its head, run it once, train a linear probe on what it gives.
 
-    features = backbone(images)                                       computed once, (n, width)
+    features = backbone(inputs)                                       computed once, kept on disk, (n, width)
     probe    = argmin over W, b of  mean cross_entropy(features W' + b, labels) + penalty / 2 * |W|^2
 
 A backbone is frozen when neither its parameters nor its buffers move: `requires_grad=False` stops the first,
@@ -9,10 +9,17 @@ eval mode the second. Both are needed.
 Source: Donahue et al. 2014, "DeCAF"; Kornblith et al. 2019, section 3, for the probe as a measure of a backbone.
 """
 
-from collections.abc import Iterator
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -28,50 +35,59 @@ def freeze(model: nn.Module) -> nn.Module:
     return expect.module("model", model).requires_grad_(False).eval()
 
 
-def remove_head(model: nn.Module, name: str = "fc") -> nn.Linear:
-    """Replace the head of `model` by nn.Identity, in place, and return the head that was there.
+def drop_head(model: nn.Module, name: str = "fc") -> nn.Module:
+    """A copy of `model` that ends where the layer `name` would begin: inputs -> features, (n, in_features).
 
-    The model then maps inputs to features; their width is the head's `in_features`.
+    The model itself keeps its head. The copy has nn.Identity in the head's place, so whatever else `forward` does it
+    still does: this holds where `nn.Sequential(*model.children())` would lose what stands between the children.
 
     Args:
-        model: any model whose last step is the nn.Linear called `name`. What else the forward does, it still does.
-        name: the head's attribute, as `model.named_modules()` spells it: "fc", "head", "classifier.1".
+        model: any model whose last step is the nn.Linear called `name`.
+        name: the head, as `model.named_modules()` spells it: "fc", "head", "classifier.1".
 
     Raises:
         ValueError: `name` is not an nn.Linear of this model; the message lists those there are.
     """
     modules = dict(expect.module("model", model).named_modules())
-    head = modules.get(name)
-    if not isinstance(head, nn.Linear):
+    if not name or not isinstance(modules.get(name), nn.Linear):
         linear = [key for key, module in modules.items() if isinstance(module, nn.Linear)]
         raise ValueError(f"not an nn.Linear of {type(model).__name__}: {name!r}. Choose from {linear}.")
+    backbone = copy.deepcopy(model)
     parent, _, attribute = name.rpartition(".")
-    setattr(modules[parent], attribute, nn.Identity())
-    return head
+    setattr(backbone.get_submodule(parent), attribute, nn.Identity())
+    return backbone
 
 
-def extract(model: nn.Module, inputs: Tensor, batch_size: int = 256, progress: bool = False) -> Tensor:
+def extract(model: nn.Module, inputs: Tensor | Sequence, batch_size: int = 256, progress: bool = False) -> Tensor:
     """Run `model` over `inputs` in eval mode and without gradients; keep nothing but its outputs.
 
     The model is left bit-identical: parameters, buffers, `requires_grad`, and each module's train or eval mode.
     An output depends on its own input alone, whatever else is in the batch.
 
     Args:
-        model: maps (n, ...) to (n, ...). Without its head it gives features, with it logits.
-        inputs: (n, ...), n >= 1, on any device; batches are moved to the model's.
+        model: maps n inputs to (n, ...). Without its head it gives features, with it logits.
+        inputs: a tensor (n, ...), n >= 1, on any device, its batches are moved to the model's; or a list of n texts,
+            paths or images, as a backbone of `helpers.backbones` takes them.
         batch_size: at most that many inputs are in the model at once.
         progress: show a progress bar.
 
     Returns:
-        (n, ...) outputs in the order of the inputs, on the device of the inputs, without a graph.
+        (n, ...) outputs in the order of the inputs, on the device of the inputs (the CPU for a list), without a graph.
     """
     expect.module("model", model)
-    expect.tensor("inputs", inputs, ("n", "..."))
     expect.whole_number("batch_size", batch_size, advice="256 suits most models on a CPU.")
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), inputs.device)
-    batches = tqdm(inputs.split(batch_size), desc="extracting", disable=not progress, leave=False)
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    home = _check_inputs(inputs)
+    starts = tqdm(range(0, len(inputs), batch_size), desc="extracting", disable=not progress, leave=False)
     with eval_mode(model), torch.no_grad():
-        return torch.cat([model(batch.to(device)).to(inputs.device) for batch in batches])
+        return torch.cat([model(take(inputs, slice(start, start + batch_size), device)).to(home) for start in starts])
+
+
+def take(inputs: Tensor | Sequence, rows: slice | Tensor, device: torch.device) -> Tensor | list:
+    """Some of the inputs: rows of a tensor, moved to `device`, or items of a list."""
+    if isinstance(inputs, Tensor):
+        return inputs[rows].to(device)
+    return list(inputs[rows]) if isinstance(rows, slice) else [inputs[row] for row in rows.tolist()]
 
 
 def linear_probe(features: Tensor, labels: Tensor, classes: int | None = None, penalty: float = 1e-3) -> nn.Linear:
@@ -125,6 +141,43 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int | None = None, p
     return head
 
 
+def cached_features(
+    folder: str | Path,
+    compute: Callable[..., Tensor],
+    backbone: nn.Module,
+    inputs: Tensor | Sequence,
+    settings: Mapping[str, object] | None = None,
+) -> Tensor:
+    """`compute(backbone, inputs, **settings)`, read from `folder` if exactly that was computed before.
+
+    The name of an entry is the SHA-256 of all that features depend on: the backbone's structure, parameters, buffers
+    and `preprocessing`, the inputs' contents (of files: their bytes), `compute`'s name and its settings. Change any of
+    them and it is another entry, so no entry can be stale. What the key cannot see is a change of the code of
+    `compute` or of the backbone's `forward`: empty the folder after one.
+
+    An entry is written to a temporary file and then renamed, so an interruption leaves none, and holds the SHA-256
+    of its own numbers, so a damaged one is noticed, computed again and replaced.
+
+    Args:
+        folder: where entries are kept, made if missing. One file for each, of the features' own size.
+        compute: such as `extract`; gives one tensor.
+        backbone: any model.
+        inputs: a tensor, or a list of texts, paths, PIL images or tensors.
+        settings: keyword arguments of `compute` that JSON can spell.
+    """
+    settings = dict(settings or {})
+    key = _key(compute, expect.module("backbone", backbone), inputs, settings)
+    path = Path(folder) / f"{key}.safetensors"
+    features = _read_entry(path, key)
+    if features is None:
+        features = compute(backbone, inputs, **settings).detach().contiguous()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{key}.{os.getpid()}.part")
+        save_file({"features": features.cpu()}, draft, {"key": key, "sha256": _sha256(_content(features))})
+        draft.replace(path)
+    return features
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the `with`; afterwards every module is back in the mode it had, whatever happens."""
@@ -135,6 +188,60 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _read_entry(path: Path, key: str) -> Tensor | None:
+    """An entry of the cache; None if there is none, or if it is not what was written."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            features, said = file.get_tensor("features"), file.metadata()
+    except (SafetensorError, OSError):
+        return None
+    return features if said == {"key": key, "sha256": _sha256(_content(features))} else None
+
+
+def _key(compute: Callable, backbone: nn.Module, inputs: Tensor | Sequence, settings: dict) -> str:
+    described = [compute.__module__, compute.__qualname__, type(backbone).__qualname__, repr(backbone), settings]
+    described.append(str(getattr(backbone, "preprocessing", "")))
+    parts = [json.dumps(described, sort_keys=True).encode()]
+    for name, tensor in backbone.state_dict().items():
+        parts += [name.encode(), *_content(tensor)]
+    for item in [inputs] if isinstance(inputs, Tensor) else inputs:
+        parts += _content(item)
+    return _sha256(parts)
+
+
+def _content(item: object) -> list[bytes]:
+    """What makes one input itself, in bytes; its kind and shape come first."""
+    if isinstance(item, Tensor):
+        raw = item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return [f"{item.dtype} {tuple(item.shape)}".encode(), raw]
+    if isinstance(item, str):
+        return [b"text", item.encode()]
+    if isinstance(item, Path):
+        return [b"file", item.read_bytes()]
+    if hasattr(item, "tobytes"):  # a PIL image
+        return [f"{item.mode} {item.size}".encode(), item.tobytes()]
+    raise TypeError(f"inputs must be tensors, texts, paths or PIL images, got {expect.describe(item)}.")
+
+
+def _sha256(parts: list[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))  # so that no two lists of parts run into the same bytes
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _check_inputs(inputs: Tensor | Sequence) -> torch.device:
+    """The device that outputs go back to."""
+    if isinstance(inputs, Tensor):
+        return expect.tensor("inputs", inputs, ("n", "...")).device
+    if not isinstance(inputs, list | tuple) or len(inputs) == 0:
+        raise TypeError(f"inputs must be a tensor of shape (n, ...) or a list of n inputs, got {expect.describe(inputs)}.")
+    return torch.device("cpu")
 
 
 def _check_probe_inputs(features: Tensor, labels: Tensor, classes: int | None, penalty: float) -> int:

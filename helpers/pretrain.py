@@ -22,7 +22,7 @@ from helpers.backbones import GlyphNet
 from helpers.data import FONTS, LETTERS, Examples, letters
 from helpers.files import write_text
 from helpers.training import History, evaluate, fit, seed_everything
-from helpers.transfer import ARMS, measure_arm
+from helpers.transfer import TASKS, measure_arm
 
 LETTER_COUNT = 120_000
 RECIPE = {"steps": 2800, "batch_size": 128, "lr": 4e-3, "weight_decay": 1e-2}  # of AdamW; `fit` has the schedule
@@ -60,7 +60,9 @@ def _half_mirrored(examples: Examples) -> Examples:
 def score(draws: int = 5, labels_per_class: tuple[int, ...] = (1, 2, 5, 10)) -> dict[str, dict[str, list[float]]]:
     """Test accuracies on digits with the shipped weights: {labels per class: {arm: one accuracy per draw}}."""
     return {
-        str(labels): {arm: [round(measure_arm(arm, labels, draw), 4) for draw in range(draws)] for arm in ARMS}
+        str(labels): {
+            arm: [round(measure_arm("digits", arm, labels, draw), 4) for draw in range(draws)] for arm in TASKS["digits"].arms
+        }
         for labels in labels_per_class
     }
 
@@ -136,9 +138,11 @@ def _scores(card: dict) -> str:
     if card.get("scored") != card["sha256"]:
         return "Digits: these weights have not been scored yet; run `python -m helpers.pretrain --no-train --score`."
     scores = card["digits_accuracy"]
-    draws = len(next(iter(scores.values()))[ARMS[0]])
+    draws = len(next(iter(scores.values()))[TASKS["digits"].arms[0]])
     rows = [
-        " | ".join([labels, *(f"{statistics.mean(arms[arm]):.3f} ± {statistics.stdev(arms[arm]):.3f}" for arm in ARMS)])
+        " | ".join(
+            [labels, *(f"{statistics.mean(arms[arm]):.3f} ± {statistics.stdev(arms[arm]):.3f}" for arm in TASKS["digits"].arms)]
+        )
         for labels, arms in scores.items()
     ]
     return "\n".join(
@@ -148,8 +152,8 @@ def _scores(card: dict) -> str:
             "Every arm had 300 steps (the two probes: as many as their optimum takes) and the best of three settings on 200",
             "validation digits:",
             "",
-            "| labels per class | " + " | ".join(ARMS) + " |",
-            "|---|" + "---|" * len(ARMS),
+            "| labels per class | " + " | ".join(TASKS["digits"].arms) + " |",
+            "|---|" + "---|" * len(TASKS["digits"].arms),
             *(f"| {row} |" for row in rows),
         ]
     )

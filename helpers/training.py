@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from helpers import expect
 from helpers.data import Examples
-from helpers.features import extract
+from helpers.features import extract, take
 
 
 def seed_everything(seed: int) -> None:
@@ -90,7 +90,7 @@ def fit(
     so the statistics of a frozen BatchNorm do not move; every other module is in train mode.
 
     Args:
-        model: maps (n, ...) inputs to (n, classes) logits. Moved to `device`; afterwards it is back on its own device
+        model: maps n inputs to (n, classes) logits. Moved to `device`; afterwards it is back on its own device
             and in the train and eval modes it came with.
         train: what to learn from.
         steps: updates to make, at least 1.
@@ -134,7 +134,7 @@ def fit(
         bar = tqdm(range(steps), desc="training", disable=not progress, leave=False)
         for _ in bar:
             rows = next(batches)
-            loss = F.cross_entropy(model(train.inputs[rows].to(device)), train.labels[rows].to(device))
+            loss = F.cross_entropy(model(take(train.inputs, rows, device)), train.labels[rows].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,62 +1,180 @@
 """What a pre-trained network is worth: accuracy against labels per class, four ways to use the same labels.
 
-Every arm gets the same labelled digits, the same number of steps, and the best of three settings on the same
-200 validation digits; only then it sees the 800 test digits.
+    raw pixels     logistic regression on the 1,024 pixels of an image; of texts: TF-IDF
+    probe          a linear probe on the features of the frozen, pre-trained backbone
+    from scratch   the backbone's architecture trained from a random start
+    fine-tuned     the backbone trained from its pre-trained weights
 
-    raw pixels     a linear probe on the 1,024 pixels
-    probe          a linear probe on the 128 features of the frozen, pre-trained glyphnet
-    from scratch   glyphnet trained from a random start
-    fine-tuned     glyphnet trained from its pre-trained weights
+Every arm gets the same labelled examples, and the best of three settings on the same validation examples; only then it
+sees the test examples. The two that train a network get the same number of steps. The other two are convex:
+`linear_probe` goes on to their optimum, so more steps would change nothing.
 
-The first two are convex: `linear_probe` goes on to their optimum, so more steps would change nothing.
+Training takes long, so its results are kept: those of the digits in glyphnet's card, those of the docstrings in
+`transfer.json`, written by `python -m helpers.transfer` (an hour on one CPU thread).
 """
 
-from collections.abc import Iterator
+import json
+import platform
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from helpers.backbones import glyphnet
-from helpers.data import Examples, digits
-from helpers.features import extract, linear_probe, remove_head
-from helpers.training import evaluate, fit, seed_everything
+from helpers.backbones import TextBackbone, glyphnet, glyphnet_card, text_backbone
+from helpers.data import Examples, digits, docstrings
+from helpers.features import drop_head, extract, linear_probe
+from helpers.files import write_text
+from helpers.training import accuracy, fit, seed_everything
 
-ARMS = ("raw pixels", "probe", "from scratch", "fine-tuned")
 PENALTIES = (1e-3, 1e-2, 1e-1)
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+RECORD = Path(__file__).with_suffix(".json")
 
 
-def measure_arm(arm: str, labels_per_class: int, draw: int = 0, steps: int = 300) -> float:
+class Task(NamedTuple):
+    """A target task, and how a backbone is tried on it."""
+
+    baseline: str  # what the baseline's logistic regression sees
+    examples: Callable[..., Examples]  # (split, labels_per_class, draw)
+    backbone: Callable[[bool], nn.Module]  # pretrained? -> a backbone without a head
+    learning_rates: tuple[float, float, float]
+    steps: int
+    batch_size: int
+
+    @property
+    def arms(self) -> tuple[str, str, str, str]:
+        return (self.baseline, "probe", "from scratch", "fine-tuned")
+
+
+def _glyphnet(pretrained: bool) -> nn.Module:
+    return drop_head(glyphnet(pretrained))
+
+
+def _minilm(pretrained: bool) -> TextBackbone:
+    return text_backbone(pretrained=pretrained, max_length=32)
+
+
+TASKS = {
+    "digits": Task("raw pixels", digits, _glyphnet, (1e-3, 3e-3, 1e-2), steps=300, batch_size=32),
+    "docstrings": Task("TF-IDF", docstrings, _minilm, (5e-5, 1.5e-4, 5e-4), steps=60, batch_size=16),
+}
+
+
+def measure_arm(task: str, arm: str, labels_per_class: int, draw: int = 0) -> float:
     """Test accuracy of one arm, its setting chosen on validation.
 
     Args:
-        arm: one of `ARMS`.
-        labels_per_class: 1 to 78.
-        draw: which labelled digits, and the seed of training.
-        steps: updates for the arms that train a network.
+        task: "digits" or "docstrings".
+        arm: one of `TASKS[task].arms`.
+        labels_per_class: as many as the task has.
+        draw: which labelled examples, and the seed of training.
     """
-    if arm not in ARMS:
-        raise ValueError(f"arm must be one of {', '.join(map(repr, ARMS))}, got {arm!r}.")
-    train = digits("train", labels_per_class, draw)
-    validation, test = digits("validation"), digits("test")
-    candidates = _probes(arm, train) if arm in ARMS[:2] else _trained(arm, train, draw, steps)
-    scored = [(evaluate(model, validation), -number, model) for number, model in enumerate(candidates)]
-    best = max(scored, key=lambda entry: entry[:2])[-1]  # the first of equals
-    return evaluate(best, test)
+    known = _task(task)
+    if arm not in known.arms:
+        raise ValueError(f"arm must be one of {', '.join(map(repr, known.arms))}, got {arm!r}.")
+    train = known.examples("train", labels_per_class, draw)
+    held_out = {split: known.examples(split) for split in ("validation", "test")}
+    if arm in known.arms[:2]:
+        logits = _probes(known, arm, train, held_out)
+    else:
+        logits = _trained(known, arm == "fine-tuned", train, held_out, draw)
+    labels = {split: examples.labels for split, examples in held_out.items()}
+    scored = [{split: accuracy(table, labels[split]) for split, table in tables.items()} for tables in logits]
+    return max(scored, key=lambda score: score["validation"])["test"]  # the first of equals
 
 
-def _probes(arm: str, train: Examples) -> Iterator[nn.Module]:
-    backbone = nn.Flatten()
+def recorded(task: str) -> dict:
+    """Kept results of a task: {labels per class: {arm: one accuracy per draw}}, measured as by `measure_arm`."""
+    _task(task)
+    if task == "digits":
+        scores = glyphnet_card()["digits_accuracy"]
+    else:
+        scores = json.loads(RECORD.read_text(encoding="utf-8"))[task]["accuracy"]
+    return {int(labels): arms for labels, arms in scores.items()}
+
+
+def record(task: str, labels_per_class: tuple[int, ...], draws: int, processes: int = 1) -> dict:
+    """Measure every arm of a task: what `recorded` gives, with the machine and the versions."""
+    known, cells = _task(task), []
+    for labels in labels_per_class:
+        cells += [(task, arm, labels, draw) for arm in known.arms for draw in range(draws)]
+    with ProcessPoolExecutor(processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        values = dict(zip(cells, pool.map(_measure_cell, cells), strict=True))
+    return {
+        "accuracy": {
+            str(labels): {arm: [values[task, arm, labels, draw] for draw in range(draws)] for arm in known.arms}
+            for labels in labels_per_class
+        },
+        "steps": known.steps,
+        "learning_rates": known.learning_rates,
+        "machine": f"{platform.machine()} CPU, one thread",
+        "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
+        "date": date.today().isoformat(),
+    }
+
+
+def _measure_cell(cell: tuple[str, str, int, int]) -> float:
+    torch.set_num_threads(1)
+    value = round(measure_arm(*cell), 4)
+    print(*cell, value, flush=True)
+    return value
+
+
+def _task(name: str) -> Task:
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(map(repr, TASKS))}, got {name!r}.")
+    return TASKS[name]
+
+
+def _probes(task: Task, arm: str, train: Examples, held_out: dict[str, Examples]) -> Iterator[dict[str, Tensor]]:
     if arm == "probe":
-        backbone = glyphnet()
-        remove_head(backbone)
-    features = extract(backbone, train.inputs)
+        backbone = _frozen(task.backbone)
+        features = extract(backbone, train.inputs)
+        tables = {split: _held_out_features(task.backbone, split, task.examples) for split in held_out}
+    else:
+        features, *rest = plain_features(train.inputs, *(examples.inputs for examples in held_out.values()))
+        tables = dict(zip(held_out, rest, strict=True))
     for penalty in PENALTIES:
-        yield nn.Sequential(backbone, linear_probe(features, train.labels, len(train.classes), penalty))
+        head = linear_probe(features, train.labels, len(train.classes), penalty)
+        yield {split: extract(head, table) for split, table in tables.items()}
 
 
-def _trained(arm: str, train: Examples, seed: int, steps: int) -> Iterator[nn.Module]:
-    for lr in LEARNING_RATES:
+def plain_features(train: Tensor | list[str], *others: Tensor | list[str]) -> list[Tensor]:
+    """Features without a network, for `train` and for others: pixels of images, TF-IDF of texts (fitted on `train`)."""
+    if isinstance(train, Tensor):
+        return [inputs.flatten(1) for inputs in (train, *others)]
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    words = TfidfVectorizer().fit(train)
+    return [torch.from_numpy(words.transform(texts).toarray()).float() for texts in (train, *others)]
+
+
+@cache
+def _frozen(build: Callable[[bool], nn.Module]) -> nn.Module:
+    return build(True)
+
+
+@cache
+def _held_out_features(build: Callable[[bool], nn.Module], split: str, examples: Callable[..., Examples]) -> Tensor:
+    return extract(_frozen(build), examples(split).inputs)
+
+
+def _trained(
+    task: Task, pretrained: bool, train: Examples, held_out: dict[str, Examples], seed: int
+) -> Iterator[dict[str, Tensor]]:
+    for lr in task.learning_rates:
         seed_everything(seed)  # the new head, and from scratch the whole network
-        model = glyphnet(pretrained=arm == "fine-tuned", classes=len(train.classes))
-        fit(model, train, steps=steps, lr=lr, batch_size=32, seed=seed, progress=False)
-        yield model
+        backbone = task.backbone(pretrained)
+        model = nn.Sequential(backbone, nn.Linear(backbone.width, len(train.classes)))
+        fit(model, train, steps=task.steps, lr=lr, batch_size=task.batch_size, seed=seed, progress=False)
+        yield {split: extract(model, examples.inputs) for split, examples in held_out.items()}
+
+
+if __name__ == "__main__":
+    found = record("docstrings", labels_per_class=(2, 5, 10, 20, 50), draws=3)
+    write_text(RECORD, json.dumps({"docstrings": found}, indent=1) + "\n")

@@ -1,0 +1,269 @@
+"""Exercise 2.3: the linear probe."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, misconception
+from helpers import expect
+from helpers.features import linear_probe
+
+
+class _Optimum(Experiment):
+    """Draws features of three overlapping classes of unequal size, and looks at the gradient where training ended.
+
+    The objective is convex, so a right answer is where its gradient vanishes, however one got there. And where it
+    vanishes for another objective, that objective is named: another loss, another weight of the penalty.
+    """
+
+    seconds = 30.0
+    penalty = 0.1
+    n = 40
+
+    def draw(self, trial: Trial) -> dict:
+        return self.draw_task(trial, self.n, self.penalty)
+
+    def draw_task(self, trial: Trial, n: int, penalty: float) -> dict:
+        counts = torch.tensor([n - n * 12 // 40 - n * 6 // 40, n * 12 // 40, n * 6 // 40])
+        labels = torch.arange(3).repeat_interleave(counts)[trial.permutation(n)]
+        centers = F.normalize(trial.normal(3, 4), dim=1)  # the classes overlap
+        return {"features": centers[labels] + trial.normal(n, 4), "labels": labels, "classes": 3, "penalty": penalty}
+
+    def measure(self, subject, inputs):
+        head = subject(inputs["features"], inputs["labels"], inputs["classes"], inputs["penalty"])
+        return _affine(head, inputs["features"].shape[1], inputs["classes"])
+
+    def find(self, raw: dict, inputs: dict) -> dict[str, str | None]:
+        """The loss whose gradient vanishes at the head, and the weights of the penalties on weights and bias."""
+        x, labels = inputs["features"].double(), inputs["labels"]
+        weight = raw["weight"].double().sub(raw["weight"].double().mean(0))
+        bias = raw["bias"].double().sub(raw["bias"].double().mean())
+        # A saturated head has a small gradient for every loss: so what remains must be small beside one example's, too.
+        losses = {
+            "cross-entropy of the logits": (lambda logits: F.cross_entropy(logits, labels), 0.1),
+            "cross-entropy of the softmax of the logits": (lambda logits: F.cross_entropy(logits.softmax(1), labels), 0.01),
+        }
+        cross_entropy, _ = losses["cross-entropy of the logits"]
+        start = _down(cross_entropy, x, torch.zeros_like(weight), torch.zeros_like(bias))
+        for name, (loss, share) in losses.items():
+            down = _down(loss, x, weight, bias)
+            pull = _pull(down["weight"], weight)
+            rest = (down["weight"] - pull * weight).norm()
+            small = rest < 0.02 * start["weight"].norm() and rest < share * down["one example"]
+            if small and weight.norm() > 0.05:
+                return {"loss": name, "weights": self.spell(pull, inputs), "bias": self.spell_bias(down, start, bias, inputs)}
+        return {"loss": "no loss that this check knows, or training has not ended", "weights": None, "bias": None}
+
+    def spell_bias(self, down: dict, start: dict, bias: Tensor, inputs: dict) -> str:
+        """What the bias feels: nothing if the loss alone has pulled it as far as it goes."""
+        if bias.norm() < 1e-6:
+            return "there is no bias"
+        if down["bias"].norm() < 0.03 * start["bias"].norm():
+            return "none"
+        pull = _pull(down["bias"], bias)
+        if (down["bias"] - pull * bias).norm() > 0.1 * down["bias"].norm():
+            return "the bias is not where any penalty leaves it"
+        return self.spell(pull, inputs)
+
+    def spell(self, pull: float, inputs: dict) -> str:
+        """The weight of a penalty / 2 * |W|^2, as a multiple of what was asked for."""
+        unit, n = pull / inputs["penalty"], len(inputs["labels"])
+        for name, value in {"penalty": 1, "2 x penalty": 2, "penalty / n": 1 / n, "none": 0}.items():
+            if abs(unit - value) < 0.3 / n + 0.05 * value:
+                return name
+        return "another weight"
+
+
+class RightLoss(_Optimum):
+    """Training ends where the gradient of cross-entropy plus penalty vanishes."""
+
+    points = 2
+
+    def facts(self, raw, inputs):
+        return {"the gradient vanishes for": self.find(raw, inputs)["loss"]}
+
+
+class RightPenalty(_Optimum):
+    """The weights feel penalty / 2 times the sum of their squares, beside the mean loss."""
+
+    def draw(self, trial: Trial) -> dict:
+        # Two sizes and two penalties: what is penalty / n by chance on one of them is not on the other.
+        return {"tasks": [self.draw_task(trial, 40, 0.1), self.draw_task(trial, 80, 0.25)]}
+
+    def measure(self, subject, inputs):
+        return {"heads": [super(RightPenalty, self).measure(subject, task) for task in inputs["tasks"]]}
+
+    def facts(self, raw, inputs):
+        found = [self.find(head, task)["weights"] for head, task in zip(raw["heads"], inputs["tasks"], strict=True)]
+        agreed = found[0] if found[0] == found[1] else "another weight"
+        return {"weight of the penalty on the weights": None if None in found else agreed}
+
+
+class FreeBias(_Optimum):
+    """The bias is trained, and feels no penalty."""
+
+    def facts(self, raw, inputs):
+        return {"weight of the penalty on the bias": self.find(raw, inputs)["bias"]}
+
+
+class OneOutputPerClass(Experiment):
+    """The head has one output per class, also for a class that has no labelled example."""
+
+    seconds = 30.0
+
+    def draw(self, trial: Trial) -> dict:
+        classes = trial.integer(4, 6)
+        labels = torch.arange(24) % (classes - 1)  # none of the last class
+        return {"features": trial.normal(24, 4) + labels[:, None], "labels": labels, "classes": classes, "penalty": 0.5}
+
+    def measure(self, subject, inputs):
+        head = subject(inputs["features"], inputs["labels"], inputs["classes"], inputs["penalty"])
+        return {"outputs": _affine(head, 4, "outputs")["weight"].shape[0]}
+
+    def facts(self, raw, inputs):
+        seen = inputs["classes"] - 1
+        words = {inputs["classes"]: "one per class", seen: "one per class seen in the labels"}
+        return {"outputs of the head": words.get(raw["outputs"], "another number")}
+
+
+def _down(loss, x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """Minus the gradients of the loss, and the mean norm of the gradient of one example."""
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    logits = F.linear(x, weight, bias)
+    down_weight, down_bias, down_logits = (-g for g in torch.autograd.grad(loss(logits), (weight, bias, logits)))
+    return {"weight": down_weight, "bias": down_bias, "one example": (down_logits.norm(dim=1) * x.norm(dim=1)).sum()}
+
+
+def _pull(down: Tensor, tensor: Tensor) -> float:
+    """The factor c for which c * tensor comes closest to `down`."""
+    return float((down * tensor).sum() / tensor.square().sum().clamp_min(1e-30))
+
+
+def _affine(head: object, width: int, outputs: int | str) -> dict[str, Tensor]:
+    """Weight and bias of anything that maps (n, width) to (n, outputs) in an affine way, found by calling it."""
+    if not callable(head) or isinstance(head, Tensor):
+        raise WrongReturn(f"linear_probe must return an nn.Linear, got {expect.describe(head)}.")
+    parameter = next(head.parameters(), None) if isinstance(head, nn.Module) else None
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    inner = torch.linspace(-2, 2, width)
+    with torch.no_grad():
+        probes = torch.stack([torch.zeros(width), *torch.eye(width), inner]).to(dtype)
+        values = expect_tensor(head(probes), (width + 2, outputs), "the head's output").detach()
+    weight, bias = (values[1:-1] - values[0]).T, values[0]
+    if values.isfinite().all() and not torch.allclose(values[-1], weight @ inner.to(dtype) + bias, rtol=1e-2, atol=1e-2):
+        raise WrongReturn("the head must give logits, W f + b, got something that is not affine in the features.")
+    return {"weight": weight, "bias": bias}
+
+
+def _train_probe(features, labels, classes, penalty, *, loss, steps=300, bias=True, squares=None) -> nn.Linear:
+    """Full-batch L-BFGS for the misconceptions below; they differ in the loss and in what is penalised."""
+    head = nn.Linear(features.shape[1], classes, bias=bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=steps, line_search_fn="strong_wolfe", tolerance_change=1e-12)
+    squares = squares or (lambda head: head.weight.square().sum() / 2)
+
+    def objective():
+        optimizer.zero_grad()
+        value = loss(head(features), labels) + penalty * squares(head)
+        value.backward()
+        return value
+
+    optimizer.step(objective)
+    return head
+
+
+@misconception(
+    "softmax before cross-entropy",
+    hint="Softmax is applied twice, once before the loss and once inside it. Between which two values can its input then move?",
+    source="seen in public teaching code: softmax before cross-entropy",
+)
+def softmax_before_cross_entropy(features, labels, classes, penalty):
+    return _train_probe(features, labels, classes, penalty, loss=lambda z, y: F.cross_entropy(z.softmax(1), y))
+
+
+@misconception(
+    "penalty forgotten",
+    hint="Train with a penalty ten times as large: does your head change at all?",
+    source="a line of reasoning: the argument is there and nothing uses it",
+)
+def penalty_forgotten(features, labels, classes, penalty):
+    return _train_probe(features, labels, classes, 0.0, loss=F.cross_entropy)
+
+
+@misconception(
+    "penalty not halved",
+    hint="The pull on the weights is twice as strong as asked for. What is the derivative of a square?",
+    source="a line of reasoning: torch's weight_decay = c is the penalty c / 2 * |W|^2, not c * |W|^2",
+)
+def penalty_not_halved(features, labels, classes, penalty):
+    return _train_probe(
+        features, labels, classes, penalty, loss=F.cross_entropy, squares=lambda head: head.weight.square().sum()
+    )
+
+
+@misconception(
+    "sum in place of mean",
+    hint="With n examples the penalty acts n times weaker than asked for. Which of the two terms grows with n?",
+    source="a line of reasoning: a summed loss changes what every fixed penalty and learning rate means",
+)
+def sum_in_place_of_mean(features, labels, classes, penalty):
+    return _train_probe(features, labels, classes, penalty, loss=lambda z, y: F.cross_entropy(z, y, reduction="sum"))
+
+
+@misconception(
+    "penalty on the bias too",
+    hint="Compare the mean predicted probability of each class with its frequency in the labels. What keeps them apart?",
+    source="a line of reasoning: no weight decay on biases; an optimizer's weight_decay reaches every parameter it is given",
+)
+def penalty_on_the_bias_too(features, labels, classes, penalty):
+    return _train_probe(
+        *(features, labels, classes, penalty),
+        loss=F.cross_entropy,
+        squares=lambda head: (head.weight.square().sum() + head.bias.square().sum()) / 2,
+    )
+
+
+@misconception(
+    "no bias",
+    hint="What does your head say of features that are all zero, and what are the class frequencies?",
+    source="a line of reasoning: without a bias every class is equally likely at the origin, wherever the data are",
+)
+def no_bias(features, labels, classes, penalty):
+    return _train_probe(features, labels, classes, penalty, loss=F.cross_entropy, bias=False)
+
+
+@misconception(
+    "not at the optimum",
+    hint="Print the norm of the objective's gradient at your last step and after ten times as many. Does it still fall, "
+    "or has another objective than the statement's come to rest?",
+    source="a line of reasoning: a fixed small number of steps makes good features look bad",
+)
+def not_at_the_optimum(features, labels, classes, penalty):
+    return _train_probe(features, labels, classes, penalty, loss=F.cross_entropy, steps=1)
+
+
+@misconception(
+    "classes counted from the labels",
+    hint="One class has no example among these labels. How many outputs does your head have, and how many should it?",
+    source="a line of reasoning: the head's shape error; a small labelled sample easily misses a class",
+)
+def classes_counted_from_the_labels(features, labels, classes, penalty):
+    return _train_probe(features, labels, int(labels.max()) + 1, penalty, loss=F.cross_entropy)
+
+
+EXERCISE = Exercise(
+    number="2.3",
+    name="linear_probe",
+    reference=linear_probe,
+    experiments=(RightLoss(), RightPenalty(), FreeBias(), OneOutputPerClass()),
+    misconceptions=(
+        *(softmax_before_cross_entropy, penalty_forgotten, penalty_not_halved, sum_in_place_of_mean),
+        *(penalty_on_the_bias_too, no_bias, not_at_the_optimum, classes_counted_from_the_labels),
+    ),
+    hints=(
+        "The objective is convex: there is one best head. How would you notice that you have reached it?",
+        "Print the norm of the objective's gradient as training goes on; "
+        "at the end, compare the mean predicted probability of each class with its frequency in the labels.",
+        "objective = mean cross-entropy of the logits + penalty / 2 * sum of squared weights, the bias left out; "
+        "`torch.optim.LBFGS` with a closure, or some hundred full-batch gradient steps, bring its gradient to zero.",
+    ),
+)

@@ -1,0 +1,113 @@
+"""Explorers: turn a knob and see a measured number move. Where widgets do not run, they are figures.
+
+`explore_transfer()` shows kept results of `helpers.transfer`: nothing is trained when a knob is turned.
+"""
+
+import statistics
+from collections.abc import Collection
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from helpers.figures import image, plot_spread, style
+from helpers.transfer import TASKS, recorded
+
+
+def transfer_figure(task: str, labels_per_class: int, arms: Collection[str]) -> tuple[Figure, str]:
+    """Accuracy against labels per class, and every draw at one number of labels.
+
+    Args:
+        task: "digits" or "docstrings".
+        labels_per_class: the number that the right half shows; one of `recorded(task)`.
+        arms: which lines to draw, of `TASKS[task].arms`; with none, the figure asks for one.
+
+    Returns:
+        The figure, and its text alternative.
+    """
+    results, known = recorded(task), TASKS[task].arms
+    if labels_per_class not in results:
+        raise ValueError(f"labels_per_class must be one of {sorted(results)} for {task}, got {labels_per_class!r}.")
+    shown = [arm for arm in known if arm in arms]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(3, 2), layout="constrained")
+    numbers = {arm: number for number, arm in enumerate(known)}
+    plot_spread(left, {arm: {labels: by[arm] for labels, by in results.items()} for arm in shown}, numbers)
+    left.axvline(labels_per_class, color="0.6", linewidth=1, linestyle=":", zorder=0)
+    left.set(xscale="log", ylim=(0, 1), xlabel="labelled examples per class", ylabel="accuracy on test examples")
+    left.set_xticks(list(results), [str(labels) for labels in results])
+    left.minorticks_off()
+    for place, arm in enumerate(shown):
+        draws = results[labels_per_class][arm]
+        right.plot(draws, [place] * len(draws), linestyle="", alpha=0.6, **style(numbers[arm]))
+        mean = statistics.mean(draws)
+        right.plot([mean] * 2, [place - 0.3, place + 0.3], color=style(numbers[arm])["color"], linewidth=3)
+        right.annotate(f"{mean:.3f}", (mean, place + 0.34), ha="center", va="bottom", fontsize=9)
+    right.set_yticks(range(len(shown)), shown)
+    right.set(
+        xlim=(0, 1), ylim=(-0.6, max(len(shown), 1) - 0.2), xlabel=f"accuracy, {labels_per_class} per class: dots are draws"
+    )
+    if not shown:
+        left.text(0.5, 0.5, "choose a strategy", ha="center", transform=left.transAxes)
+    means = ", ".join(f"{arm} {statistics.mean(results[labels_per_class][arm]):.3f}" for arm in shown) or "no strategy chosen"
+    draws = len(next(iter(results[labels_per_class].values())))
+    fig.suptitle(f"{task}: recorded results, {draws} draws; bars are one standard deviation", fontsize=10)
+    return fig, f"Accuracy against labelled examples per class on {task}. With {labels_per_class} per class: {means}."
+
+
+class TransferExplorer:
+    """The controls and their figure; displays as a widget, or as a static figure of everything where there are none."""
+
+    def __init__(self) -> None:
+        import ipywidgets as widgets  # here: a figure needs no widgets
+
+        self.task = widgets.ToggleButtons(options=list(TASKS), description="task")
+        self.labels = widgets.SelectionSlider(options=sorted(recorded("digits")), description="labels")
+        self.arms = [widgets.Checkbox(value=True, description=arm, indent=False) for arm in TASKS["digits"].arms]
+        self.picture = widgets.HTML()
+        self.widget = widgets.VBox([self.task, self.labels, widgets.HBox(self.arms), self.picture])
+        self.task.observe(self._change_task, "value")
+        for control in (self.labels, *self.arms):
+            control.observe(self._redraw, "value")
+        self._redraw()
+
+    def _change_task(self, _: object) -> None:
+        self.labels.unobserve(self._redraw, "value")  # one new figure, not one for every knob that moves along
+        self.labels.options = sorted(recorded(self.task.value))
+        self.labels.observe(self._redraw, "value")
+        for box, arm in zip(self.arms, TASKS[self.task.value].arms, strict=True):
+            box.description = arm
+        self._redraw()
+
+    def _redraw(self, _: object = None) -> None:
+        chosen = [box.description for box in self.arms if box.value]
+        fig, alt = transfer_figure(self.task.value, self.labels.value, chosen)
+        self.picture.value = image(fig, alt)
+        plt.close(fig)
+
+    def _repr_mimebundle_(self, **options: object) -> dict:
+        return self.widget._repr_mimebundle_(**options) | static_transfer()
+
+
+def static_transfer() -> dict[str, str]:
+    """Every arm of both tasks as a figure, for pages in which no kernel runs."""
+    pictures, texts = [], []
+    for task in TASKS:
+        fig, alt = transfer_figure(task, 5, TASKS[task].arms)
+        pictures.append(image(fig, alt))
+        texts.append(alt)
+        plt.close(fig)
+    return {"text/html": "<br>".join(pictures), "text/plain": " ".join(texts)}
+
+
+class StaticFigure:
+    """What `explore_transfer` gives where ipywidgets is not installed."""
+
+    def _repr_mimebundle_(self, **_: object) -> dict:
+        return static_transfer()
+
+
+def explore_transfer() -> TransferExplorer | StaticFigure:
+    """Labels per class and strategy against accuracy, on digits and docstrings; put it on the last line of a cell."""
+    try:
+        return TransferExplorer()
+    except ImportError:
+        return StaticFigure()
