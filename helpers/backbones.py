@@ -188,16 +188,17 @@ class TextBackbone(nn.Module):
     """An encoder of `transformers` with its tokenizer and mean pooling.
 
     `backbone(texts)` takes a list of texts and gives (n, width): the mean of the last hidden states over a text's own
-    tokens. Longer texts are cut to `max_length` tokens.
+    tokens. Longer texts are cut to `max_length` tokens. Its `encoder` and `preprocess` are what `helpers.text.embed` takes.
     """
 
     def __init__(self, model: nn.Module, tokenizer, max_length: int) -> None:
         super().__init__()
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # trained for another task, and nothing here uses it
-        self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
+        self.encoder = LastHiddenState(model)
+        self.tokenizer, self.max_length = tokenizer, max_length
         self.width = model.config.hidden_size
-        self.stages = tuple(f"model.{name}" for name in stages(model))
+        self.stages = tuple(f"encoder.model.{name}" for name in stages(model))
         digest = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:12]
         self.preprocessing = f"{type(tokenizer).__name__} {digest}, cut to {max_length} tokens; mean over tokens"
 
@@ -207,13 +208,20 @@ class TextBackbone(nn.Module):
         batch = self.tokenizer(list(texts), **options)
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The last hidden states, (n, tokens, width)."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-
     def forward(self, texts: Sequence[str]) -> Tensor:
         batch = {name: tensor.to(_device(self)) for name, tensor in self.preprocess(texts).items()}
-        return mean_pool(self.encode(**batch), batch["attention_mask"])
+        return mean_pool(self.encoder(**batch), batch["attention_mask"])
+
+
+class LastHiddenState(nn.Module):
+    """An encoder of `transformers` that gives just its last hidden states, (n, tokens, width)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
 def text_backbone(name: str | Path = MINILM, pretrained: bool = True, max_length: int = 64) -> TextBackbone:

@@ -30,6 +30,7 @@ from helpers.backbones import TextBackbone, glyphnet, glyphnet_card, text_backbo
 from helpers.data import Examples, digits, docstrings
 from helpers.features import drop_head, extract, linear_probe
 from helpers.files import write_text
+from helpers.text import embed
 from helpers.training import accuracy, fit, seed_everything
 
 PENALTIES = (1e-3, 1e-2, 1e-1)
@@ -42,6 +43,7 @@ class Task(NamedTuple):
     baseline: str  # what the baseline's logistic regression sees
     examples: Callable[..., Examples]  # (split, labels_per_class, draw)
     backbone: Callable[[bool], nn.Module]  # pretrained? -> a backbone without a head
+    features: Callable[..., Tensor]  # (backbone, inputs) -> what the probe sees
     learning_rates: tuple[float, float, float]
     steps: int
     batch_size: int
@@ -59,9 +61,13 @@ def _minilm(pretrained: bool) -> TextBackbone:
     return text_backbone(pretrained=pretrained, max_length=32)
 
 
+def _embed(backbone: TextBackbone, texts: list[str]) -> Tensor:
+    return embed(backbone.encoder, backbone.preprocess, texts)
+
+
 TASKS = {
-    "digits": Task("raw pixels", digits, _glyphnet, (1e-3, 3e-3, 1e-2), steps=300, batch_size=32),
-    "docstrings": Task("TF-IDF", docstrings, _minilm, (5e-5, 1.5e-4, 5e-4), steps=60, batch_size=16),
+    "digits": Task("raw pixels", digits, _glyphnet, extract, (1e-3, 3e-3, 1e-2), steps=300, batch_size=32),
+    "docstrings": Task("TF-IDF", docstrings, _minilm, _embed, (5e-5, 1.5e-4, 5e-4), steps=60, batch_size=16),
 }
 
 
@@ -133,9 +139,8 @@ def _task(name: str) -> Task:
 
 def _probes(task: Task, arm: str, train: Examples, held_out: dict[str, Examples]) -> Iterator[dict[str, Tensor]]:
     if arm == "probe":
-        backbone = _frozen(task.backbone)
-        features = extract(backbone, train.inputs)
-        tables = {split: _held_out_features(task.backbone, split, task.examples) for split in held_out}
+        features = task.features(_frozen(task), train.inputs)
+        tables = {split: _held_out_features(task, split) for split in held_out}
     else:
         features, *rest = plain_features(train.inputs, *(examples.inputs for examples in held_out.values()))
         tables = dict(zip(held_out, rest, strict=True))
@@ -155,13 +160,13 @@ def plain_features(train: Tensor | list[str], *others: Tensor | list[str]) -> li
 
 
 @cache
-def _frozen(build: Callable[[bool], nn.Module]) -> nn.Module:
-    return build(True)
+def _frozen(task: Task) -> nn.Module:
+    return task.backbone(True)
 
 
 @cache
-def _held_out_features(build: Callable[[bool], nn.Module], split: str, examples: Callable[..., Examples]) -> Tensor:
-    return extract(_frozen(build), examples(split).inputs)
+def _held_out_features(task: Task, split: str) -> Tensor:
+    return task.features(_frozen(task), task.examples(split).inputs)
 
 
 def _trained(

@@ -12,67 +12,139 @@
 # # 02 · Features
 #
 # The cheapest way to use a pre-trained network: run it once over your data, keep what comes out, and train a linear
-# classifier on that. No gradient ever enters the network, so a laptop does it in seconds.
+# classifier on that. No gradient enters the network, so a laptop does it in seconds. For images first, then for texts.
 #
 # | | |
 # |---|---|
 # | you need | chapter 00; no GPU, no network |
-# | time | 50 minutes for you, 12 seconds for two CPU cores |
-# | exercises | 2 so far: extraction, and the linear probe |
+# | time | three hours for you, in two parts that stand on their own; TIME_HERE for two CPU cores |
+# | exercises | 8: five on images, three on texts |
 #
 # Afterwards you can
 #
-# - turn any network into a feature extractor that leaves the network untouched,
-# - say what "frozen" has to mean, and check it,
-# - train a linear probe whose answer does not depend on luck, and put it back on the network as its head.
+# - take the head off any network, and say where the popular one-liner goes wrong without a word,
+# - turn a network into a feature extractor that leaves the network untouched, and keep its features on disk without ever
+#   using stale ones,
+# - train a linear probe whose answer does not depend on luck,
+# - load torchvision's weights with the preprocessing they were trained with,
+# - turn texts into vectors that depend on their own text alone,
+# - read off a figure how many labels a pre-trained network saves, and where it saves none.
+#
+# Words in *italics* at their first use are in the [glossary](../../docs/glossary.md).
 
 # %%
+import time
+
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from grader import check, continue_with, hint, progress
-from helpers.backbones import glyphnet
-from helpers.data import digits
-from helpers.features import remove_head
-from helpers.training import accuracy
+from grader import check, continue_with, hint, progress, quiz
 
 # %% [markdown]
+# # Part 1: images
+#
 # ## Letters know something about digits
 #
-# `glyphnet` was trained on rendered letters; it has never seen a digit. Our task is handwritten digits, with **5 labelled
-# examples of each**. What the network computes just before its head (128 numbers per image) was made to tell letters
-# apart. Does it tell digits apart?
+# `glyphnet` was trained on rendered letters; it has never seen a digit. Our *target task* is handwritten digits, with **5
+# labelled examples of each**. What the network computes just before its *head* (128 numbers per image, the *features*) was
+# made to tell letters apart. Does it tell digits apart?
 #
-# **Predict before you run.** A linear classifier on the 1,024 raw pixels gets some fraction of 800 test digits right, and
-# a linear classifier on the 128 features another. Write down both.
+# **Predict before you run.** Of 800 test digits, what fraction does a linear classifier get right if it sees the 1,024 raw
+# pixels, and what fraction if it sees the 128 features? Replace `None` by your numbers.
 
 # %% tags=["demo"]
-my_prediction = {"raw pixels": None, "features": None}  # two numbers from 0.0 to 1.0
+from helpers.predict import predict
 
-# %%
-train = digits("train", labels_per_class=5, draw=0)  # 50 images with labels
-test = digits("test")  # 800 images
-
-backbone = glyphnet()
-head = remove_head(backbone)  # backbone(images) now gives (n, 128)
-print(f"the head that was there: {head}")
-
-# %% tags=["demo"]
-fig, axes = plt.subplots(5, 10, figsize=(7, 3.8))
-for column in range(10):
-    examples = train.inputs[train.labels == column]
-    for row in range(5):
-        axes[row, column].imshow(examples[row, 0], cmap="gray")
-        axes[row, column].axis("off")
-fig.suptitle("all the labelled digits there are: 5 of each", fontsize=10)
-plt.show()
+guess = predict(raw_pixels=None, features=None)  # from 0.0 to 1.0; guessing at random gets 0.1
 
 # %% [markdown]
-# ## Exercise 2.1: extract, and leave no trace
+# One variable decides what this chapter runs on. `"embedded"` needs no network. `"hub"` downloads `resnet18` (45 MB) and
+# photographs of 37 breeds of cats and dogs (800 MB), once, and the same cells run on those. Or bring your own folder of
+# photographs or table of texts: `help(helpers.profiles)`.
+
+# %% tags=["demo"]
+import helpers.profiles
+
+profile = helpers.profiles.choose("embedded")
+backbone = profile.image_backbone()  # without its head: backbone(images) gives (n, backbone.width)
+train = profile.images("train", labels_per_class=5, draw=0)
+validation, test = profile.images("validation"), profile.images("test")
+print(f"{type(backbone).__name__}, {backbone.width} features, stages {', '.join(backbone.stages)}")
+print(f"{len(train.labels)} images to train on, {len(validation.labels)} to choose on, {len(test.labels)} to test on")
+
+# %% tags=["demo"]
+from helpers.figures import show
+
+rows = [(train.labels == label).nonzero()[:, 0] for label in range(10)]
+fig, axes = plt.subplots(5, 10, figsize=(7, 3.8))
+for column, row in ((column, row) for column in range(10) for row in range(5)):
+    picture = train.inputs[rows[column][row]]
+    axes[row, column].imshow(picture[0] if isinstance(picture, torch.Tensor) else plt.imread(picture), cmap="gray")
+    axes[row, column].axis("off")
+fig.suptitle(f"5 labelled examples of each class ({', '.join(train.classes[:10])})", fontsize=9)
+show(fig, "Fifty small pictures: five labelled examples of each of ten classes.")
+
+# %% [markdown]
+# ## Exercise 2.1: take off the head
 #
-# **Exercise 2.1** (20 min, ●●○). Write `extract(backbone, images, batch_size)`.
+# There are three ways to get at what enters the head: put `nn.Identity` in its place; catch its input with a *hook*; let
+# `torch.fx` cut the graph of the computation there (torchvision's `create_feature_extractor` does). And there is a fourth,
+# short and popular: `nn.Sequential(*list(model.children())[:-1])`. One of these four is wrong on some networks, without an
+# error. The check has such a network.
+#
+# STATEMENT_1
+
+
+# %%
+def drop_head(model, name):
+    ### BEGIN SOLUTION
+    def features(images):
+        caught = []
+        hook = model.get_submodule(name).register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+        try:
+            model(images)
+        finally:
+            hook.remove()
+        return caught[0]
+
+    return features
+    ### END SOLUTION
+
+
+# %%
+check("2.1", drop_head)
+
+# %%
+drop_head = continue_with("2.1")
+
+# %% [markdown]
+# ### Where the one-liner is wrong
+#
+# Two networks of torchvision, with random weights (the question is about their `forward`, not about what they learned).
+# A ResNet applies nothing but its children, so cutting off the last child is harmless. A DenseNet calls `F.relu` and a
+# pooling between `features` and `classifier`, in `forward` itself: `children()` does not know about it.
+
+# %% tags=["demo"]
+from torchvision.models import densenet121, resnet18
+
+photos = torch.rand(4, 3, 64, 64)
+for build, name in ((resnet18, "fc"), (densenet121, "classifier")):
+    model = build(weights=None).eval()
+    with torch.no_grad():
+        wanted = drop_head(model, name)(photos)
+        short = nn.Sequential(*list(model.children())[:-1])(photos)
+        short = short.mean((2, 3))  # to the same shape: nothing looks wrong now
+    off = (short - wanted).abs().max() / wanted.abs().max()
+    print(f"{build.__name__:<12} {tuple(wanted.shape)}   the one-liner is off by {off:.0%} of the largest feature")
+
+# %% [markdown]
+# ## Exercise 2.2: extract, and leave no trace
+#
+# A backbone is *frozen* while neither its parameters nor its *buffers* move. STATEMENT_2 below asks for both.
+#
+# **Exercise 2.2** (20 min, ●●○). Write `extract(backbone, images, batch_size)`.
 #
 # - `backbone` is any `nn.Module` that maps `(n, channels, height, width)` to `(n, width)`. It may hold BatchNorm and
 #   dropout, and **each of its modules may be in train or in eval mode when you get it**.
@@ -90,7 +162,8 @@ def extract(backbone, images, batch_size):
     backbone.eval()
     try:
         with torch.no_grad():
-            return torch.cat([backbone(batch) for batch in images.split(batch_size)])
+            batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+            return torch.cat([backbone(batch) for batch in batches])
     finally:
         for module, training in modes.items():
             module.training = training
@@ -98,7 +171,10 @@ def extract(backbone, images, batch_size):
 
 
 # %%
-check("2.1", extract)
+check("2.2", extract)
+
+# %%
+extract = continue_with("2.2")
 
 # %% [markdown]
 # ### Why all this care?
@@ -107,36 +183,36 @@ check("2.1", extract)
 # the statistics of the batch, so an image's features depend on its neighbours, and each pass moves the buffers,
 # although nothing is trained and no gradient is computed.
 
-# %%
-extract = continue_with("2.1")
-
 # %% tags=["demo"]
-careless = glyphnet()
-remove_head(careless)
-careless.train()
+import copy
+
+careless = copy.deepcopy(backbone).requires_grad_(False).train()  # "frozen", says requires_grad
 before = {name: buffer.clone() for name, buffer in careless.named_buffers()}
 with torch.no_grad():  # no gradients, and yet ...
     alone = careless(test.inputs[:8])[0]
-    in_company = careless(torch.cat([test.inputs[:1], test.inputs[100:107]]))[0]
+    in_company = careless([*test.inputs[:1], *test.inputs[100:107]] if isinstance(test.inputs, list)
+                          else torch.cat([test.inputs[:1], test.inputs[100:107]]))[0]
 moved = [name for name, buffer in careless.named_buffers() if not torch.equal(buffer, before[name])]
+statistics = [name for name in before if "running" in name or "num_batches" in name]
 difference = (alone - in_company).abs().max() / alone.abs().max()
-print(f"largest change of one image's features: {difference:.0%} of the largest feature")
-print(f"buffers that moved: {len(moved)} of {len(before)} (the other two are the mean and std of the preprocessing)")
+print(f"one image's features change by up to {difference:.0%} of the largest feature")
+print(f"buffers of BatchNorm that moved: {len(set(moved) & set(statistics))} of {len(statistics)}")
 
 # %% [markdown]
 # ## Extract once, use often
 #
-# With extraction done, the network's work is over. Everything below happens on a table of numbers.
+# With extraction done, the network's work is over. Everything below happens on tables of numbers.
 
-# %%
-features = {"train": extract(backbone, train.inputs, 256), "test": extract(backbone, test.inputs, 256)}
-pixels = {"train": train.inputs.flatten(1), "test": test.inputs.flatten(1)}
+# %% tags=["demo"]
+from helpers.transfer import plain_features
+
+features = {name: extract(backbone, part.inputs, 256) for name, part in (("validation", validation), ("test", test))}
 print({name: tuple(table.shape) for name, table in features.items()})
 
 # %% [markdown]
-# ## Exercise 2.2: the linear probe
+# ## Exercise 2.3: the linear probe
 #
-# **Exercise 2.2** (25 min, ●●●). Write `linear_probe(features, labels, classes, penalty)`: train and return an
+# **Exercise 2.3** (25 min, ●●●). Write `linear_probe(features, labels, classes, penalty)`: train and return an
 # `nn.Linear(width, classes)` that minimises
 #
 # $$\frac{1}{n} \sum_{i=1}^{n} \text{cross-entropy}(W f_i + b,\ y_i) \;+\; \frac{\text{penalty}}{2} \sum_{jk} W_{jk}^2$$
@@ -147,7 +223,7 @@ print({name: tuple(table.shape) for name, table in features.items()})
 # - The bias is trained, and not penalised.
 # - The objective is convex: every way of minimising it ends at the same head, if it goes on until the gradient has all
 #   but vanished. A few hundred steps over all examples at once are enough here. The check trains four times, on
-#   at most 40 examples: with most solutions that takes less than a second.
+#   at most 80 examples: with most solutions that takes less than a second.
 
 
 # %%
@@ -170,74 +246,492 @@ def linear_probe(features, labels, classes, penalty):
 
 
 # %%
-check("2.2", linear_probe)
+check("2.3", linear_probe)
 
 # %%
-linear_probe = continue_with("2.2")
+linear_probe = continue_with("2.3")
 
 # %% [markdown]
-# ## What are the features worth?
+# ### What are the features worth?
 #
-# Both probes get the same 50 labels and the same choice of penalty. Which penalty is best is decided on 200 validation
-# digits, never on the test digits. To see how much is luck, we do it for five draws of 50 labelled digits.
+# Both classifiers get the same labels and the same choice of three penalties. Which penalty is best is decided on
+# *validation examples*, never on test examples. To see how much is luck, we do it for five *draws* of labelled images, and
+# to see how the gain depends on the number of labels, for several of those.
+
+# %% tags=["demo"]
+from helpers.training import accuracy
+
+
+def score(table, labels, tables, classes):
+    """Test accuracy of a probe, its penalty chosen on validation."""
+    probes = [linear_probe(table, labels, classes, penalty) for penalty in (1e-3, 1e-2, 1e-1)]
+    with torch.no_grad():
+        best = max(probes, key=lambda probe: accuracy(probe(tables["validation"]), tables["validation labels"]))
+        return accuracy(best(tables["test"]), tables["test labels"])
+
+
+labels = {"validation labels": validation.labels, "test labels": test.labels}
+curves = {"raw pixels": {}, "probe": {}}
+for number in (1, 2, 5, 10):
+    for values in curves.values():
+        values[number] = []
+    for draw in range(5):
+        few = profile.images("train", labels_per_class=number, draw=draw)
+        table = extract(backbone, few.inputs, 256)
+        curves["probe"][number].append(score(table, few.labels, features | labels, len(few.classes)))
+        if isinstance(few.inputs, torch.Tensor):
+            own, *others = plain_features(few.inputs, validation.inputs, test.inputs)
+            others = dict(zip(("validation", "test"), others))
+            curves["raw pixels"][number].append(score(own, few.labels, others | labels, len(few.classes)))
+curves = {name: values for name, values in curves.items() if values[5]}  # photographs differ in size: no raw pixels
+guess.beside({"raw_pixels": curves.get("raw pixels", curves["probe"])[5], "features": curves["probe"][5]})
+
+# %% [markdown]
+# **Predict again.** Two more ways to use the same labels: train the same network *from scratch*, or *fine-tune* it, all
+# layers, from its pre-trained weights. Both cost a hundred times more computation. At 5 labels per class, how much does
+# fine-tuning gain on the probe? And at 1?
+
+# %% tags=["demo"]
+gain = predict(at_1=None, at_5=None)  # accuracy of fine-tuning minus accuracy of the probe: -0.1 if it loses 0.1
+
+# %% [markdown]
+# Training takes minutes, so the two new curves are recorded: `helpers.transfer` measured them with the same labels, three
+# learning rates for each, the best chosen on the same validation digits, 300 steps, five draws.
+
+# %% tags=["demo"]
+from helpers.figures import plot_spread
+from helpers.transfer import recorded
+
+fig, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+ways = {name: place for place, name in enumerate(("raw pixels", "probe", "from scratch", "fine-tuned"))}
+kept = recorded("digits")
+shown = dict(curves)
+if backbone.width == 128:  # the record is of glyphnet
+    shown |= {f"{way} (recorded)": {number: kept[number][way] for number in kept} for way in ("from scratch", "fine-tuned")}
+plot_spread(ax, shown, {name: ways[name.removesuffix(" (recorded)")] for name in shown})
+ax.set(xscale="log", ylim=(0, 1), xlabel="labelled images per class", ylabel=f"accuracy on {len(test.labels)} test images")
+ax.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+ax.minorticks_off()
+ax.legend(frameon=False, loc="lower right")
+means = {name: {number: sum(draws) / len(draws) for number, draws in values.items()} for name, values in shown.items()}
+show(fig, "Accuracy against labelled images per class, mean and standard deviation of five draws: "
+     + "; ".join(f"{name} " + ", ".join(f"{mean:.2f} at {number}" for number, mean in by.items()) for name, by in means.items()))
+gain.beside({f"at_{n}": [tuned - probe for tuned, probe in zip(kept[n]["fine-tuned"], kept[n]["probe"])] for n in (1, 5)})
+
+# %% [markdown]
+# Read the figure across: take the accuracy that raw pixels reach with 10 labels per class, and look how many labels the
+# probe needs for it. Then look at the left end: with one label per class, fine-tuning all layers ends *below* the probe. It
+# has as many labels, and three hundred thousand weights to place with them. From 5 labels on it wins, by little. That a
+# pre-trained network saves labels is true; that more training always helps is not.
+#
+# ## Exercise 2.4: a cache that notices
+#
+# Extraction is the expensive step. Keep its result in a file, and the next run of the notebook starts with the probe. But
+# features on disk do not know where they came from: after an epoch of fine-tuning, with another preprocessing, or with one
+# image more, the file still loads, has the right shape, and is *stale*.
+#
+# STATEMENT_4
+
 
 # %%
-PENALTIES = (1e-3, 1e-2, 1e-1)
-validation = digits("validation")
-features["validation"] = extract(backbone, validation.inputs, 256)
-pixels["validation"] = validation.inputs.flatten(1)
+def cached_features(folder, compute, backbone, images, settings):
+    ### BEGIN SOLUTION
+    import hashlib
+    import json
+
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in [*backbone.state_dict().items(), ("images", images)]:  # parameters and buffers; then the data
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    file = folder / f"{digest.hexdigest()}.pt"
+    if file.exists():
+        try:
+            return torch.load(file)
+        except Exception:  # cut short, or no tensor at all: as if it were not there
+            pass
+    features = compute(backbone, images, **settings)
+    draft = file.with_suffix(".part")
+    torch.save(features, draft)
+    draft.replace(file)  # all of it or nothing
+    return features
+    ### END SOLUTION
+
+
+# %%
+check("2.4", cached_features)
+
+# %%
+cached_features = continue_with("2.4")
 
 # %% tags=["demo"]
-results = {"raw pixels": [], "features": []}
-for draw in range(5):
-    few = digits("train", labels_per_class=5, draw=draw)
-    tables = {
-        "raw pixels": (few.inputs.flatten(1), pixels),
-        "features": (extract(backbone, few.inputs, 256), features),
-    }
-    for name, (table, held_out) in tables.items():
-        probes = [linear_probe(table, few.labels, 10, penalty) for penalty in PENALTIES]
-        with torch.no_grad():
-            best = max(probes, key=lambda probe: accuracy(probe(held_out["validation"]), validation.labels))
-            results[name].append(accuracy(best(held_out["test"]), test.labels))
+import tempfile
+from pathlib import Path
 
-
-def predicted(name):
-    return "(no prediction)" if my_prediction[name] is None else f"you predicted {my_prediction[name]}"
-
-
-for name, values in results.items():
-    values = torch.tensor(values)
-    print(f"{name:<10}  {values.mean():.3f} ± {values.std():.3f}   {predicted(name)}")
-
-# %% tags=["demo"]
-fig, ax = plt.subplots(figsize=(6, 2.6))
-for row, values in enumerate(results.values()):
-    ax.plot(values, [row] * len(values), "o", color=f"C{row}", alpha=0.6)
-    ax.plot([sum(values) / len(values)] * 2, [row - 0.25, row + 0.25], color=f"C{row}", linewidth=3)
-ax.set(yticks=[0, 1], yticklabels=list(results), xlim=(0.5, 1), ylim=(-0.6, 1.6))
-ax.set_xlabel("accuracy on 800 test digits (dots: draws of 50 labels; bar: their mean)")
-fig.tight_layout()
-plt.show()
+if isinstance(test.inputs, torch.Tensor):
+    folder = Path(tempfile.mkdtemp())
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        cached_features(folder, extract, backbone, test.inputs, {"batch_size": 256})
+        seconds.append(time.perf_counter() - started)
+    print(f"{len(test.labels)} images: computed in {seconds[0]:.3f} s, from the file in {seconds[1]:.3f} s")
+    print(f"on disk: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB in {len(list(folder.iterdir()))} file")
 
 # %% [markdown]
-# The features came from letters only. They are not a digit recogniser, but they hold enough of what strokes look like that
-# 50 labels go further than on pixels.
+# For a network of 0.3 million parameters that is a small gain. It grows with the network: the key costs one pass over
+# weights and data, the features a pass *through* the network. `helpers.features.cached_features` does the same for lists of
+# texts and files, and also notices a file whose bytes were changed.
 #
-# ## Back onto the network
+# ## Exercise 2.5: weights that know what they want
 #
-# A probe is an `nn.Linear`, and so was the head. Put it in the head's place, and the network names digits.
+# In torchvision, a network is code and its weights are an entry of a *weights enum*. The entry knows the file, the
+# *preprocessing* (`weights.transforms()`), the names of the outputs (`weights.meta["categories"]`) and where the numbers
+# come from. It replaced `pretrained=True` in version 0.13, because one architecture can have several sets of weights, and
+# they may want different inputs:
 
 # %% tags=["demo"]
-recogniser = nn.Sequential(backbone, linear_probe(features["train"], train.labels, 10, penalty=1e-2))
-shown = test.inputs[:10]
-names = extract(recogniser, shown, 256).argmax(dim=1)
-fig, axes = plt.subplots(1, 10, figsize=(9, 1.3))
-for image, name, label, ax in zip(shown, names, test.labels, axes):
-    ax.imshow(image[0], cmap="gray")
-    ax.set_title(f"{name}" + ("" if name == label else f", is {label}"), fontsize=9)
+from torchvision.models import ResNet18_Weights, ResNet50_Weights
+
+for weights in (ResNet18_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V2):
+    wants, meta = weights.transforms(), weights.meta
+    print(f"{str(weights):<32} {meta['num_params'] / 1e6:4.1f} M parameters, {len(meta['categories'])} categories, "
+          f"shorter side to {wants.resize_size[0]}, crop {wants.crop_size[0]}, accuracy "
+          f"{meta['_metrics']['ImageNet-1K']['acc@1']:.1f} %")
+
+# %% [markdown]
+# Two sets of weights for one ResNet-50, of equal shape: one wants the shorter side at 256 pixels before the crop, the other
+# at 232. Here is what each of them sees of a photograph that comes with scikit-learn.
+
+# %% tags=["demo"]
+from sklearn.datasets import load_sample_image
+
+photo = torch.from_numpy(load_sample_image("flower.jpg").copy()).movedim(-1, 0)  # (3, 427, 640), uint8
+seen = {"the photograph": photo.movedim(0, -1)}
+for weights in (ResNet50_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V2):
+    ready = weights.transforms()(photo)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (weights.transforms().mean, weights.transforms().std))
+    seen[f"{weights.name}\n{tuple(ready.shape)}, from {ready.min():.1f} to {ready.max():.1f}"] = (ready * std + mean).movedim(0, -1)
+fig, axes = plt.subplots(1, 3, figsize=(8, 2.6), width_ratios=(1.5, 1, 1), layout="constrained")
+for ax, (title, picture) in zip(axes, seen.items()):
+    ax.imshow(picture.clamp(0, 1) if picture.is_floating_point() else picture)
+    ax.set_title(title, fontsize=9)
     ax.axis("off")
-plt.show()
+show(fig, "A flower, 640 by 427 pixels, and the two 224 by 224 crops that two sets of weights of ResNet-50 make of it; "
+     "the second shows a little more.")
+
+# %% [markdown]
+# STATEMENT_5
+
+
+# %%
+def classify(weights, model, images, k):
+    ### BEGIN SOLUTION
+    transforms, categories = weights.transforms(), weights.meta["categories"]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            probabilities = model(torch.stack([transforms(image) for image in images])).softmax(dim=1)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    answers = []
+    for row in probabilities:
+        best = row.argsort(descending=True)[:k]
+        answers.append([(categories[column], row[column].item()) for column in best.tolist()])
+    return answers
+    ### END SOLUTION
+
+
+# %%
+check("2.5", classify)
+
+# %%
+classify = continue_with("2.5")
+
+# %% [markdown]
+# On real weights, if they are here or can be had (45 MB): what does ResNet-18 see in scikit-learn's two photographs?
+
+# %% tags=["demo"]
+from helpers import hub
+
+weights = ResNet18_Weights.IMAGENET1K_V1
+if profile is helpers.profiles.PROFILES["hub"]:
+    photos = [torch.from_numpy(load_sample_image(name).copy()).movedim(-1, 0) for name in ("flower.jpg", "china.jpg")]
+    for answer in classify(weights, hub.pretrained(weights), photos, 3):
+        print(", ".join(f"{name} {probability:.2f}" for name, probability in answer))
+else:
+    print(f"{weights} would come from {weights.url}: set the profile to \"hub\" for it")
+
+# %% [markdown]
+# # Part 2: texts
+#
+# The same plan, another kind of input: an encoder that was trained on pairs of sentences, and a task that it has never
+# seen. The task: the first paragraph of a docstring of Python's standard library, and which of six topics it belongs to.
+# The docstrings are read from the Python that runs this notebook.
+
+# %% tags=["demo"]
+train_texts, validation_texts, test_texts = (profile.texts(split) for split in ("train", "validation", "test"))
+for topic in range(len(test_texts.classes)):
+    example = test_texts.inputs[(test_texts.labels == topic).nonzero()[0, 0]]
+    print(f"{test_texts.classes[topic]:<22} {example[:90]}")
+print(f"{len(train_texts.inputs)} texts to train on, {len(validation_texts.inputs)} to choose on, {len(test_texts.inputs)} to test on")
+
+# %% [markdown]
+# **Predict before you run.** With 20 labelled texts per topic, what fraction of 360 test texts does a linear classifier get
+# right on word counts (*TF-IDF*), and what fraction on the features of the encoder?
+
+# %% tags=["demo"]
+guess_texts = predict(tf_idf=None, features=None)  # guessing at random gets 0.17
+
+# %% [markdown]
+# ## Exercise 2.6: from texts to numbers
+#
+# An encoder sees *tokens*: pieces of words, each with a number. Texts of a batch differ in length, so the shorter ones are
+# filled up with *padding*, and an *attention mask* says which tokens are real. Hugging Face's tokenizers do all of it in
+# one call, `tokenizer(texts, padding=True, truncation=True, return_tensors="pt")`. To know what the call does, write it once.
+#
+# STATEMENT_6
+
+
+# %%
+def tokenize(vocabulary, texts, max_length):
+    ### BEGIN SOLUTION
+    def pieces_of(word):
+        pieces, rest = [], word
+        while rest:
+            for end in range(len(rest), 0, -1):
+                piece = ("##" if pieces else "") + rest[:end]
+                if piece in vocabulary:
+                    break
+            else:
+                return ["[UNK]"]
+            pieces.append(piece)
+            rest = rest[end:]
+        return pieces
+
+    rows = []
+    for text in texts:
+        pieces = sum((pieces_of(word) for word in text.lower().split()), [])
+        rows.append([vocabulary[piece] for piece in ["[CLS]", *pieces[: max_length - 2], "[SEP]"]])
+    input_ids = torch.full((len(rows), max(map(len, rows))), vocabulary["[PAD]"])
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    ### END SOLUTION
+
+
+# %%
+check("2.6", tokenize)
+
+# %%
+tokenize = continue_with("2.6")
+
+# %% [markdown]
+# ### Beside the real one
+#
+# The encoder `all-MiniLM-L6-v2` has a vocabulary of 30,522 pieces. Its tokenizer also splits off punctuation and accents
+# before it looks for pieces. With blanks put around punctuation, yours should give the same numbers.
+
+# %% tags=["demo"]
+import re
+
+encoder = profile.text_backbone(max_length=32)  # a tokenizer, an encoder, mean pooling
+vocabulary = encoder.tokenizer.get_vocab()
+spaced = [re.sub(r"([^\w\s]|_)", r" \1 ", text) for text in test_texts.inputs]
+print("  ".join(encoder.tokenizer.convert_ids_to_tokens(tokenize(vocabulary, spaced[:1], 32)["input_ids"][0])))
+same = [
+    torch.equal(tokenize(vocabulary, [ours], 32)["input_ids"], encoder.preprocess([text])["input_ids"])
+    for ours, text in zip(spaced, test_texts.inputs)
+]
+print(f"the same numbers as the real tokenizer: {sum(same)} of {len(same)} texts")
+
+# %% [markdown]
+# ## Exercise 2.7: a mean that leaves padding out
+#
+# The encoder turns a batch of tokens into *hidden states*, `(n, tokens, width)`: a vector for each token, padding included.
+# One vector per text is their mean, over the text's own tokens: *mean pooling*.
+#
+# STATEMENT_7
+
+
+# %%
+def mean_pool(hidden, attention_mask):
+    ### BEGIN SOLUTION
+    mask = attention_mask.bool().unsqueeze(-1)
+    total = torch.where(mask, hidden, 0).sum(dim=1)
+    return total / mask.sum(dim=1).clamp(min=1)
+    ### END SOLUTION
+
+
+# %%
+check("2.7", mean_pool)
+
+# %%
+mean_pool = continue_with("2.7")
+
+# %% [markdown]
+# ### What padding does to a mean
+#
+# One short text, alone and in a batch with a long one. The encoder gets the mask both times. How much of the difference is
+# left when the pooling uses it, too?
+
+# %% tags=["demo"]
+short, long = min(test_texts.inputs, key=len), max(test_texts.inputs, key=len)
+vectors = {}
+with torch.no_grad():
+    encoder.eval()
+    for company in ([short], [short, long]):
+        batch = encoder.preprocess(company)
+        hidden = encoder.encoder(**batch)
+        vectors[len(company)] = {"plain mean": hidden.mean(1)[0], "mean_pool": mean_pool(hidden, batch["attention_mask"])[0]}
+for name in ("plain mean", "mean_pool"):
+    cosine = F.cosine_similarity(vectors[1][name], vectors[2][name], dim=0)
+    print(f"{name:<11} alone and in company: cosine similarity {cosine:.4f}")
+
+# %% [markdown]
+# ## Exercise 2.8: embeddings, whatever the company
+#
+# Now the whole way, for many texts. Padding costs time: in a batch, every text is as long as the longest. Texts of like
+# length in one batch waste little; but then the rows come out in another order than the texts went in.
+#
+# STATEMENT_8
+
+
+# %%
+def embed(encoder, tokenizer, texts, batch_size):
+    ### BEGIN SOLUTION
+    lengths = tokenizer(texts)["attention_mask"].sum(dim=1)
+    order = lengths.argsort().tolist()
+    modes = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    rows = [None] * len(texts)
+    try:
+        with torch.no_grad():
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                batch = tokenizer([texts[i] for i in chosen])
+                pooled = mean_pool(encoder(batch["input_ids"], batch["attention_mask"]), batch["attention_mask"])
+                for i, row in zip(chosen, F.normalize(pooled, dim=1)):
+                    rows[i] = row
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return torch.stack(rows)
+    ### END SOLUTION
+
+
+# %%
+check("2.8", embed)
+
+# %%
+embed = continue_with("2.8")
+
+# %% tags=["demo"]
+started = time.perf_counter()
+embeddings = {
+    name: embed(encoder.encoder, encoder.preprocess, part.inputs, 64)
+    for name, part in (("train", train_texts), ("validation", validation_texts), ("test", test_texts))
+}
+count = sum(len(table) for table in embeddings.values())
+print(f"{count} texts in {time.perf_counter() - started:.1f} s")
+
+# %% [markdown]
+# Unit vectors make comparing easy: the dot product is the cosine of the angle between them. Which training texts are nearest
+# to a test text? No label was used for this, and no training.
+
+# %% tags=["demo"]
+for row in (0, 200, 330):
+    similarity = embeddings["train"] @ embeddings["test"][row]
+    print(f"{test_texts.inputs[row][:100]}")
+    for near in similarity.topk(2).indices.tolist():
+        print(f"    {similarity[near]:.2f}  {train_texts.inputs[near][:90]}")
+
+# %% [markdown]
+# ## How many labels does it save here?
+
+# %% tags=["demo"]
+text_curves = {"TF-IDF": {}, "probe": {}}
+row_of = {text: row for row, text in enumerate(train_texts.inputs)}  # each is embedded already
+text_labels = {"validation labels": validation_texts.labels, "test labels": test_texts.labels}
+for number in (2, 5, 10, 20, 50):
+    for values in text_curves.values():
+        values[number] = []
+    for draw in range(3):
+        few = profile.texts("train", labels_per_class=number, draw=draw)
+        table = embeddings["train"][[row_of[text] for text in few.inputs]]
+        text_curves["probe"][number].append(score(table, few.labels, embeddings | text_labels, len(few.classes)))
+        own, *others = plain_features(few.inputs, validation_texts.inputs, test_texts.inputs)
+        others = dict(zip(("validation", "test"), others))
+        text_curves["TF-IDF"][number].append(score(own, few.labels, others | text_labels, len(few.classes)))
+guess_texts.beside({"tf_idf": text_curves["TF-IDF"][20], "features": text_curves["probe"][20]})
+
+# %% tags=["demo"]
+kept = recorded("docstrings")
+shown = text_curves | {
+    f"{way} (recorded)": {number: kept[number][way] for number in kept} for way in ("from scratch", "fine-tuned")
+}
+fig, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+ways = {"TF-IDF": 0, "probe": 1, "from scratch": 2, "fine-tuned": 3}
+plot_spread(ax, shown, {name: ways[name.removesuffix(" (recorded)")] for name in shown})
+ax.axhline(1 / 6, color="0.6", linewidth=1, linestyle=":")
+ax.annotate("chance", (50, 1 / 6), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=9, color="0.4")
+ax.set(xscale="log", ylim=(0, 1), xlabel="labelled texts per topic", ylabel="accuracy on 360 test texts")
+ax.set_xticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
+ax.minorticks_off()
+ax.legend(frameon=False, loc="upper left")
+means = {name: {number: sum(draws) / len(draws) for number, draws in values.items()} for name, values in shown.items()}
+show(fig, "Accuracy against labelled texts per topic, mean and standard deviation of three draws: "
+     + "; ".join(f"{name} " + ", ".join(f"{mean:.2f} at {number}" for number, mean in by.items()) for name, by in means.items()))
+
+# %% [markdown]
+# TEXT_CURVES
+#
+# ### A split that flatters
+#
+# Training, validation and test texts come from different modules. Had we split the same texts at random, many of a module's
+# near-copies (`Return True if ...`) would be on both sides: a *leak*. What would we have reported?
+
+# %% tags=["demo"]
+everything = torch.cat(list(embeddings.values()))
+topics = torch.cat([train_texts.labels, validation_texts.labels, test_texts.labels])
+at_random = []
+for draw in range(3):
+    order = torch.randperm(len(topics), generator=torch.Generator().manual_seed(draw))
+    held_out, pool = order[:360], order[360:]
+    rows = torch.cat([pool[topics[pool] == topic][:50] for topic in range(len(test_texts.classes))])
+    probe = linear_probe(everything[rows], topics[rows], len(test_texts.classes), 1e-3)
+    with torch.no_grad():
+        at_random.append(accuracy(probe(everything[held_out]), topics[held_out]))
+split_by = {"by module": text_curves["probe"][50], "at random": at_random}
+for name, values in split_by.items():
+    values = torch.tensor(values)
+    print(f"split {name:<10} {values.mean():.3f} ± {values.std():.3f}")
+
+# %% [markdown]
+# The same texts, the same encoder, 50 labels per topic. The higher number is an answer to another question: how well are
+# texts recognised whose neighbours were labelled? If new texts will come from new modules, the lower number is the true one.
+#
+# # At the end
+#
+# ## Turn the knobs
+#
+# All recorded results of both tasks. Choose a task, a number of labels, and which strategies to see.
+
+# %% tags=["demo"]
+from helpers.explorer import explore_transfer
+
+explore_transfer()
+
+# %% [markdown]
+# ## Quiz
+#
+# Click on a choice to see whether it is right, and why. The order of the choices changes each time.
+
+# %% tags=["demo"]
+quiz("features")
 
 # %% tags=["demo"]
 progress()
@@ -251,6 +745,16 @@ progress()
 # - *Frozen* is two things: `requires_grad=False` keeps parameters from training, eval mode keeps buffers from moving and
 #   an image's features from depending on its neighbours. Neither does the other's work.
 # - Put modes back one by one. `train()` at the end switches on what someone else had switched off.
+# - `children()` lists modules, not what `forward` does between them. Replace the head, hook it, or cut the graph.
 # - A linear probe is a convex problem: go on until the gradient has vanished, and the answer no longer depends on
 #   the optimizer, the start or the seed. So two probes can be compared.
-# - Choose the penalty on validation data, and report more than one draw: with 50 labels, luck is visible.
+# - The key of a cache entry is everything the result depends on: weights with buffers, preprocessing, data.
+# - Preprocessing belongs to the weights. Ask them: `weights.transforms()`.
+# - A text's vector must not depend on its batch: give the mask to the encoder *and* to the pooling.
+# - Choose settings on validation data, report several draws, and split so that near-copies stay on one side.
+#
+# Words: [backbone](../../docs/glossary.md#backbone), [buffer](../../docs/glossary.md#buffer),
+# [feature](../../docs/glossary.md#feature), [frozen](../../docs/glossary.md#frozen), [head](../../docs/glossary.md#head),
+# [linear probe](../../docs/glossary.md#linear-probe), [weights enum](../../docs/glossary.md#weights-enum),
+# [attention mask](../../docs/glossary.md#attention-mask), [mean pooling](../../docs/glossary.md#mean-pooling),
+# [embedding](../../docs/glossary.md#embedding), [leak](../../docs/glossary.md#leak).

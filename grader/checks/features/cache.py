@@ -1,0 +1,527 @@
+"""Exercise 2.4: compute features once, keep them in files, and notice when they are no longer the right ones."""
+
+import builtins
+import copy
+import hashlib
+import inspect
+import itertools
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, misconception
+from helpers.features import cached_features
+
+_RUNS = itertools.count()
+
+
+class _Interrupted(RuntimeError):
+    """What `compute` raises when it is told to."""
+
+
+class _Ask:
+    """Asks a subject for features, in one folder, and counts how often it computed them.
+
+    One of the settings is a new number in every run, though it changes no feature: a subject that remembers
+    the last check of this kernel finds nothing of this one.
+    """
+
+    def __init__(self, subject, folder: str) -> None:
+        self.subject, self.folder = subject, Path(folder)
+        self.size = 8 + next(_RUNS)  # of images of 8 x 8 pixels, this crop leaves all
+        self.kept = []  # so that no id is given twice
+        self.computed, self.fails = 0, False
+
+        def compute(backbone, images, mean=0.0, std=1.0, size=8):
+            if self.fails:
+                raise _Interrupted("not enough memory")
+            self.computed += 1
+            return _features(backbone, images[..., :size, :size], {"mean": mean, "std": std})
+
+        self.compute = compute
+
+    def __call__(self, backbone, images, settings, *, catch=(), fails=False) -> dict[str, Any]:
+        """What came of one call; `catch` says which exceptions are an answer too."""
+        self.computed, self.fails = 0, fails
+        self.kept += [backbone, images]
+        try:
+            features = self.subject(self.folder, self.compute, backbone, images, settings | {"size": self.size})
+            features = expect_tensor(features, (len(images), backbone[-1].num_features), "the features").detach().clone()
+        except catch as error:
+            return {"computed": self.computed, "features": None, "raised": f"{type(error).__name__}: {error}"}
+        return {"computed": self.computed, "features": features, "raised": None}
+
+
+def _features(backbone: nn.Module, images: Tensor, settings: dict) -> Tensor:
+    with torch.no_grad():
+        return backbone((images - settings.get("mean", 0.0)) / settings.get("std", 1.0))
+
+
+def _task(trial: Trial) -> dict:
+    """A backbone with buffers in eval mode, images whose sums are exact in any order, and one setting."""
+    width = trial.integer(4, 7)
+    norm = nn.BatchNorm1d(width)
+    norm.running_mean.copy_(trial.normal(width))
+    norm.running_var.copy_(0.2 + 0.1 * trial.normal(width).square())
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, width), norm).eval()
+    images = torch.randint(0, 256, (20, 1, 8, 8), generator=trial.generator) / 256
+    return {"backbone": backbone, "images": images, "settings": {"mean": trial.integer(3, 7) / 16}}
+
+
+def _copies(inputs: dict) -> dict:
+    return {
+        "backbone": copy.deepcopy(inputs["backbone"]),
+        "images": inputs["images"].clone(),
+        "settings": dict(inputs["settings"]),
+    }
+
+
+class ComputedOnce(Experiment):
+    """What was computed before is not computed again, for equal copies of the backbone, images and settings either."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        return _task(trial)
+
+    def measure(self, subject, inputs):
+        with TemporaryDirectory() as folder:
+            ask = _Ask(subject, folder)
+            return {"first": ask(**inputs), "second": ask(**_copies(inputs))}
+
+    def facts(self, raw, inputs):
+        wanted = _features(**inputs)
+        return {
+            "the first call": _word(raw["first"], wanted),
+            "the second call, with equal copies": _word(raw["second"], wanted),
+            "dtype of the features in the second call": str(raw["second"]["features"].dtype),
+        }
+
+
+class EveryResultStays(Experiment):
+    """The features of one backbone are still there after those of another were computed."""
+
+    def draw(self, trial: Trial) -> dict:
+        one, other = _task(trial), _task(trial)["backbone"]
+        return {"tasks": [one, one | {"backbone": other}] * 2}
+
+    def measure(self, subject, inputs):
+        with TemporaryDirectory() as folder:
+            ask = _Ask(subject, folder)
+            return {"answers": [ask(**task) for task in inputs["tasks"]]}
+
+    def facts(self, raw, inputs):
+        words = [_word(answer, _features(**task)) for answer, task in zip(raw["answers"], inputs["tasks"], strict=True)]
+        return {"calls with one backbone, another, the first, the other": words}
+
+
+class _Notices(Experiment):
+    """Asks twice for the same, and then once for each of some variations, all with the same folder.
+
+    Only a cache that reads can fail to notice, so without a second call that reads nothing is observed here.
+    """
+
+    def draw(self, trial: Trial) -> dict:
+        return _task(trial)
+
+    def variations(self, inputs: dict) -> Iterator[tuple[str, dict]]:
+        """What is varied, in words, and the inputs; changes in place last until the next variation."""
+        raise NotImplementedError
+
+    def measure(self, subject, inputs):
+        with TemporaryDirectory() as folder:
+            ask = _Ask(subject, folder)
+            return {
+                "reads": [ask(**inputs)["computed"], ask(**inputs)["computed"]] == [1, 0],
+                "answers": [ask(**varied) for _, varied in self.variations(inputs)],
+            }
+
+    def facts(self, raw, inputs):
+        words: dict[str, set[str]] = {}
+        for answer, (what, varied) in zip(raw["answers"], self.variations(inputs), strict=True):
+            words.setdefault(what, set()).add(_word(answer, _features(**varied)))
+        return {what: " or ".join(sorted(found)) if raw["reads"] else None for what, found in words.items()}
+
+
+class NoticesOtherWeights(_Notices):
+    """Weights that changed, also in place, are noticed: parameters and buffers."""
+
+    points = 2
+
+    def variations(self, inputs):
+        norm = inputs["backbone"][-1]
+        tensors = [("one number of a parameter changed", parameter) for parameter in inputs["backbone"].parameters()]
+        tensors += [("one number of a buffer changed", buffer) for buffer in (norm.running_mean, norm.running_var)]
+        for what, tensor in tensors:
+            before = tensor.detach().clone()
+            with torch.no_grad():
+                tensor.view(-1)[tensor.numel() // 2] += 0.05
+            yield what, inputs
+            with torch.no_grad():
+                tensor.copy_(before)
+
+
+class NoticesOtherImages(_Notices):
+    """Other images are noticed, were it by one pixel, and so is another order."""
+
+    def variations(self, inputs):
+        images = inputs["images"].clone()
+        images[10, 0, 4, 4] += 0.5
+        yield "one pixel changed", inputs | {"images": images}
+        yield "the same images in another order", inputs | {"images": inputs["images"].roll(7, dims=0)}
+
+
+class NoticesOtherSettings(_Notices):
+    """Other settings are noticed: another value, and the same value under another name."""
+
+    def variations(self, inputs):
+        value = inputs["settings"]["mean"]
+        yield "one value changed", inputs | {"settings": {"mean": value + 0.25}}
+        yield "the same value under another name", inputs | {"settings": {"std": value}}
+
+
+class DamagedFile(Experiment):
+    """A file that was cut short counts as no file, and is replaced."""
+
+    def draw(self, trial: Trial) -> dict:
+        return _task(trial)
+
+    def measure(self, subject, inputs):
+        raw = {}
+        with TemporaryDirectory() as folder:
+            ask = _Ask(subject, folder)
+            ask(**inputs)
+            for share in ("half", "nothing"):
+                _cut(ask.folder, keep=0.5 if share == "half" else 0)
+                raw[share] = [ask(**inputs, catch=Exception), ask(**inputs, catch=Exception)]
+        return raw
+
+    def facts(self, raw, inputs):
+        wanted, facts = _features(**inputs), {}
+        for share, (damaged, after) in raw.items():
+            word = _word(damaged, wanted)
+            noticed = word == "computes"
+            facts[f"a file cut to {share}"] = {"computes": "counts as no file", "reads": "is not looked at"}.get(
+                word, "is taken for a result"
+            )
+            facts[f"a file cut to {share}: the call after that"] = _word(after, wanted) if noticed else None
+        return facts
+
+    def notes(self, raw, inputs):
+        return {f"a file cut to {share}": damaged["raised"] for share, (damaged, _) in raw.items() if damaged["raised"]}
+
+
+class Interrupted(Experiment):
+    """If `compute` raises, so does the call, and the next call computes."""
+
+    def draw(self, trial: Trial) -> dict:
+        return _task(trial)
+
+    def measure(self, subject, inputs):
+        with TemporaryDirectory() as folder:
+            ask = _Ask(subject, folder)
+            first = ask(**inputs, fails=True, catch=(_Interrupted, WrongReturn))
+            return {"first": first, "second": ask(**inputs, catch=Exception)}
+
+    def facts(self, raw, inputs):
+        reached = (raw["first"]["raised"] or "").startswith("_Interrupted")
+        word = _word(raw["second"], _features(**inputs))
+        return {
+            "what compute raises": "reaches the caller" if reached else "does not reach the caller",
+            "the next call": word if raw["second"]["computed"] else "takes what was left for a result",
+        }
+
+    def notes(self, raw, inputs):
+        return {"the next call": raw["second"]["raised"]} if raw["second"]["raised"] else {}
+
+
+class OnlyTheFolderRemembers(Experiment):
+    """The folder remembers, and nothing else: not the kernel, and for the next kernel too."""
+
+    def draw(self, trial: Trial) -> dict:
+        return _task(trial)
+
+    def measure(self, subject, inputs):
+        with TemporaryDirectory() as folder, TemporaryDirectory() as other:
+            ask = _Ask(subject, folder)
+            ask(**inputs)
+            with _next_kernel(subject):
+                kernel = ask(**_copies(inputs))
+            shutil.rmtree(folder)
+            ask.folder.mkdir()
+            emptied = ask(**inputs)
+            ask.folder = Path(other)
+            return {"kernel": kernel, "without files": [emptied, ask(**inputs)]}
+
+    def facts(self, raw, inputs):
+        wanted = _features(**inputs)
+        words = {_word(answer, wanted) for answer in raw["without files"]}
+        return {
+            "the first call of the next kernel, with equal copies": _word(raw["kernel"], wanted),
+            "in an emptied or another folder": "computes" if words == {"computes"} else "not always computed",
+        }
+
+
+def _word(answer: dict, wanted: Tensor) -> str:
+    """What a call did, in a word or two."""
+    if answer["features"] is None:
+        return "raises"
+    did = ("reads", "computes", "computes more than once")[min(answer["computed"], 2)]
+    right = torch.allclose(answer["features"].to(wanted.dtype), wanted, rtol=1e-4, atol=1e-5)
+    return did if right else f"{did}, and gives wrong features"
+
+
+def _cut(folder: Path, keep: float) -> None:
+    """Keep the beginning of every file, in a new file: a tensor that is mapped to the old one stays whole."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content[: int(len(content) * keep)])
+
+
+@contextmanager
+def _next_kernel(subject) -> Iterator[None]:
+    """Give the subject's `hash` other numbers for texts and bytes, as Python's own has in every new process."""
+    call = subject if inspect.isroutine(subject) else type(subject).__call__
+    names = getattr(inspect.unwrap(call), "__globals__", {})
+    if "hash" in names:
+        yield
+        return
+    names["hash"] = _hash_of_another_process
+    try:
+        yield
+    finally:
+        names.pop("hash", None)
+
+
+def _hash_of_another_process(thing: object) -> int:
+    return builtins.hash(thing) ^ (1 if _holds_text(thing) else 0)
+
+
+def _holds_text(thing: object) -> bool:
+    return isinstance(thing, str | bytes) or (isinstance(thing, tuple | frozenset) and any(map(_holds_text, thing)))
+
+
+def _keep(folder, compute, backbone, images, settings, *, key: object) -> Tensor:
+    """A cache that is right if its key is: for the misconceptions below."""
+    path = _path(folder, key)
+    features = _read(path)
+    if features is None:
+        features = compute(backbone, images, **settings)
+        torch.save(features, path)
+    return features
+
+
+def _path(folder: Path, key: object) -> Path:
+    return folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.pt"
+
+
+def _read(path: Path) -> Tensor | None:
+    try:
+        return torch.load(path)
+    except (OSError, EOFError, RuntimeError):
+        return None
+
+
+def _weights(backbone: nn.Module) -> list:
+    return [(name, tensor.tolist()) for name, tensor in backbone.state_dict().items()]
+
+
+@misconception(
+    "one file for everything",
+    hint="Ask for the features of two backbones, one after the other, with the same folder. Whose are the second?",
+    source="seen in public teaching code: if a file of features exists, it is loaded, whatever it was made from",
+)
+def one_file_for_everything(folder, compute, backbone, images, settings):
+    return _keep(folder, compute, backbone, images, settings, key="features")
+
+
+@misconception(
+    "weights not in the key",
+    hint="Fine-tune the backbone for one step and ask again. Does anything in your key know of it?",
+    source="a line of reasoning: the backbone is frozen, so its weights never change; then it is unfrozen",
+)
+def weights_not_in_the_key(folder, compute, backbone, images, settings):
+    key = repr(backbone), images.tolist(), settings
+    return _keep(folder, compute, backbone, images, settings, key=key)
+
+
+@misconception(
+    "buffers not in the key",
+    hint="Features changed and no parameter did. What else does a BatchNorm compute with?",
+    source="a line of reasoning: the weights of a model are model.parameters()",
+)
+def buffers_not_in_the_key(folder, compute, backbone, images, settings):
+    key = [p.tolist() for p in backbone.parameters()], images.tolist(), settings
+    return _keep(folder, compute, backbone, images, settings, key=key)
+
+
+@misconception(
+    "only the shape of the images in the key",
+    hint="Two data sets of equal size are not the same data set. What does your key know of the pixels?",
+    source="a line of reasoning: hashing all pixels looks slow, and the shape seems to tell one data set from another",
+)
+def only_the_shape_of_the_images(folder, compute, backbone, images, settings):
+    key = _weights(backbone), images.shape, settings
+    return _keep(folder, compute, backbone, images, settings, key=key)
+
+
+@misconception(
+    "order of the images not in the key",
+    hint="Shuffle the images and ask again. Which image does the first row of the features belong to, and would your key know?",
+    source="a line of reasoning: a sum or a set of hashes sees every image, and forgets where it stood",
+)
+def order_of_the_images_not_in_the_key(folder, compute, backbone, images, settings):
+    key = _weights(backbone), images.sum(0).tolist(), settings
+    return _keep(folder, compute, backbone, images, settings, key=key)
+
+
+@misconception(
+    "images as they are printed in the key",
+    hint="Print a tensor of more than a thousand numbers. How many of them, and how many digits of each, do you see?",
+    source="a line of reasoning: str(tensor) looks like its contents; torch shortens what it prints",
+)
+def images_as_they_are_printed(folder, compute, backbone, images, settings):
+    key = _weights(backbone), str(images), settings
+    return _keep(folder, compute, backbone, images, settings, key=key)
+
+
+@misconception(
+    "settings not in the key",
+    hint="Normalise the images with another mean and ask again. Which of your call's arguments decide what is read?",
+    source="a line of reasoning: the images are the same; but what the backbone sees is not",
+)
+def settings_not_in_the_key(folder, compute, backbone, images, settings):
+    key = _weights(backbone), images.tolist()
+    return _keep(folder, compute, backbone, images, settings, key=key)
+
+
+@misconception(
+    "objects in place of contents in the key",
+    hint="A copy with equal numbers is computed again, and the same object with other numbers is not. "
+    "What does your key know: which object it is, or what is in it?",
+    source="a line of reasoning: hash(tensor) works and gives a number; it is the object's address",
+)
+def objects_in_place_of_contents(folder, compute, backbone, images, settings):
+    key = hash(backbone), hash(images), settings
+    return _keep(folder, compute, backbone, images, settings, key=key)
+
+
+@misconception(
+    "more than contents in the key",
+    hint="Equal copies get different keys. Make every part of the key for two copies and compare: "
+    "which part is not made of their numbers alone?",
+    source="a line of reasoning: equal objects have equal pickles; those of two equal tensors differ",
+)
+def more_than_contents_in_the_key(folder, compute, backbone, images, settings):
+    key = _weights(backbone), images.tolist(), settings, id(backbone)
+    return _keep(folder, compute, backbone, images, settings, key=key)
+
+
+@misconception(
+    "a key for one kernel",
+    hint="Start Python twice and print hash('features') in each. Would the second find what the first has kept?",
+    source="a line of reasoning: equal bytes have equal hashes; Python salts them anew in every process",
+)
+def a_key_for_one_kernel(folder, compute, backbone, images, settings):
+    key = hash(repr((_weights(backbone), images.tolist(), settings)))
+    return _keep(folder, compute, backbone, images, settings, key=key)
+
+
+@misconception(
+    "one result at a time",
+    hint="Compare two backbones, then go back to the first. Why are its features not there any more?",
+    source="a line of reasoning: a file beside the features says what they belong to; the next ones overwrite both",
+)
+def one_result_at_a_time(folder, compute, backbone, images, settings):
+    path, key = folder / "features.pt", repr((_weights(backbone), images.tolist(), settings))
+    kept = _read(path)
+    if kept is None or kept["key"] != key:
+        kept = {"key": key, "features": compute(backbone, images, **settings)}
+        torch.save(kept, path)
+    return kept["features"]
+
+
+@misconception(
+    "damaged file believed",
+    hint="The file is there, but its end is missing. What does your code do when reading fails or gives too little, "
+    "and what should it do?",
+    source="a line of reasoning: a file that exists is a file that was written to its end",
+)
+def damaged_file_believed(folder, compute, backbone, images, settings):
+    path = _path(folder, (_weights(backbone), images.tolist(), settings))
+    if not path.exists():
+        torch.save(compute(backbone, images, **settings), path)
+    return torch.load(path)
+
+
+@misconception(
+    "file made before the features",
+    hint="Interrupt the computation and look into the folder. What is there, and what will the next call take it for?",
+    source="a line of reasoning: open the file, then compute what goes into it; an interruption comes in between",
+)
+def file_made_before_the_features(folder, compute, backbone, images, settings):
+    path = _path(folder, (_weights(backbone), images.tolist(), settings))
+    features = _read(path)
+    if features is None:
+        torch.save(torch.zeros(len(images), backbone[-1].num_features), path)  # takes the place
+        features = compute(backbone, images, **settings)
+        torch.save(features, path)
+    return features
+
+
+@misconception(
+    "nothing is kept",
+    hint="Call your function twice and print inside `compute`. When should the second call not get there?",
+    source="a line of reasoning: the features are written to a file that no later call looks for",
+)
+def nothing_is_kept(folder, compute, backbone, images, settings):
+    features = compute(backbone, images, **settings)
+    torch.save(features, folder / "features.pt")
+    return features
+
+
+_MEMORY: dict[str, Tensor] = {}
+
+
+@misconception(
+    "kept in memory",
+    hint="Empty the folder and ask again: the features are still there. Where, and where are they when the kernel restarts?",
+    source="a line of reasoning: a dictionary or functools.cache remembers too, until the kernel ends",
+)
+def kept_in_memory(folder, compute, backbone, images, settings):
+    key = repr((_weights(backbone), images.tolist(), settings))
+    if key not in _MEMORY:
+        _MEMORY[key] = compute(backbone, images, **settings)
+    return _MEMORY[key]
+
+
+EXERCISE = Exercise(
+    number="2.4",
+    name="cached_features",
+    reference=cached_features,
+    experiments=(
+        *(ComputedOnce(), EveryResultStays(), NoticesOtherWeights(), NoticesOtherImages(), NoticesOtherSettings()),
+        *(DamagedFile(), Interrupted(), OnlyTheFolderRemembers()),
+    ),
+    misconceptions=(
+        *(one_file_for_everything, weights_not_in_the_key, buffers_not_in_the_key, only_the_shape_of_the_images),
+        *(order_of_the_images_not_in_the_key, images_as_they_are_printed, settings_not_in_the_key),
+        *(objects_in_place_of_contents, more_than_contents_in_the_key, a_key_for_one_kernel, one_result_at_a_time),
+        *(damaged_file_believed, file_made_before_the_features, nothing_is_kept, kept_in_memory),
+    ),
+    hints=(
+        "What would have to change so that the features in a file are no longer the right ones? "
+        "How would a later call, in another kernel, know?",
+        "Ask again after each of these and look whether `compute` ran: copies of everything; one number of `running_mean` "
+        "changed; the images in another order; another setting; half of each file cut off; an exception in `compute`.",
+        "key = SHA-256 of the bytes of every tensor of `state_dict()`, of the images, and of the sorted settings; "
+        "one file for each key, written under another name and renamed when it is whole; unreadable is the same as missing.",
+    ),
+)

@@ -1,0 +1,479 @@
+"""The real code in fresh processes, against real servers on loopback and caches that the tests fill. Nothing is replaced.
+
+torchvision's side: a small model that the child registers with torchvision's own `register_model`, and resnet18 for
+what fails before its 45 MB matter. Hugging Face's side: a tiny BERT, behind a server with the calls that
+`snapshot_download` makes. What goes wrong is chosen by a word in the path: /stall/, /break/, /wrong/, /missing/, /mute/.
+"""
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+RESNET = "resnet18-f37072fd.pth"
+COMMIT = "c0ffee" + "0" * 34
+INSTEAD = 'or go on without it: profile = "embedded" needs no network.'
+CHILD = """
+import json, os, sys
+from pathlib import Path
+from helpers import hub
+
+def outcome(call, *args):
+    try:
+        return str(call(*args))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+"""
+
+# -- servers and processes ----------------------------------------------------------------------------------------------
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        self.server.requests.append(f"{self.command} {path}")
+        words = path.strip("/").split("/")
+        if "mute" in words:
+            self.server.over.wait(30)
+        elif "portal" in words:
+            self.answer(b"<html>Please log in.</html>")
+        elif words[0] == "api":
+            self.answer(json.dumps(self.about("/".join(words[2:4]), words[4])).encode())
+        elif "resolve" in words:
+            self.resolve("/".join(words[:2]), words[0], words[-1])
+        else:
+            self.answer_file(words, self.server.files.get(words[-1]))
+
+    def about(self, name, question):
+        """What the Hub's API says of a repository: its commit, or a list of its files."""
+        if question == "revision":
+            return {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in self.server.repository]}
+        files = []
+        for file, content in self.server.repository.items():
+            entry = {"type": "file", "path": file, "size": len(content), "oid": git_hash(content)}
+            if file.endswith((".safetensors", ".bin")):
+                entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
+                entry["xetHash"] = sha256(content)
+            files.append(entry)
+        return files
+
+    def resolve(self, name, mode, file):
+        """A small file comes from here, a large one from where the answer points to, as on the Hub."""
+        content = self.server.repository[file]
+        if not file.endswith(".safetensors"):
+            return self.answer(content, {"ETag": f'"{git_hash(content)}"', "X-Repo-Commit": COMMIT})
+        digest = sha256(content)
+        headers = {"X-Repo-Commit": COMMIT, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
+        headers |= {"Location": f"{self.server.url}/cdn/{mode}/{digest}", "X-Xet-Hash": digest}
+        return self.answer(b"", headers, status=302)
+
+    def answer_file(self, words, content):
+        if content is None or "missing" in words:
+            self.answer(b"", status=404)
+        elif "busy" in words:
+            self.answer(b"", status=503)
+        elif "wrong" in words:
+            self.answer(b"x" * len(content))
+        elif "short" in words:
+            self.answer(content[:-1])
+        elif "stall" in words:
+            self.answer(content, send=100)
+            self.server.over.wait(30)
+        elif "break" in words:
+            self.answer(content, send=100)
+        else:
+            self.answer(content)
+
+    def answer(self, content, headers=(), status=200, send=None):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(content)), **dict(headers)}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[:send])
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """`files` are found under any folder, `repository` under any name; `requests` is what was asked."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files, self.repository, self.requests = {}, {}, []
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,))
+        self.thread.start()
+
+    def asked(self, word, method="GET"):
+        return [request for request in self.requests if f"/{word}/" in request and request.startswith(method)]
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), ConnectionError):  # a child that has given up
+            super().handle_error(request, client_address)
+
+    def close(self):
+        self.over.set()
+        self.shutdown()
+        self.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def dead_url():
+    """An address on which nothing listens, for as long as the tests run: bound, but not listening."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+def environment(home, **changes):
+    kept = {key: value for key, value in os.environ.items() if not re.match("(?i)WARMSTART_|HF_|TORCH_HOME|.*_proxy", key)}
+    ours = {"TORCH_HOME": str(home / "torch"), "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1", "WARMSTART_TIMEOUT": "0.5"}
+    return {**kept, **ours, **changes}
+
+
+def python(code, home, *arguments, **changes):
+    """Run `code` in a fresh interpreter; return what it printed last, from JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD + code, *map(str, arguments)],
+        env=environment(home, **changes),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def interrupted(code, home, server, word, **changes):
+    """Run `code` until it has asked for /word/, then press Ctrl-C; return what it wrote to stderr."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD + code],
+        env=environment(home, WARMSTART_TIMEOUT="30", **changes),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 30
+    while not server.asked(word) and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    return child.communicate(timeout=30)[1]
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def git_hash(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def files_in(folder):
+    return sorted(file.name for file in folder.rglob("*") if file.is_file())
+
+
+# -- torchvision --------------------------------------------------------------------------------------------------------
+
+SMALL = """
+import torch
+from torchvision.models import Weights, WeightsEnum
+from torchvision.models._api import register_model
+
+class Small_Weights(WeightsEnum):
+    TINY_V1 = Weights(url=sys.argv[1], transforms=None, meta={})
+
+@register_model()
+def small(*, weights: Small_Weights | None = None, progress: bool = True) -> torch.nn.Module:
+    model = torch.nn.Linear(3, 2)
+    if weights is not None:
+        model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
+    return model
+
+def logits(weights):
+    return hub.torchvision_model(weights)(torch.ones(1, 3)).tolist()
+"""
+
+
+@pytest.fixture
+def small(server):
+    """The name of a file that the server has, and the logits of the model whose weights are in it."""
+    model, file = nn.Linear(3, 2), io.BytesIO()
+    torch.save(model.state_dict(), file)
+    name = f"small-{sha256(file.getvalue())[:8]}.pth"
+    server.files[name] = file.getvalue()
+    return name, model(torch.ones(1, 3)).tolist()
+
+
+def test_a_torchvision_model_is_the_saved_one_and_later_needs_neither_server_nor_network(server, small, dead_url, tmp_path):
+    name, logits = small
+    first = "print(json.dumps(logits('Small_Weights.TINY_V1')))"
+    assert python(SMALL + first, tmp_path, f"{server.url}/models/{name}") == logits
+    assert server.requests == [f"GET /models/{name}"]
+    assert files_in(tmp_path / "torch") == [name]
+    again = """
+found = [logits(Small_Weights.TINY_V1)]
+os.environ["WARMSTART_OFFLINE"] = "1"
+print(json.dumps([*found, logits(Small_Weights.TINY_V1)]))
+"""
+    assert python(SMALL + again, tmp_path, f"{dead_url}/{name}") == [logits, logits]
+
+
+def test_a_mirror_stands_in_and_a_damaged_file_is_noticed_and_replaced(server, small, dead_url, tmp_path):
+    name, logits = small
+    code = """
+mirror = os.environ["WARMSTART_MIRROR"]
+path = hub.weights_file(Small_Weights.TINY_V1)
+steps = {"path": str(path)}
+path.write_bytes(path.read_bytes()[:-1] + b"?")
+os.environ["WARMSTART_OFFLINE"] = "1"
+steps["offline"] = outcome(logits, Small_Weights.TINY_V1)
+os.environ["WARMSTART_OFFLINE"] = "0"
+os.environ["WARMSTART_MIRROR"] = sys.argv[1]
+steps["no server"] = outcome(logits, Small_Weights.TINY_V1)
+os.environ["WARMSTART_MIRROR"] = mirror
+steps["online"] = logits(Small_Weights.TINY_V1)
+print(json.dumps(steps))
+"""
+    steps = python(SMALL + code, tmp_path, f"{dead_url}/{name}", WARMSTART_MIRROR=f"{server.url}/classroom")
+    path = tmp_path / "torch/hub/checkpoints" / name
+    damaged = sha256(server.files[name][:-1] + b"?")[:8]
+    assert steps == {
+        "path": str(path),
+        "offline": f"DownloadFailed: could not get {name} from {server.url}/classroom/{name}: WARMSTART_OFFLINE is set, and "
+        f"the cached file is damaged (its SHA-256 begins with {damaged}). Put the file at {path}, {INSTEAD}",
+        "no server": f"DownloadFailed: could not get {name} from {dead_url}/{name}/{name}: nothing answers there, 3 times. "
+        f"Put the file at {path}, {INSTEAD}",
+        "online": logits,
+    }
+    assert path.read_bytes() == server.files[name]
+    assert len(server.requests) == 2
+
+
+RESNET_FAILURES = {
+    "wrong": ("what came is not that file, its SHA-256 begins with {digest}", 1),
+    "missing": ("HTTP 404 Not Found", 1),
+    "busy": ("HTTP 503 Service Unavailable, 3 times", 3),
+    "stall": ("nothing came for 0.5 s, 3 times", 3),
+    "mute": ("nothing came for 0.5 s, 3 times", 3),
+    "break": ("the connection broke off after 100 of 5000 bytes, 3 times", 3),
+    "dead": ("nothing answers there, 3 times", 0),
+    "tls": ("no secure connection could be made, 3 times", 0),
+    "offline": ("WARMSTART_OFFLINE is set, and the cache does not hold it", 0),
+}
+
+
+@pytest.fixture(scope="module")
+def resnet_failures(dead_url, tmp_path_factory):
+    """What `weights_file` said, where, how often the server was asked, and what the cache then held, for each failure."""
+    server, home = Server(), tmp_path_factory.mktemp("resnet")
+    server.files[RESNET] = b"r" * 5000
+    mirrors = {word: f"{server.url}/{word}/" for word in RESNET_FAILURES}
+    mirrors |= {"dead": dead_url, "tls": server.url.replace("http:", "https:"), "offline": ""}
+    code = """
+from torchvision.models import ResNet18_Weights
+said = {}
+for word, os.environ["WARMSTART_MIRROR"] in json.loads(sys.argv[1]).items():
+    os.environ["WARMSTART_OFFLINE"] = "1" if word == "offline" else ""
+    said[word] = outcome(hub.torchvision_model, ResNet18_Weights.IMAGENET1K_V1)
+print(json.dumps(said))
+"""
+    said = python(code, home, json.dumps(mirrors))
+    server.close()
+    mirrors["offline"] = "https://download.pytorch.org/models"
+    return {
+        word: (said[word], f"{url.rstrip('/')}/{RESNET}", len(server.asked(word)), home / "torch/hub/checkpoints")
+        for word, url in mirrors.items()
+    }
+
+
+@pytest.mark.parametrize("word", RESNET_FAILURES)
+def test_a_torchvision_download_that_fails_says_so_in_one_sentence_and_leaves_nothing(resnet_failures, word):
+    said, url, asked, cache = resnet_failures[word]
+    reason, tries = RESNET_FAILURES[word]
+    reason = reason.format(digest=sha256(b"x" * 5000)[:8])
+    assert said == f"DownloadFailed: could not get {RESNET} from {url}: {reason}. Put the file at {cache / RESNET}, {INSTEAD}"
+    assert asked == tries
+    assert files_in(cache) == []
+
+
+def test_a_torchvision_download_that_is_interrupted_leaves_nothing(server, tmp_path):
+    server.files[RESNET] = b"r" * 5000
+    code = "hub.weights_file('ResNet18_Weights.IMAGENET1K_V1')"
+    assert "KeyboardInterrupt" in interrupted(code, tmp_path, server, "stall", WARMSTART_MIRROR=f"{server.url}/stall/")
+    assert files_in(tmp_path / "torch") == []
+
+
+def test_weights_that_are_none_are_told_in_one_sentence(tmp_path):
+    code = """
+from torchvision.models import ResNet18_Weights
+from torchvision.models.quantization import ResNet18_QuantizedWeights
+from torchvision.models._api import register_model
+register_model("untrained")(lambda: None)
+wrong = ["resnet18_weights.imagenet1k_v3", ResNet18_Weights, ResNet18_QuantizedWeights.IMAGENET1K_FBGEMM_V1]
+print(json.dumps([outcome(hub.weights_file, weights) for weights in wrong]))
+"""
+    assert python(code, tmp_path, WARMSTART_OFFLINE="1") == [
+        "ValueError: not weights of a torchvision model: 'resnet18_weights.imagenet1k_v3'. Closest: "
+        "['ResNet18_Weights.IMAGENET1K_V1', 'ResNet152_Weights.IMAGENET1K_V2', 'ResNet152_Weights.IMAGENET1K_V1'].",
+        "TypeError: weights must be a member such as ResNet18_Weights.IMAGENET1K_V1 or its name, got an EnumType.",
+        "ValueError: the name resnet18_fbgemm_16fa66dd.pth holds no SHA-256, so ResNet18_QuantizedWeights.IMAGENET1K_FBGEMM_V1 "
+        "cannot be verified. Load them with torchvision if you trust "
+        "https://download.pytorch.org/models/quantized/resnet18_fbgemm_16fa66dd.pth.",
+    ]
+
+
+# -- Hugging Face -------------------------------------------------------------------------------------------------------
+
+BERT = """
+import torch
+
+def outputs(folder):
+    from transformers import AutoModel, AutoTokenizer
+    tokens = AutoTokenizer.from_pretrained(folder)("a warm start", return_tensors="pt")
+    with torch.no_grad():
+        return tokens["input_ids"].tolist(), AutoModel.from_pretrained(folder)(**tokens).last_hidden_state.tolist()
+"""
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """The files of a tiny BERT as its author saved them, and what it computes."""
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    home = tmp_path_factory.mktemp("bert")
+    make = """
+from transformers import AutoTokenizer, BertConfig, BertModel
+folder = Path(sys.argv[1])
+words = "[PAD] [UNK] [CLS] [SEP] [MASK] a warm start".split()
+config = BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+BertModel(config).save_pretrained(folder)
+(folder / "vocab.txt").write_text("\\n".join(words))
+AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+print(json.dumps(outputs(folder)))
+"""
+    found = python(BERT + make, home, home / "saved")
+    return {file.name: file.read_bytes() for file in (home / "saved").iterdir()}, found
+
+
+@pytest.fixture
+def hub(server, bert):
+    """The server, with that model in every repository, and a pickle that nobody is to fetch."""
+    server.repository = {**bert[0], "pytorch_model.bin": b"code"}
+    server.files = {sha256(content): content for content in server.repository.values()}
+    return server
+
+
+def cached(home, name):
+    return home / "hf" / "hub" / f"models--{name.replace('/', '--')}"
+
+
+def advice(name, url, reason):
+    return f"DownloadFailed: could not get {name} from {url}/{name}: {reason}. Pass a folder that holds its files, {INSTEAD}"
+
+
+def test_a_hugging_face_model_is_the_saved_one_and_later_needs_neither_server_nor_network(hub, bert, dead_url, tmp_path):
+    files, found = bert
+    code = "folder = hub.huggingface_folder('tiny/bert'); print(json.dumps([str(folder), outputs(folder)]))"
+    folder = cached(tmp_path, "tiny/bert") / "snapshots" / COMMIT
+    assert python(BERT + code, tmp_path, HF_ENDPOINT=hub.url) == [str(folder), found]
+    assert files_in(folder) == sorted(files)
+    assert len(hub.asked("cdn")) == 1
+    assert python(BERT + code, tmp_path, HF_ENDPOINT=dead_url) == [str(folder), found]
+    before = len(hub.requests)
+    assert python(BERT + code, tmp_path, HF_ENDPOINT=hub.url, WARMSTART_OFFLINE="1") == [str(folder), found]
+    assert len(hub.requests) == before
+
+
+def test_a_damaged_hugging_face_file_is_noticed_and_fetched_again(hub, dead_url, tmp_path):
+    fetch = "print(json.dumps(outcome(hub.huggingface_folder, 'tiny/bert')))"
+    folder = Path(python(fetch, tmp_path, HF_ENDPOINT=hub.url))
+    for file in ("model.safetensors", "config.json"):
+        (folder / file).write_bytes(hub.repository[file][:-1] + b"?")
+    before = list(hub.requests)
+    assert python(fetch, tmp_path, HF_ENDPOINT=hub.url, WARMSTART_OFFLINE="1") == advice(
+        "tiny/bert", hub.url, "WARMSTART_OFFLINE is set, and the cached config.json, model.safetensors is damaged"
+    )
+    assert hub.requests == before
+    assert python(fetch, tmp_path, HF_ENDPOINT=hub.url) == str(folder)
+    assert sorted(request.split("/")[-1] for request in hub.requests[len(before) :] if request.startswith("GET")) == sorted(
+        ["main", "main", "config.json", sha256(hub.repository["model.safetensors"])]
+    )
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
+        name: content for name, content in hub.repository.items() if name != "pytorch_model.bin"
+    }
+    (folder / "vocab.txt").write_bytes(b"?")
+    assert python(fetch, tmp_path, HF_ENDPOINT=dead_url) == advice("tiny/bert", dead_url, "nothing answers there")
+
+
+HF_FAILURES = {
+    "wrong/bert": "what came as model.safetensors is damaged",
+    "short/bert": "what came is not of the announced size",
+    "missing/bert": "HTTP 404 Not Found",
+    "stall/bert": "nothing came for 0.5 s",
+    "mute/bert": "nothing came for 0.5 s",
+    "break/bert": "the connection broke off after 100 of {size} bytes",
+    "portal/bert": "the answer is not from a hub, perhaps a login page",
+}
+
+
+@pytest.fixture(scope="module")
+def hf_failures(bert, tmp_path_factory):
+    server, home = Server(), tmp_path_factory.mktemp("failures")
+    server.repository = bert[0]
+    server.files = {sha256(content): content for content in bert[0].values()}
+    code = "print(json.dumps({name: outcome(hub.huggingface_folder, name) for name in json.loads(sys.argv[1])}))"
+    started = time.monotonic()
+    said = python(code, home, json.dumps(list(HF_FAILURES)), HF_ENDPOINT=server.url)
+    server.close()
+    return server, home, said, time.monotonic() - started
+
+
+@pytest.mark.parametrize("name", HF_FAILURES)
+def test_a_hugging_face_download_that_fails_says_so_in_one_sentence_and_leaves_no_weights(hf_failures, name):
+    server, home, said, _ = hf_failures
+    reason = HF_FAILURES[name].format(size=len(server.repository["model.safetensors"]))
+    assert said[name] == advice(name, server.url, reason)
+    assert not {sha256(server.repository["model.safetensors"]), "model.safetensors"} & {
+        file for file in files_in(cached(home, name)) if not file.endswith(".lock")
+    }
+    assert len(server.asked(f"cdn/{name.split('/')[0]}")) <= 3
+
+
+def test_a_hugging_face_download_that_is_interrupted_leaves_no_weights(hub, tmp_path):
+    code = "hub.huggingface_folder('stall/bert')"
+    hub.files = {sha256(content): content for content in hub.repository.values()}
+    assert "KeyboardInterrupt" in interrupted(code, tmp_path, hub, "cdn", HF_ENDPOINT=hub.url)
+    assert "model.safetensors" not in files_in(cached(tmp_path, "stall/bert"))
