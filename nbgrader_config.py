@@ -9,7 +9,8 @@ c.CourseDirectory.release_directory = "course"
 c.CourseDirectory.ignore = [".ipynb_checkpoints", "*.pyc", "__pycache__", "feedback", "*.py"]
 
 # `nbgrader zip_collect`: what an LMS gave, in downloaded/<chapter>/archive/, named <student>_<chapter>.ipynb.
-c.FileNameCollectorPlugin.named_regexp = r".*/(?P<student_id>[^/_]+)_(?P<file_id>[^/]+)"
+c.ExtractorPlugin.zip_ext = []  # one damaged archive would stop it: unpack what an LMS packed before
+c.ZipCollectApp.collector_plugin = "grader.nbgrader_steps.CollectGradable"
 
 c.GenerateAssignment.preprocessors = [
     "nbgrader.preprocessors.IncludeHeaderFooter",
@@ -28,9 +29,9 @@ c.GenerateAssignment.preprocessors = [
 
 c.Autograde.sanitize_preprocessors = [
     "nbgrader.preprocessors.ClearOutput",
-    "nbgrader.preprocessors.DeduplicateIds",
+    "grader.nbgrader_steps.RebuildMetadata",  # in place of DeduplicateIds
     "nbgrader.preprocessors.OverwriteKernelspec",
-    "nbgrader.preprocessors.OverwriteCells",
+    "grader.nbgrader_steps.PutBackChecks",  # in place of OverwriteCells
     "grader.nbgrader_steps.DropDemo",
     "nbgrader.preprocessors.CheckCellMetadata",
 ]

@@ -160,7 +160,7 @@ def image_backbone(weights) -> ImageBackbone:
     from helpers import hub
 
     weights = get_weight(weights) if isinstance(weights, str) else weights
-    return ImageBackbone(hub.pretrained(weights), weights)
+    return ImageBackbone(hub.torchvision_model(weights), weights)
 
 
 def classify(weights, model: nn.Module, images: Sequence[Tensor], k: int = 5) -> list[list[tuple[str, float]]]:

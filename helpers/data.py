@@ -184,13 +184,19 @@ def pets(split: str = "train", labels_per_class: int | None = None, draw: int = 
     """
     from helpers.hub import oxford_pets
 
-    (train, test) = oxford_pets()
-    paths, classes = [*train.images, *test.images], tuple(train.classes)
-    labels = torch.tensor([*train.labels, *test.labels])
-    inner = _stratified(labels[: len(train.labels)], {"validation": 0.2})
-    splits = inner | {"test": torch.arange(len(train.labels), len(labels))}
+    folder = oxford_pets()
+    photos, halves = [], []
+    for half in ("trainval", "test"):
+        lines = (folder / "annotations" / f"{half}.txt").read_text(encoding="utf-8").splitlines()
+        photos += [line.split()[:2] for line in lines]  # "Abyssinian_100 1 1 1": name, number of the breed, ...
+        halves += [half] * len(lines)
+    labels = torch.tensor([int(number) - 1 for _, number in photos])
+    names = {int(number) - 1: name.rpartition("_")[0] for name, number in photos}
+    first = halves.count("trainval")
+    splits = _stratified(labels[:first], {"validation": 0.2}) | {"test": torch.arange(first, len(labels))}
     rows = _choose(splits, labels, split, labels_per_class, draw)
-    return Examples([Path(paths[row]) for row in rows], labels[rows], classes)
+    paths = [folder / "images" / f"{photos[row][0]}.jpg" for row in rows]
+    return Examples(paths, labels[rows], tuple(names[label] for label in sorted(names)))
 
 
 def _choose(splits: dict[str, Tensor], labels: Tensor, split: str, labels_per_class: int | None, draw: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from helpers.training import best_device
 
-PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "matplotlib")
+PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scikit-learn", "matplotlib")
 
 
 def describe_environment() -> None:

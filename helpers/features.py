@@ -160,11 +160,13 @@ def cached_features(
 
     Args:
         folder: where entries are kept, made if missing. One file for each, of the features' own size.
-        compute: such as `extract`; gives one tensor.
+        compute: a function such as `extract`; gives one tensor.
         backbone: any model.
         inputs: a tensor, or a list of texts, paths, PIL images or tensors.
         settings: keyword arguments of `compute` that JSON can spell.
     """
+    if not hasattr(compute, "__qualname__"):
+        raise TypeError(f"compute must be a function, got {expect.describe(compute)}. Give it its arguments as settings.")
     settings = dict(settings or {})
     key = _key(compute, expect.module("backbone", backbone), inputs, settings)
     path = Path(folder) / f"{key}.safetensors"

@@ -12,6 +12,8 @@ torch.hub and huggingface_hub keep anyway; a file that either of them fetched ea
 import hashlib
 import os
 import re
+import socket
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -170,6 +172,34 @@ def huggingface_folder(name: str, revision: str = "main") -> Path:
     missing = [pattern for pattern in ("config.json", "*.safetensors") if not any(folder.glob(pattern))]
     if missing:
         raise DownloadFailed(failure.format(f"{'the cache' if offline() else 'it'} holds no {' and no '.join(missing)}"))
+    return folder
+
+
+def oxford_pets() -> Path:
+    """The folder of the Oxford-IIIT Pets, with `images/` and `annotations/`, fetched by torchvision (800 MB) if missing.
+
+    Raises:
+        DownloadFailed: it is not to be had, or only a part of it is there.
+    """
+    from torchvision.datasets import OxfordIIITPet
+
+    root = Path(torch.hub.get_dir()).parent / "datasets"
+    folder = root / "oxford-iiit-pet"
+    failure = f"could not get the Oxford-IIIT Pets from www.robots.ox.ac.uk: {{}}. Put them into {folder}, {INSTEAD}"
+    if not folder.is_dir():
+        if offline():
+            raise DownloadFailed(failure.format("WARMSTART_OFFLINE is set, and they are not there"))
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(_patience())  # torchvision sets none
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root) as draft:  # extracting takes long; half of it must not count
+                OxfordIIITPet(draft, download=True)
+                Path(draft, folder.name).replace(folder)
+        except (OSError, RuntimeError) as error:
+            raise DownloadFailed(failure.format(_reason(error) or str(error))) from None
+        finally:
+            socket.setdefaulttimeout(before)
     return folder
 
 

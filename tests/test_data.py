@@ -1,7 +1,15 @@
+import subprocess
+import sys
+from pathlib import Path
+from shutil import which
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from helpers.data import LETTERS, digits, letters
+from helpers.data import LETTERS, digits, docstrings, image_folder, letters, pets, text_table
+from helpers.docstrings import ALIKE, LIST, TOPICS, listed
 
 
 def test_letters_are_drawn_as_documented():
@@ -61,6 +69,173 @@ def test_digits_are_the_originals_enlarged():
     distances = torch.cdist(small, torch.from_numpy(raw.data).float() / 16)
     assert distances.min(1).values.max() < 1.0  # images have a norm of about 4
     assert (torch.from_numpy(raw.target)[distances.argmin(1)] == test.labels).float().mean() > 0.99
+
+
+# --- docstrings ---------------------------------------------------------------------------------------------------
+
+SPLITS = ("train", "validation", "test")
+
+
+def test_docstring_splits_are_disjoint_and_the_held_out_ones_balanced():
+    splits = {name: docstrings(name) for name in SPLITS}
+    texts = [text.lower() for examples in splits.values() for text in examples.inputs]
+    assert len(set(texts)) == len(texts)
+    assert splits["train"].classes == tuple(TOPICS) and len(TOPICS) == 6
+    for split in splits.values():
+        assert len(split.inputs) == len(split.labels)
+        assert all(len(text.split()) >= 4 and "\n" not in text for text in split.inputs)
+    # Other patch releases than those in `helpers.docstrings` may have reworded a few.
+    assert (splits["test"].labels.bincount() - 60).abs().max() <= 5
+    assert (splits["validation"].labels.bincount() - 36).abs().max() <= 5
+    assert splits["train"].labels.bincount().min() >= 190
+
+
+def test_no_module_is_in_two_splits():
+    found = listed()
+    modules = {split: {docstring.module for docstring in found if docstring.split == split} for split in SPLITS}
+    assert not modules["train"] & modules["test"] and not modules["train"] & modules["validation"]
+    assert not modules["validation"] & modules["test"]
+
+
+def test_no_training_text_is_nearly_a_held_out_one():
+    def words(text):
+        return frozenset(text.lower().strip(".").split())
+
+    held_out = [words(text) for split in ("validation", "test") for text in docstrings(split).inputs]
+    for text in docstrings("train").inputs:
+        own = words(text)
+        assert max(len(own & other) / len(own | other) for other in held_out) < ALIKE
+
+
+def test_docstrings_are_what_this_python_says_of_itself():
+    import fractions
+    import inspect
+
+    first = next(d for d in listed() if (d.module, d.name) == ("fractions", "Fraction"))
+    assert " ".join(inspect.getdoc(fractions.Fraction).split("\n\n")[0].split()) == first.text
+
+
+def runs(python):
+    return subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode == 0
+
+
+def test_docstrings_are_the_same_in_every_python_that_is_here():
+    keys = set(LIST.read_text(encoding="utf-8").split())
+    others = [found for minor in (11, 12, 13) if (found := which(f"python3.{minor}")) and runs(found)]
+    for python in (sys.executable, *others):
+        code = "import docstrings as d; print(*sorted({x.key for x in d.collect()}))"
+        done = subprocess.run([python, "-W", "ignore", "-c", code], cwd=LIST.parent, capture_output=True, text=True, check=True)
+        assert len(keys - set(done.stdout.split())) <= 0.03 * len(keys), python
+
+
+def test_docstrings_draw_labelled_texts_like_the_digits():
+    few, other = docstrings("train", 5, draw=0), docstrings("train", 5, draw=1)
+    assert few.labels.bincount().tolist() == [5] * 6
+    assert few.inputs != other.inputs and few.inputs == docstrings("train", 5, draw=0).inputs
+    assert set(few.inputs) <= set(docstrings("train").inputs)
+
+
+# --- your own -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name, count in (("cat", 10), ("dog", 20)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            Image.fromarray(np.full((8 + number, 9, 3), number, np.uint8)).save(tmp_path / name / f"{number}.png")
+    return tmp_path
+
+
+def test_a_folder_of_images_has_the_same_call_shape(photos):
+    splits = [image_folder(photos, name) for name in SPLITS]
+    assert all(split.classes == ("cat", "dog") for split in splits)
+    paths = [path for split in splits for path in split.inputs]
+    assert len(paths) == len(set(paths)) == 30 and all(isinstance(path, Path) for path in paths)
+    for split in splits:
+        assert [path.parent.name for path in split.inputs] == [split.classes[label] for label in split.labels]
+        assert set(split.labels.tolist()) == {0, 1}
+    assert image_folder(photos, "train", 3, draw=1).labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert image_folder(str(photos), "train", 3).inputs == image_folder(photos, "train", 3).inputs
+
+
+def test_pets_are_read_from_their_lists(tmp_path, monkeypatch):
+    """The published files' layout, with 12 photographs of three breeds; the real ones are 800 MB."""
+    folder = tmp_path / "datasets" / "oxford-iiit-pet"
+    (folder / "annotations").mkdir(parents=True)
+    breeds = ("Abyssinian", "american_bulldog", "yorkshire_terrier")
+    for half, numbers in (("trainval", range(10)), ("test", range(10, 13))):
+        lines = [f"{breed}_{n} {place} 1 1" for n in numbers for place, breed in enumerate(breeds, 1)]
+        (folder / "annotations" / f"{half}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    train, validation, test = (pets(split) for split in SPLITS)
+    assert train.classes == breeds
+    assert [len(split.inputs) for split in (train, validation, test)] == [24, 6, 9]
+    assert {path.stem.rpartition("_")[2] for path in test.inputs} == {"10", "11", "12"}
+    for split in (train, validation, test):
+        assert [path.stem.rpartition("_")[0] for path in split.inputs] == [breeds[label] for label in split.labels]
+        assert all(path.parent == folder / "images" and path.suffix == ".jpg" for path in split.inputs)
+    assert pets("train", 2).labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_pets_that_cannot_be_had_say_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("WARMSTART_OFFLINE", "1")
+    with pytest.raises(OSError) as error:
+        pets()
+    assert str(error.value) == (
+        "could not get the Oxford-IIIT Pets from www.robots.ox.ac.uk: WARMSTART_OFFLINE is set, and they are not there. "
+        f'Put them into {tmp_path}/datasets/oxford-iiit-pet, or go on without it: profile = "embedded" needs no network.'
+    )
+    assert not (tmp_path / "datasets").exists()
+
+
+@pytest.fixture
+def mails(tmp_path):
+    lines = ["number,text,label", *(f'{n},"text, {n}",{"spam" if n % 3 else "ham"}' for n in range(30)), '3,"text, 3",ham']
+    file = tmp_path / "mails.csv"
+    file.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    return file
+
+
+def test_a_table_of_texts_has_the_same_call_shape(mails):
+    splits = [text_table(mails, name) for name in SPLITS]
+    texts = [text for split in splits for text in split.inputs]
+    assert sorted(texts) == sorted(f"text, {n}" for n in range(30)), "a text that occurs twice is kept once"
+    for split in splits:
+        assert split.classes == ("ham", "spam")
+        assert [int(text.split()[1]) % 3 > 0 for text in split.inputs] == (split.labels == 1).tolist()
+    assert text_table(mails, "train", 2).labels.tolist() == [0, 0, 1, 1]
+
+
+def test_own_data_that_cannot_be_used_is_told_in_one_sentence(tmp_path, photos):
+    def told(text):
+        file = tmp_path / "table.csv"
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError) as error:
+            text_table(file)
+        return str(error.value).replace(str(file), "table.csv")
+
+    message = "table.csv must have the columns 'text' and 'label', got ['a', 'b']. Name them in its first line."
+    assert told("a,b\n1,2\n") == message
+    assert told("text,label\na,x\na,y\n") == (
+        "line 3 of table.csv must have a text and one label, got text 'a' with label 'y' and, in an earlier line, 'x'. "
+        "Correct it or take it out."
+    )
+    assert told("text,label\na,x\nb,x\n") == "table.csv must have texts of two or more labels, got ['x']."
+    few = "text,label\na,x\nb,x\nc,x\nd,x\ne,y\n"
+    assert told(few) == "every class must have at least 4 examples, got 1 of 'y'. Add some, or drop it."
+    empty = tmp_path / "none"
+    with pytest.raises(ValueError) as error:
+        image_folder(empty)
+    assert str(error.value) == (
+        f"{empty} must hold a folder of images for each of two or more classes: {empty}/cat, {empty}/dog."
+    )
+    (photos / "bird").mkdir()
+    with pytest.raises(
+        ValueError, match=r"^every class must have at least 4 examples, got 0 of 'bird'. Add some, or drop it.$"
+    ):
+        image_folder(photos)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,17 @@
 import copy
+import functools
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from helpers.backbones import glyphnet
 from helpers.data import digits
-from helpers.features import eval_mode, extract, freeze, linear_probe, remove_head
+from helpers.features import cached_features, drop_head, eval_mode, extract, freeze, linear_probe
 
 
 def snapshot(model):
@@ -48,23 +49,48 @@ def test_extract_depends_neither_on_batch_size_nor_on_company(digits_net):
     assert not whole.requires_grad
 
 
-def test_extract_equals_torchvisions_feature_extractor_exactly():
-    model = resnet18(weights=None).eval()
-    images = torch.randn(3, 3, 64, 64)
+NETWORKS = [
+    ("resnet18", "fc", "flatten"),
+    ("densenet121", "classifier", "flatten"),
+    ("mobilenet_v3_small", "classifier.3", "classifier.2"),
+    ("efficientnet_b0", "classifier.1", "classifier.0"),
+    ("vit_b_16", "heads.head", "getitem_5"),
+]
+
+
+@pytest.mark.parametrize(("name", "head", "node"), NETWORKS)
+def test_features_equal_torchvisions_feature_extractor_exactly(name, head, node):
+    model = get_model(name, weights=None).eval()
+    images = torch.randn(2, 3, 224 if name.startswith("vit") else 64, 224 if name.startswith("vit") else 64)
     with torch.no_grad():
-        wanted = create_feature_extractor(model, ["flatten"])(images)["flatten"]
-    remove_head(model)
-    assert torch.equal(extract(model, images), wanted)
+        wanted = create_feature_extractor(model, [node])(images)[node]
+    assert torch.equal(extract(drop_head(model, head), images), wanted)
 
 
-def test_removed_head_put_back_gives_the_old_logits():
+def test_a_dropped_head_put_back_gives_the_old_logits_and_the_model_keeps_its_own():
     model = glyphnet()
     images = torch.rand(5, 1, 32, 32)
     logits = extract(model, images)
-    head = remove_head(model)
-    features = extract(model, images)
-    assert features.shape == (5, model.width) == (5, head.in_features)
-    assert torch.equal(head(features), logits)
+    features = extract(drop_head(model), images)
+    assert features.shape == (5, model.width) == (5, model.fc.in_features)
+    assert torch.equal(model.fc(features), logits)
+    assert torch.equal(extract(model, images), logits)
+
+
+def test_dropping_a_head_shares_nothing_with_the_model():
+    model = glyphnet()
+    nn.init.zeros_(drop_head(model).conv1.weight)
+    assert model.conv1.weight.any()
+
+
+def test_extract_takes_lists_in_their_order():
+    class Lengths(nn.Module):
+        def forward(self, texts):
+            return torch.tensor([[len(text)] for text in texts])
+
+    texts = ["a" * n for n in (3, 1, 4, 1, 5)]
+    assert extract(Lengths(), texts, batch_size=2)[:, 0].tolist() == [3, 1, 4, 1, 5]
+    assert extract(Lengths(), tuple(texts)).device.type == "cpu"
 
 
 def test_freeze_stops_parameters_and_buffers(digits_net):
@@ -132,11 +158,150 @@ def test_linear_probe_keeps_the_dtype_of_the_features():
 
 def test_a_network_and_its_features_are_read_only_for_a_probe():
     few = digits("train", 2)
-    model = glyphnet()
-    remove_head(model)
+    model = drop_head(glyphnet())
     reference = copy.deepcopy(model)
     linear_probe(extract(model, few.inputs), few.labels, 10)
     assert_unchanged(model, snapshot(reference))
+
+
+# --- the cache ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compute():
+    """`extract`, counting how often it is called."""
+
+    def counting(backbone, inputs, **settings):
+        counting.calls += 1
+        return extract(backbone, inputs, **settings)
+
+    counting.calls = 0
+    return counting
+
+
+def entries(folder):
+    return list(folder.glob("*"))
+
+
+def test_the_same_is_computed_once_and_equal_to_the_last_bit(tmp_path, compute, digits_net):
+    images = torch.randn(6, 1, 8, 8)
+    first = cached_features(tmp_path / "new", compute, digits_net, images, {"batch_size": 4})
+    again = cached_features(tmp_path / "new", compute, copy.deepcopy(digits_net), images.clone(), {"batch_size": 4})
+    assert compute.calls == 1 and torch.equal(first, again) and first.dtype == again.dtype
+    assert torch.equal(first, extract(digits_net, images, 4))
+    assert [entry.suffix for entry in entries(tmp_path / "new")] == [".safetensors"]
+
+
+def a_parameter(net):
+    net.conv.weight.data[0, 0, 0, 0] += 1e-6
+
+
+def a_buffer(net):
+    net.bn.running_mean[0] += 1e-6
+
+
+def another_structure(net):
+    net.bn.eps = 1e-3  # not in the state dict
+
+
+def another_preprocessing(net):
+    net.preprocessing = "grey"
+
+
+@pytest.mark.parametrize("change", [a_parameter, a_buffer, another_structure, another_preprocessing])
+def test_another_backbone_is_another_entry(tmp_path, compute, digits_net, change):
+    images = torch.randn(3, 1, 8, 8)
+    cached_features(tmp_path, compute, digits_net, images)
+    change(digits_net)
+    assert torch.equal(cached_features(tmp_path, compute, digits_net, images), extract(digits_net, images))
+    assert compute.calls == 2
+
+
+def test_other_data_or_settings_are_another_entry(tmp_path, compute, digits_net):
+    images = torch.randn(4, 1, 8, 8)
+    pixel = images.clone()
+    pixel[0, 0, 0, 0] += 1e-3
+    for number, inputs in enumerate((images, pixel, images.flip(0), images[:3], images.double().float() + 1e-3), 1):
+        cached_features(tmp_path, compute, digits_net, inputs)
+        assert compute.calls == number
+    cached_features(tmp_path, compute, digits_net, images, {"batch_size": 2})
+    assert compute.calls == 6
+
+
+class Lengths(nn.Module):
+    """A backbone for anything that has a size in bytes."""
+
+    def forward(self, items):
+        sizes = [len(item) if isinstance(item, str) else item.stat().st_size for item in items]
+        return torch.tensor(sizes).float()[:, None]
+
+
+def test_lists_of_texts_and_files_are_known_by_their_contents(tmp_path, compute):
+    cache, photo = tmp_path / "cache", tmp_path / "photo"
+    for number, texts in enumerate((["ab", "c"], ["a", "bc"], ["ab"], ["c", "ab"]), 1):
+        cached_features(cache, compute, Lengths(), texts)
+        assert compute.calls == number, "a cut elsewhere, or another order, is another entry"
+    for content in (b"one", b"two"):
+        photo.write_bytes(content)
+        cached_features(cache, compute, Lengths(), [photo])
+    assert compute.calls == 6
+    cached_features(cache, compute, Lengths(), [photo])
+    assert compute.calls == 6
+
+
+def cut(entry):
+    entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
+
+
+def flip(entry):
+    raw = bytearray(entry.read_bytes())
+    raw[-1] ^= 1  # the last bit of the last number: it still loads
+    entry.write_bytes(raw)
+
+
+def empty(entry):
+    entry.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty])
+def test_a_damaged_entry_is_computed_again_and_replaced(tmp_path, compute, digits_net, damage):
+    images = torch.randn(3, 1, 8, 8)
+    wanted = cached_features(tmp_path, compute, digits_net, images)
+    damage(entries(tmp_path)[0])
+    for calls in (2, 2):
+        assert torch.equal(cached_features(tmp_path, compute, digits_net, images), wanted)
+        assert compute.calls == calls
+
+
+def test_an_entry_under_another_name_is_not_believed(tmp_path, compute, digits_net):
+    images = torch.randn(3, 1, 8, 8)
+    cached_features(tmp_path, compute, digits_net, images)
+    (old,) = entries(tmp_path)
+    a_parameter(digits_net)
+    wanted = cached_features(tmp_path, compute, digits_net, images)
+    (new,) = set(entries(tmp_path)) - {old}
+    old.replace(new)
+    assert torch.equal(cached_features(tmp_path, compute, digits_net, images), wanted) and compute.calls == 3
+
+
+def test_an_interruption_leaves_no_entry(tmp_path, digits_net):
+    def power_cut(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_features(tmp_path, power_cut, digits_net, torch.randn(3, 1, 8, 8))
+    assert entries(tmp_path) == []
+
+
+def test_what_has_no_name_of_its_own_is_refused(tmp_path):
+    with pytest.raises(TypeError) as error:
+        cached_features(tmp_path, functools.partial(extract, batch_size=2), Lengths(), ["a"])
+    assert str(error.value) == "compute must be a function, got a partial. Give it its arguments as settings."
+
+
+def test_inputs_without_contents_are_refused(tmp_path, compute):
+    with pytest.raises(TypeError, match=r"^inputs must be tensors, texts, paths or PIL images, got an object.$"):
+        cached_features(tmp_path, compute, Lengths(), [object()])
 
 
 NET = nn.Sequential(nn.Linear(3, 2))
@@ -146,20 +311,20 @@ NET = nn.Sequential(nn.Linear(3, 2))
     ("call", "kind", "message"),
     [
         (lambda: freeze([1]), TypeError, "model must be an nn.Module, got a list. Pass the model itself."),
-        (lambda: remove_head(None), TypeError, "model must be an nn.Module, got None. Pass the model itself."),
+        (lambda: drop_head(None), TypeError, "model must be an nn.Module, got None. Pass the model itself."),
         (lambda: extract({}, torch.randn(2, 3)), TypeError, "model must be an nn.Module, got a dict. Pass the model itself."),
         (lambda: linear_probe([[1.0]], [0]), TypeError, "features must be a tensor of shape (n, width), got a list."),
         (lambda: linear_probe(torch.randn(3, 2), torch.zeros(2).long()), ValueError, "labels must have shape (3,), got (2,)."),
-        (lambda: remove_head(NET, "fc"), ValueError, "not an nn.Linear of Sequential: 'fc'. Choose from ['0']."),
+        (lambda: drop_head(NET, "fc"), ValueError, "not an nn.Linear of Sequential: 'fc'. Choose from ['0']."),
         (
             lambda: extract(NET, torch.randn(0, 3)),
             ValueError,
             "inputs must have shape (n, ...), got (0, 3).",
         ),
         (
-            lambda: extract(NET, [1, 2]),
+            lambda: extract(NET, {}),
             TypeError,
-            "inputs must be a tensor of shape (n, ...), got a list.",
+            "inputs must be a tensor of shape (n, ...) or a list of n inputs, got a dict.",
         ),
         (
             lambda: extract(NET, torch.randn(2, 3), batch_size=0),

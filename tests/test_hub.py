@@ -53,11 +53,13 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.server.requests.append(f"{self.command} {path}")
         words = path.strip("/").split("/")
+        if self.server.well:
+            words[:-1] = [{"stall": "well"}.get(word, word) for word in words[:-1]]
         if "mute" in words:
             self.server.over.wait(30)
         elif "portal" in words:
             self.answer(b"<html>Please log in.</html>")
-        elif words[0] == "api":
+        elif words[:2] == ["api", "models"]:
             self.answer(json.dumps(self.about("/".join(words[2:4]), words[4])).encode())
         elif "resolve" in words:
             self.resolve("/".join(words[:2]), words[0], words[-1])
@@ -84,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(content, {"ETag": f'"{git_hash(content)}"', "X-Repo-Commit": COMMIT})
         digest = sha256(content)
         headers = {"X-Repo-Commit": COMMIT, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
-        headers |= {"Location": f"{self.server.url}/cdn/{mode}/{digest}", "X-Xet-Hash": digest}
+        headers |= {"Location": f"http://localhost:{self.server.server_port}/cdn/{mode}/{digest}", "X-Xet-Hash": digest}
         return self.answer(b"", headers, status=302)
 
     def answer_file(self, words, content):
@@ -117,12 +119,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """`files` are found under any folder, `repository` under any name; `requests` is what was asked."""
+    """`files` are found under any folder, `repository` under any name; `requests` is what was asked. `well` stops all mischief."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files, self.repository, self.requests = {}, {}, []
+        self.files, self.repository, self.requests, self.well = {}, {}, [], False
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.serve_forever, args=(0.02,))
         self.thread.start()
@@ -158,7 +160,7 @@ def dead_url():
 
 def environment(home, **changes):
     kept = {key: value for key, value in os.environ.items() if not re.match("(?i)WARMSTART_|HF_|TORCH_HOME|.*_proxy", key)}
-    ours = {"TORCH_HOME": str(home / "torch"), "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1", "WARMSTART_TIMEOUT": "0.5"}
+    ours = {"TORCH_HOME": str(home / "torch"), "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1"}
     return {**kept, **ours, **changes}
 
 
@@ -176,21 +178,17 @@ def python(code, home, *arguments, **changes):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def interrupted(code, home, server, word, **changes):
-    """Run `code` until it has asked for /word/, then press Ctrl-C; return what it wrote to stderr."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD + code],
-        env=environment(home, WARMSTART_TIMEOUT="30", **changes),
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until = time.monotonic() + 30
-    while not server.asked(word) and time.monotonic() < until:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    child.send_signal(signal.SIGINT)
-    return child.communicate(timeout=30)[1]
+def interrupted(code, home, server, word, by, **changes):
+    """Run `code` until it has asked for /word/, then send it the signal `by`; return what it wrote to stderr."""
+    environ = environment(home, **changes)
+    command = [sys.executable, "-c", CHILD + code]
+    with subprocess.Popen(command, env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True) as child:
+        until = time.monotonic() + 60
+        while not server.asked(word) and time.monotonic() < until and child.poll() is None:
+            time.sleep(0.02)
+        time.sleep(0.3)  # it has the first bytes now, and waits
+        child.send_signal(by)
+        return child.communicate()[1]
 
 
 def sha256(content):
@@ -310,7 +308,7 @@ for word, os.environ["WARMSTART_MIRROR"] in json.loads(sys.argv[1]).items():
     said[word] = outcome(hub.torchvision_model, ResNet18_Weights.IMAGENET1K_V1)
 print(json.dumps(said))
 """
-    said = python(code, home, json.dumps(mirrors))
+    said = python(code, home, json.dumps(mirrors), WARMSTART_TIMEOUT="0.5")
     server.close()
     mirrors["offline"] = "https://download.pytorch.org/models"
     return {
@@ -332,7 +330,9 @@ def test_a_torchvision_download_that_fails_says_so_in_one_sentence_and_leaves_no
 def test_a_torchvision_download_that_is_interrupted_leaves_nothing(server, tmp_path):
     server.files[RESNET] = b"r" * 5000
     code = "hub.weights_file('ResNet18_Weights.IMAGENET1K_V1')"
-    assert "KeyboardInterrupt" in interrupted(code, tmp_path, server, "stall", WARMSTART_MIRROR=f"{server.url}/stall/")
+    assert "KeyboardInterrupt" in interrupted(
+        code, tmp_path, server, "stall", signal.SIGINT, WARMSTART_MIRROR=f"{server.url}/stall/"
+    )
     assert files_in(tmp_path / "torch") == []
 
 
@@ -357,6 +357,7 @@ print(json.dumps([outcome(hub.weights_file, weights) for weights in wrong]))
 
 # -- Hugging Face -------------------------------------------------------------------------------------------------------
 
+FETCH = "print(json.dumps(outcome(hub.huggingface_folder, 'tiny/bert')))"
 BERT = """
 import torch
 
@@ -411,31 +412,46 @@ def test_a_hugging_face_model_is_the_saved_one_and_later_needs_neither_server_no
     assert python(BERT + code, tmp_path, HF_ENDPOINT=hub.url) == [str(folder), found]
     assert files_in(folder) == sorted(files)
     assert len(hub.asked("cdn")) == 1
-    assert python(BERT + code, tmp_path, HF_ENDPOINT=dead_url) == [str(folder), found]
-    before = len(hub.requests)
+    before = list(hub.requests)
     assert python(BERT + code, tmp_path, HF_ENDPOINT=hub.url, WARMSTART_OFFLINE="1") == [str(folder), found]
-    assert len(hub.requests) == before
+    assert hub.requests == before
+    assert python(FETCH, tmp_path, HF_ENDPOINT=dead_url) == str(folder)
+
+
+def test_without_a_network_an_empty_cache_says_what_to_do(hub, dead_url, tmp_path):
+    assert python(FETCH, tmp_path, HF_ENDPOINT=hub.url, WARMSTART_OFFLINE="1") == advice(
+        "tiny/bert", hub.url, "WARMSTART_OFFLINE is set, and the cache does not hold all of it"
+    )
+    assert hub.requests == []
+    assert python(FETCH, tmp_path, HF_ENDPOINT=dead_url) == advice("tiny/bert", dead_url, "nothing answers there")
 
 
 def test_a_damaged_hugging_face_file_is_noticed_and_fetched_again(hub, dead_url, tmp_path):
-    fetch = "print(json.dumps(outcome(hub.huggingface_folder, 'tiny/bert')))"
-    folder = Path(python(fetch, tmp_path, HF_ENDPOINT=hub.url))
-    for file in ("model.safetensors", "config.json"):
-        (folder / file).write_bytes(hub.repository[file][:-1] + b"?")
-    before = list(hub.requests)
-    assert python(fetch, tmp_path, HF_ENDPOINT=hub.url, WARMSTART_OFFLINE="1") == advice(
-        "tiny/bert", hub.url, "WARMSTART_OFFLINE is set, and the cached config.json, model.safetensors is damaged"
-    )
-    assert hub.requests == before
-    assert python(fetch, tmp_path, HF_ENDPOINT=hub.url) == str(folder)
-    assert sorted(request.split("/")[-1] for request in hub.requests[len(before) :] if request.startswith("GET")) == sorted(
-        ["main", "main", "config.json", sha256(hub.repository["model.safetensors"])]
-    )
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
-        name: content for name, content in hub.repository.items() if name != "pytorch_model.bin"
-    }
+    code = """
+folder = hub.huggingface_folder("tiny/bert")
+for file in ("model.safetensors", "config.json"):
+    (folder / file).write_bytes((folder / file).read_bytes()[:-1] + b"?")
+said = []
+for os.environ["WARMSTART_OFFLINE"] in "10":
+    said.append(outcome(hub.huggingface_folder, "tiny/bert"))
+print(json.dumps(said))
+"""
+    folder = cached(tmp_path, "tiny/bert") / "snapshots" / COMMIT
+    assert python(code, tmp_path, HF_ENDPOINT=hub.url) == [
+        advice(
+            "tiny/bert",
+            hub.url,
+            "WARMSTART_OFFLINE is set, and the cached config.json, model.safetensors is damaged",
+        ),
+        str(folder),
+    ]
+    saved = {name: content for name, content in hub.repository.items() if name != "pytorch_model.bin"}
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == saved
+    times = {name: len([request for request in hub.asked("resolve") if request.endswith(f"/{name}")]) for name in saved}
+    assert times == {name: {"model.safetensors": 0, "config.json": 2}.get(name, 1) for name in saved}
+    assert len(hub.asked("cdn")) == 2
     (folder / "vocab.txt").write_bytes(b"?")
-    assert python(fetch, tmp_path, HF_ENDPOINT=dead_url) == advice("tiny/bert", dead_url, "nothing answers there")
+    assert python(FETCH, tmp_path, HF_ENDPOINT=dead_url) == advice("tiny/bert", dead_url, "nothing answers there")
 
 
 HF_FAILURES = {
@@ -456,7 +472,7 @@ def hf_failures(bert, tmp_path_factory):
     server.files = {sha256(content): content for content in bert[0].values()}
     code = "print(json.dumps({name: outcome(hub.huggingface_folder, name) for name in json.loads(sys.argv[1])}))"
     started = time.monotonic()
-    said = python(code, home, json.dumps(list(HF_FAILURES)), HF_ENDPOINT=server.url)
+    said = python(code, home, json.dumps(list(HF_FAILURES)), HF_ENDPOINT=server.url, WARMSTART_TIMEOUT="0.5")
     server.close()
     return server, home, said, time.monotonic() - started
 
@@ -472,8 +488,11 @@ def test_a_hugging_face_download_that_fails_says_so_in_one_sentence_and_leaves_n
     assert len(server.asked(f"cdn/{name.split('/')[0]}")) <= 3
 
 
-def test_a_hugging_face_download_that_is_interrupted_leaves_no_weights(hub, tmp_path):
-    code = "hub.huggingface_folder('stall/bert')"
-    hub.files = {sha256(content): content for content in hub.repository.values()}
-    assert "KeyboardInterrupt" in interrupted(code, tmp_path, hub, "cdn", HF_ENDPOINT=hub.url)
+def test_a_hugging_face_download_that_is_killed_leaves_no_weights_and_can_be_repeated(hub, tmp_path):
+    code = "print(json.dumps(outcome(hub.huggingface_folder, 'stall/bert')))"
+    interrupted(code, tmp_path, hub, "cdn", signal.SIGKILL, HF_ENDPOINT=hub.url)
+    assert len(hub.asked("cdn")) == 1
     assert "model.safetensors" not in files_in(cached(tmp_path, "stall/bert"))
+    hub.well = True
+    folder = Path(python(code, tmp_path, HF_ENDPOINT=hub.url))
+    assert (folder / "model.safetensors").read_bytes() == hub.repository["model.safetensors"]

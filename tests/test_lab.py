@@ -32,10 +32,14 @@ from playwright.sync_api import TimeoutError as NeverHappened
 
 from grader.checks import exercises
 from grader.experiment import Misconception
+from grader.quiz import quiz
 from grader.sample import CHAPTER, source_as, with_answers
+from helpers.transfer import recorded
 
 pytestmark = pytest.mark.slow
 
+NUMBER = next(number for number, exercise in exercises("features").items() if exercise.name == "extract")
+CHECK = f"check-{NUMBER.replace('.', '_')}"  # where the notebook with the mistake stops
 ROOT = Path(__file__).parents[1]
 ARTEFACTS = ROOT / "artefacts"
 TOKEN = "a-student"
@@ -58,20 +62,20 @@ PERSONAL = ("MPLBACKEND", "NBGRADER_EXECUTION", "PYTHONWARNINGS", "WARMSTART_SEE
 
 
 def test_a_failed_check_names_the_missing_idea(stopped: Page) -> None:
-    shown = squeezed(cell(stopped, "check-2_1").text_content())
+    shown = squeezed(cell(stopped, CHECK).text_content())
     assert "not yet" in shown and "likely" in shown
     assert squeezed(misconception().hint) in shown
-    assert "2.1 is not passed yet" in shown
+    assert f"{NUMBER} is not passed yet" in shown
 
 
 def test_a_failed_check_shows_no_traceback(stopped: Page) -> None:
     shown = squeezed(" ".join(stopped.locator(".jp-OutputArea-output").all_text_contents()))
-    assert "2.1 is not passed yet" in shown
+    assert f"{NUMBER} is not passed yet" in shown
     assert "---> " not in shown and "Traceback" not in shown
 
 
 def test_run_all_stops_at_the_failed_check(stopped: Page) -> None:
-    check = index_of("check-2_1")
+    check = index_of(CHECK)
     for index in code_cells():
         prompt = cell(stopped, index).locator(".jp-InputPrompt").text_content()
         assert bool(re.search(r"\d", prompt)) == (index <= check), f"cell {index} shows {prompt}"
@@ -81,7 +85,7 @@ def test_run_all_stops_at_the_failed_check(stopped: Page) -> None:
 def test_the_failed_check_and_the_figure_are_readable(stopped: Page, theme: str) -> None:
     use_theme(stopped, theme)
     stopped.set_viewport_size(LAPTOP)
-    check = cell(stopped, "check-2_1")
+    check = cell(stopped, CHECK)
     texts = check.locator(".jp-OutputArea-output pre").all()
     assert len(texts) == 2  # what the check printed, and the sentence with which it stopped
     for text in texts:
@@ -110,6 +114,60 @@ def test_every_figure_shows_something(finished: Page) -> None:
         assert_shows_something(figure(finished, index))
 
 
+def test_every_figure_has_a_text_alternative(finished: Page) -> None:
+    for index in figure_cells():
+        assert len(figure(finished, index).get_attribute("alt")) > 40
+
+
+def test_a_prediction_stands_beside_its_result(finished: Page) -> None:
+    shown = [text for text in finished.locator(".jp-OutputArea-output").all_text_contents() if "predicted" in text]
+    assert any(re.search(r"features\s+0\.9\d\d ± 0\.\d{3}\s+0\.900  off by", text) for text in shown), shown
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_a_click_on_a_choice_says_whether_it_is_right_and_why(finished: Page, theme: str) -> None:
+    use_theme(finished, theme)
+    finished.set_viewport_size(TALL)
+    questions = quiz("features").questions
+    page_quiz = cell(finished, next(i for i in code_cells() if 'quiz("features")' in released().cells[i].source))
+    page_quiz.scroll_into_view_if_needed()
+    assert page_quiz.locator("details").count() == sum(len(question["choices"]) for question in questions)
+    for choice in (question["choices"][theme == "dark"] for question in questions):
+        details = page_quiz.locator("details", has=finished.get_by_text(plain(choice["text"]), exact=True))
+        reason = details.locator("p")
+        assert not reason.is_visible()
+        details.locator("summary").click()
+        assert squeezed(reason.text_content()) == plain(("Right. " if choice["right"] else "No. ") + choice["reason"])
+        assert_stands_out(shades_of(reason.screenshot()))
+    take_picture(finished, page_quiz, ARTEFACTS / f"quiz_{theme}.png")
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_moving_the_slider_changes_the_figure(finished: Page, theme: str) -> None:
+    use_theme(finished, theme)
+    finished.set_viewport_size(TALL)
+    explorer = cell(finished, next(i for i in code_cells() if "explore_transfer()" in released().cells[i].source))
+    explorer.scroll_into_view_if_needed()
+    picture, handle = explorer.locator(".widget-html-content img"), explorer.locator(".noUi-handle")
+    handle.focus()
+    handle.press("Home")
+    for labels in (1, 2, 5, 10):
+        explorer.locator(f"img[alt*='With {labels} per class']").wait_for()
+        assert_shows_something(picture)
+        handle.press("ArrowRight")
+    means = recorded("digits")[10]
+    assert all(f"{arm} {sum(draws) / len(draws):.3f}" in picture.get_attribute("alt") for arm, draws in means.items())
+    take_picture(finished, explorer, ARTEFACTS / f"explorer_{theme}.png")
+    explorer.get_by_label("probe", exact=True).uncheck()
+    explorer.locator("img:not([alt*='probe'])").wait_for()
+    explorer.get_by_label("probe", exact=True).check()
+    explorer.get_by_role("button", name="docstrings").click()
+    explorer.locator("img[alt*='TF-IDF']").wait_for()
+    assert_shows_something(picture)
+    explorer.get_by_role("button", name="digits").click()
+    explorer.locator("img[alt*='raw pixels']").wait_for()
+
+
 @pytest.mark.parametrize("drawn", ["nothing", "axes"])
 def test_a_figure_without_data_counts_as_blank(drawn: str) -> None:
     """The control: a figure in which nothing, or nothing but the axes, was drawn."""
@@ -126,8 +184,8 @@ def test_a_figure_without_data_counts_as_blank(drawn: str) -> None:
 
 
 def misconception() -> Misconception:
-    """The mistake that this student makes in exercise 2.1."""
-    return next(m for m in exercises("features")["2.1"].misconceptions if m.name == "train mode during extraction")
+    """The mistake that this student makes in feature extraction."""
+    return next(m for m in exercises("features")[NUMBER].misconceptions if m.name == "train mode during extraction")
 
 
 @cache
@@ -136,13 +194,16 @@ def released() -> NotebookNode:
 
 
 def with_the_mistake() -> NotebookNode:
-    return with_answers(released(), {"2.1": source_as(misconception().subject, "extract")})
+    return with_answers(released(), {NUMBER: source_as(misconception().subject, "extract")})
 
 
 def with_right_answers() -> NotebookNode:
     solved = nbformat.read(ROOT / "solutions" / CHAPTER / f"{CHAPTER}.ipynb", 4)
     answers = {n: solved.cells[index_of("answer-" + n.replace(".", "_"), solved)].source for n in exercises("features")}
-    return with_answers(released(), answers)
+    notebook = with_answers(released(), answers)
+    guess = next(cell for cell in notebook.cells if "features=None" in cell.source)
+    guess.source = guess.source.replace("features=None", "features=0.9")
+    return notebook
 
 
 def index_of(grade_id: str, notebook: NotebookNode | None = None) -> int:
@@ -156,13 +217,13 @@ def code_cells() -> list[int]:
 
 
 def figure_cells() -> list[int]:
-    return [i for i in code_cells() if "plt.show()" in released().cells[i].source]
+    return [i for i in code_cells() if "show(fig" in released().cells[i].source]
 
 
 def first_figure() -> int:
-    """The cell that draws the labelled digits, above exercise 2.1."""
+    """The cell that draws the labelled digits, above the first exercises."""
     index = figure_cells()[0]
-    assert index < index_of("check-2_1")
+    assert index < index_of(CHECK)
     return index
 
 
@@ -333,6 +394,11 @@ def figure(page: Page, index: int) -> Locator:
 def squeezed(text: str | None) -> str:
     """Text with every run of blanks and line ends as one blank, since long lines are wrapped."""
     return " ".join((text or "").split())
+
+
+def plain(text: str) -> str:
+    """The text of a question, a choice or a reason as the page shows it."""
+    return squeezed(text.replace("`", ""))
 
 
 def shades_of(png: bytes, size: tuple[int, int] | None = None) -> np.ndarray:

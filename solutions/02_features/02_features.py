@@ -394,7 +394,7 @@ from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
 for weights in (ResNet18_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V2):
     wants, meta = weights.transforms(), weights.meta
-    print(f"{str(weights):<32} {meta['num_params'] / 1e6:4.1f} M parameters, {len(meta['categories'])} categories, "
+    print(f"{weights!s:<32} {meta['num_params'] / 1e6:4.1f} M parameters, {len(meta['categories'])} categories, "
           f"shorter side to {wants.resize_size[0]}, crop {wants.crop_size[0]}, accuracy "
           f"{meta['_metrics']['ImageNet-1K']['acc@1']:.1f} %")
 
@@ -458,7 +458,7 @@ from helpers import hub
 weights = ResNet18_Weights.IMAGENET1K_V1
 if profile is helpers.profiles.PROFILES["hub"]:
     photos = [torch.from_numpy(load_sample_image(name).copy()).movedim(-1, 0) for name in ("flower.jpg", "china.jpg")]
-    for answer in classify(weights, hub.pretrained(weights), photos, 3):
+    for answer in classify(weights, hub.torchvision_model(weights), photos, 3):
         print(", ".join(f"{name} {probability:.2f}" for name, probability in answer))
 else:
     print(f"{weights} would come from {weights.url}: set the profile to \"hub\" for it")
@@ -512,7 +512,7 @@ def tokenize(vocabulary, texts, max_length):
 
     rows = []
     for text in texts:
-        pieces = sum((pieces_of(word) for word in text.lower().split()), [])
+        pieces = [piece for word in text.lower().split() for piece in pieces_of(word)]
         rows.append([vocabulary[piece] for piece in ["[CLS]", *pieces[: max_length - 2], "[SEP]"]])
     input_ids = torch.full((len(rows), max(map(len, rows))), vocabulary["[PAD]"])
     attention_mask = torch.zeros_like(input_ids)

@@ -15,47 +15,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Subject, Trial, WrongReturn, expect_tensor, misconception
 from helpers.features import cached_features
 
 _RUNS = itertools.count()
 
 
-class _Interrupted(RuntimeError):
-    """What `compute` raises when it is told to."""
+class _OutOfMemory(RuntimeError):
+    """What `compute` raises when it is told to fail."""
 
 
 class _Ask:
-    """Asks a subject for features, in one folder, and counts how often it computed them.
+    """Asks a subject for features, always with the same folder, and counts how often it computed them.
 
     One of the settings is a new number in every run, though it changes no feature: a subject that remembers
     the last check of this kernel finds nothing of this one.
     """
 
-    def __init__(self, subject, folder: str) -> None:
+    def __init__(self, subject: Subject, folder: str) -> None:
         self.subject, self.folder = subject, Path(folder)
-        self.size = 8 + next(_RUNS)  # of images of 8 x 8 pixels, this crop leaves all
-        self.kept = []  # so that no id is given twice
+        self.size = 8 + next(_RUNS)  # pixels that are kept of each side of an image: of 8, all
+        self.asked = []  # alive as long as this is, so that no id is given twice
         self.computed, self.fails = 0, False
 
         def compute(backbone, images, mean=0.0, std=1.0, size=8):
             if self.fails:
-                raise _Interrupted("not enough memory")
+                raise _OutOfMemory("not enough memory")
             self.computed += 1
             return _features(backbone, images[..., :size, :size], {"mean": mean, "std": std})
 
         self.compute = compute
 
-    def __call__(self, backbone, images, settings, *, catch=(), fails=False) -> dict[str, Any]:
-        """What came of one call; `catch` says which exceptions are an answer too."""
+    def __call__(self, backbone, images, settings, *, fails=False, catch=()) -> dict[str, Any]:
+        """What came of one call. With `fails`, `compute` raises; exceptions in `catch` are an answer like others."""
         self.computed, self.fails = 0, fails
-        self.kept += [backbone, images]
+        self.asked += [backbone, images]
+        features = raised = None
         try:
             features = self.subject(self.folder, self.compute, backbone, images, settings | {"size": self.size})
             features = expect_tensor(features, (len(images), backbone[-1].num_features), "the features").detach().clone()
         except catch as error:
-            return {"computed": self.computed, "features": None, "raised": f"{type(error).__name__}: {error}"}
-        return {"computed": self.computed, "features": features, "raised": None}
+            features, raised = None, f"{type(error).__name__}: {error}"
+        return {"computed": self.computed, "features": features, "raised": raised}
 
 
 def _features(backbone: nn.Module, images: Tensor, settings: dict) -> Tensor:
@@ -64,14 +65,20 @@ def _features(backbone: nn.Module, images: Tensor, settings: dict) -> Tensor:
 
 
 def _task(trial: Trial) -> dict:
-    """A backbone with buffers in eval mode, images whose sums are exact in any order, and one setting."""
-    width = trial.integer(4, 7)
+    """A backbone in eval mode, images of more than 1000 pixels whose sums are exact in any order, and one setting."""
+    images = torch.randint(0, 256, (20, 1, 8, 8), generator=trial.generator) / 256
+    return {
+        "backbone": _backbone(trial, width=trial.integer(4, 7)),
+        "images": images,
+        "settings": {"mean": trial.integer(3, 7) / 16},
+    }
+
+
+def _backbone(trial: Trial, width: int) -> nn.Sequential:
     norm = nn.BatchNorm1d(width)
     norm.running_mean.copy_(trial.normal(width))
     norm.running_var.copy_(0.2 + 0.1 * trial.normal(width).square())
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, width), norm).eval()
-    images = torch.randint(0, 256, (20, 1, 8, 8), generator=trial.generator) / 256
-    return {"backbone": backbone, "images": images, "settings": {"mean": trial.integer(3, 7) / 16}}
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), norm).eval()
 
 
 def _copies(inputs: dict) -> dict:
@@ -83,7 +90,7 @@ def _copies(inputs: dict) -> dict:
 
 
 class ComputedOnce(Experiment):
-    """What was computed before is not computed again, for equal copies of the backbone, images and settings either."""
+    """What was computed before is not computed again, not even for copies of the backbone, the images and the settings."""
 
     points = 2
 
@@ -108,8 +115,9 @@ class EveryResultStays(Experiment):
     """The features of one backbone are still there after those of another were computed."""
 
     def draw(self, trial: Trial) -> dict:
-        one, other = _task(trial), _task(trial)["backbone"]
-        return {"tasks": [one, one | {"backbone": other}] * 2}
+        one = _task(trial)
+        other = one | {"backbone": _backbone(trial, one["backbone"][-1].num_features)}
+        return {"tasks": [one, other, one, other]}
 
     def measure(self, subject, inputs):
         with TemporaryDirectory() as folder:
@@ -125,6 +133,7 @@ class _Notices(Experiment):
     """Asks twice for the same, and then once for each of some variations, all with the same folder.
 
     Only a cache that reads can fail to notice, so without a second call that reads nothing is observed here.
+    The variations are new to the subject, and so small that features from a file could pass for the right ones.
     """
 
     def draw(self, trial: Trial) -> dict:
@@ -145,12 +154,12 @@ class _Notices(Experiment):
     def facts(self, raw, inputs):
         words: dict[str, set[str]] = {}
         for answer, (what, varied) in zip(raw["answers"], self.variations(inputs), strict=True):
-            words.setdefault(what, set()).add(_word(answer, _features(**varied)))
+            words.setdefault(what, set()).add(_word(answer, _features(**varied)) if answer["computed"] else "reads")
         return {what: " or ".join(sorted(found)) if raw["reads"] else None for what, found in words.items()}
 
 
 class NoticesOtherWeights(_Notices):
-    """Weights that changed, also in place, are noticed: parameters and buffers."""
+    """Other weights are noticed, of parameters and of buffers, also if the backbone is the same object."""
 
     points = 2
 
@@ -161,19 +170,21 @@ class NoticesOtherWeights(_Notices):
         for what, tensor in tensors:
             before = tensor.detach().clone()
             with torch.no_grad():
-                tensor.view(-1)[tensor.numel() // 2] += 0.05
+                tensor.view(-1)[tensor.numel() // 2] += 1e-5  # a small step of an optimizer
             yield what, inputs
             with torch.no_grad():
                 tensor.copy_(before)
 
 
 class NoticesOtherImages(_Notices):
-    """Other images are noticed, were it by one pixel, and so is another order."""
+    """Other images are noticed, even if it is one pixel, and so is another order."""
 
     def variations(self, inputs):
-        images = inputs["images"].clone()
-        images[10, 0, 4, 4] += 0.5
-        yield "one pixel changed", inputs | {"images": images}
+        last = len(inputs["images"]) - 1
+        for where, image, pixel in (("edge", 0, 0), ("edge", last, 7), ("middle", 0, 4), ("middle", last // 2, 4)):
+            images = inputs["images"].clone()
+            images[image, 0, pixel, pixel] += 1 / 256
+            yield f"one pixel at the {where} of an image changed", inputs | {"images": images}
         yield "the same images in another order", inputs | {"images": inputs["images"].roll(7, dims=0)}
 
 
@@ -182,7 +193,7 @@ class NoticesOtherSettings(_Notices):
 
     def variations(self, inputs):
         value = inputs["settings"]["mean"]
-        yield "one value changed", inputs | {"settings": {"mean": value + 0.25}}
+        yield "one value changed", inputs | {"settings": {"mean": value + 1 / 64}}
         yield "the same value under another name", inputs | {"settings": {"std": value}}
 
 
@@ -193,31 +204,31 @@ class DamagedFile(Experiment):
         return _task(trial)
 
     def measure(self, subject, inputs):
-        raw = {}
+        answers = []
         with TemporaryDirectory() as folder:
             ask = _Ask(subject, folder)
             ask(**inputs)
-            for share in ("half", "nothing"):
-                _cut(ask.folder, keep=0.5 if share == "half" else 0)
-                raw[share] = [ask(**inputs, catch=Exception), ask(**inputs, catch=Exception)]
-        return raw
+            for share in (0.5, 0.0):
+                _cut(ask.folder, share)
+                answers.append([ask(**inputs, catch=Exception), ask(**inputs, catch=Exception)])
+        return {"answers": answers}
 
     def facts(self, raw, inputs):
-        wanted, facts = _features(**inputs), {}
-        for share, (damaged, after) in raw.items():
-            word = _word(damaged, wanted)
-            noticed = word == "computes"
-            facts[f"a file cut to {share}"] = {"computes": "counts as no file", "reads": "is not looked at"}.get(
-                word, "is taken for a result"
-            )
-            facts[f"a file cut to {share}: the call after that"] = _word(after, wanted) if noticed else None
-        return facts
+        wanted = _features(**inputs)
+        damaged, after = ({_word(answer, wanted) for answer in answers} for answers in zip(*raw["answers"], strict=True))
+        words = {("computes",): "counts as no file", ("reads",): "is not looked at"}
+        what = words.get(tuple(damaged), "is taken for a result")
+        return {
+            "a file cut to half its length, or to nothing": what,
+            "the call after that": " or ".join(sorted(after)) if what == "counts as no file" else None,
+        }
 
     def notes(self, raw, inputs):
-        return {f"a file cut to {share}": damaged["raised"] for share, (damaged, _) in raw.items() if damaged["raised"]}
+        raised = [damaged["raised"] for damaged, _ in raw["answers"] if damaged["raised"]]
+        return {"a file cut to half its length, or to nothing": raised[0]} if raised else {}
 
 
-class Interrupted(Experiment):
+class InterruptedComputation(Experiment):
     """If `compute` raises, so does the call, and the next call computes."""
 
     def draw(self, trial: Trial) -> dict:
@@ -226,11 +237,11 @@ class Interrupted(Experiment):
     def measure(self, subject, inputs):
         with TemporaryDirectory() as folder:
             ask = _Ask(subject, folder)
-            first = ask(**inputs, fails=True, catch=(_Interrupted, WrongReturn))
+            first = ask(**inputs, fails=True, catch=(_OutOfMemory, WrongReturn))
             return {"first": first, "second": ask(**inputs, catch=Exception)}
 
     def facts(self, raw, inputs):
-        reached = (raw["first"]["raised"] or "").startswith("_Interrupted")
+        reached = (raw["first"]["raised"] or "").startswith(_OutOfMemory.__name__)
         word = _word(raw["second"], _features(**inputs))
         return {
             "what compute raises": "reaches the caller" if reached else "does not reach the caller",
@@ -277,16 +288,16 @@ def _word(answer: dict, wanted: Tensor) -> str:
     return did if right else f"{did}, and gives wrong features"
 
 
-def _cut(folder: Path, keep: float) -> None:
-    """Keep the beginning of every file, in a new file: a tensor that is mapped to the old one stays whole."""
+def _cut(folder: Path, share: float) -> None:
+    """Replace every file by one that holds the first share of it; a tensor that is mapped to the old file stays whole."""
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         content = path.read_bytes()
         path.unlink()
-        path.write_bytes(content[: int(len(content) * keep)])
+        path.write_bytes(content[: int(share * len(content))])
 
 
 @contextmanager
-def _next_kernel(subject) -> Iterator[None]:
+def _next_kernel(subject: Subject) -> Iterator[None]:
     """Give the subject's `hash` other numbers for texts and bytes, as Python's own has in every new process."""
     call = subject if inspect.isroutine(subject) else type(subject).__call__
     names = getattr(inspect.unwrap(call), "__globals__", {})
@@ -329,14 +340,18 @@ def _read(path: Path) -> Tensor | None:
         return None
 
 
-def _weights(backbone: nn.Module) -> list:
-    return [(name, tensor.tolist()) for name, tensor in backbone.state_dict().items()]
+def _key(backbone: nn.Module, images: Tensor, settings: dict) -> tuple:
+    return _bytes(*backbone.state_dict().values(), images), settings
+
+
+def _bytes(*tensors: Tensor) -> list[bytes]:
+    return [tensor.detach().numpy().tobytes() for tensor in tensors]
 
 
 @misconception(
     "one file for everything",
     hint="Ask for the features of two backbones, one after the other, with the same folder. Whose are the second?",
-    source="seen in public teaching code: if a file of features exists, it is loaded, whatever it was made from",
+    source="seen in public code: a file of features with a fixed name is loaded if it exists, whatever it was made from",
 )
 def one_file_for_everything(folder, compute, backbone, images, settings):
     return _keep(folder, compute, backbone, images, settings, key="features")
@@ -348,7 +363,7 @@ def one_file_for_everything(folder, compute, backbone, images, settings):
     source="a line of reasoning: the backbone is frozen, so its weights never change; then it is unfrozen",
 )
 def weights_not_in_the_key(folder, compute, backbone, images, settings):
-    key = repr(backbone), images.tolist(), settings
+    key = repr(backbone), _bytes(images), settings
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
@@ -358,7 +373,17 @@ def weights_not_in_the_key(folder, compute, backbone, images, settings):
     source="a line of reasoning: the weights of a model are model.parameters()",
 )
 def buffers_not_in_the_key(folder, compute, backbone, images, settings):
-    key = [p.tolist() for p in backbone.parameters()], images.tolist(), settings
+    key = _bytes(*backbone.parameters(), images), settings
+    return _keep(folder, compute, backbone, images, settings, key=key)
+
+
+@misconception(
+    "weights as they are printed in the key",
+    hint="Print a weight, add a millionth to it, print it again. Do you see the step, and would you see it in a large matrix?",
+    source="a line of reasoning: str(state_dict) looks like its contents; torch shortens what it prints",
+)
+def weights_as_they_are_printed(folder, compute, backbone, images, settings):
+    key = str(backbone.state_dict()), _bytes(images), settings
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
@@ -368,7 +393,7 @@ def buffers_not_in_the_key(folder, compute, backbone, images, settings):
     source="a line of reasoning: hashing all pixels looks slow, and the shape seems to tell one data set from another",
 )
 def only_the_shape_of_the_images(folder, compute, backbone, images, settings):
-    key = _weights(backbone), images.shape, settings
+    key = _bytes(*backbone.state_dict().values()), images.shape, settings
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
@@ -378,7 +403,7 @@ def only_the_shape_of_the_images(folder, compute, backbone, images, settings):
     source="a line of reasoning: a sum or a set of hashes sees every image, and forgets where it stood",
 )
 def order_of_the_images_not_in_the_key(folder, compute, backbone, images, settings):
-    key = _weights(backbone), images.sum(0).tolist(), settings
+    key = _bytes(*backbone.state_dict().values()), _bytes(images.sum(0)), settings
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
@@ -388,7 +413,7 @@ def order_of_the_images_not_in_the_key(folder, compute, backbone, images, settin
     source="a line of reasoning: str(tensor) looks like its contents; torch shortens what it prints",
 )
 def images_as_they_are_printed(folder, compute, backbone, images, settings):
-    key = _weights(backbone), str(images), settings
+    key = _bytes(*backbone.state_dict().values()), str(images), settings
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
@@ -398,7 +423,7 @@ def images_as_they_are_printed(folder, compute, backbone, images, settings):
     source="a line of reasoning: the images are the same; but what the backbone sees is not",
 )
 def settings_not_in_the_key(folder, compute, backbone, images, settings):
-    key = _weights(backbone), images.tolist()
+    key = _bytes(*backbone.state_dict().values(), images)
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
@@ -420,7 +445,7 @@ def objects_in_place_of_contents(folder, compute, backbone, images, settings):
     source="a line of reasoning: equal objects have equal pickles; those of two equal tensors differ",
 )
 def more_than_contents_in_the_key(folder, compute, backbone, images, settings):
-    key = _weights(backbone), images.tolist(), settings, id(backbone)
+    key = _bytes(*backbone.state_dict().values(), images), settings, id(backbone)
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
@@ -430,7 +455,7 @@ def more_than_contents_in_the_key(folder, compute, backbone, images, settings):
     source="a line of reasoning: equal bytes have equal hashes; Python salts them anew in every process",
 )
 def a_key_for_one_kernel(folder, compute, backbone, images, settings):
-    key = hash(repr((_weights(backbone), images.tolist(), settings)))
+    key = hash(repr(_key(backbone, images, settings)))
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
@@ -440,7 +465,7 @@ def a_key_for_one_kernel(folder, compute, backbone, images, settings):
     source="a line of reasoning: a file beside the features says what they belong to; the next ones overwrite both",
 )
 def one_result_at_a_time(folder, compute, backbone, images, settings):
-    path, key = folder / "features.pt", repr((_weights(backbone), images.tolist(), settings))
+    path, key = folder / "features.pt", repr(_key(backbone, images, settings))
     kept = _read(path)
     if kept is None or kept["key"] != key:
         kept = {"key": key, "features": compute(backbone, images, **settings)}
@@ -455,7 +480,7 @@ def one_result_at_a_time(folder, compute, backbone, images, settings):
     source="a line of reasoning: a file that exists is a file that was written to its end",
 )
 def damaged_file_believed(folder, compute, backbone, images, settings):
-    path = _path(folder, (_weights(backbone), images.tolist(), settings))
+    path = _path(folder, _key(backbone, images, settings))
     if not path.exists():
         torch.save(compute(backbone, images, **settings), path)
     return torch.load(path)
@@ -467,7 +492,7 @@ def damaged_file_believed(folder, compute, backbone, images, settings):
     source="a line of reasoning: open the file, then compute what goes into it; an interruption comes in between",
 )
 def file_made_before_the_features(folder, compute, backbone, images, settings):
-    path = _path(folder, (_weights(backbone), images.tolist(), settings))
+    path = _path(folder, _key(backbone, images, settings))
     features = _read(path)
     if features is None:
         torch.save(torch.zeros(len(images), backbone[-1].num_features), path)  # takes the place
@@ -496,7 +521,7 @@ _MEMORY: dict[str, Tensor] = {}
     source="a line of reasoning: a dictionary or functools.cache remembers too, until the kernel ends",
 )
 def kept_in_memory(folder, compute, backbone, images, settings):
-    key = repr((_weights(backbone), images.tolist(), settings))
+    key = repr(_key(backbone, images, settings))
     if key not in _MEMORY:
         _MEMORY[key] = compute(backbone, images, **settings)
     return _MEMORY[key]
@@ -508,13 +533,13 @@ EXERCISE = Exercise(
     reference=cached_features,
     experiments=(
         *(ComputedOnce(), EveryResultStays(), NoticesOtherWeights(), NoticesOtherImages(), NoticesOtherSettings()),
-        *(DamagedFile(), Interrupted(), OnlyTheFolderRemembers()),
+        *(DamagedFile(), InterruptedComputation(), OnlyTheFolderRemembers()),
     ),
     misconceptions=(
-        *(one_file_for_everything, weights_not_in_the_key, buffers_not_in_the_key, only_the_shape_of_the_images),
-        *(order_of_the_images_not_in_the_key, images_as_they_are_printed, settings_not_in_the_key),
-        *(objects_in_place_of_contents, more_than_contents_in_the_key, a_key_for_one_kernel, one_result_at_a_time),
-        *(damaged_file_believed, file_made_before_the_features, nothing_is_kept, kept_in_memory),
+        *(one_file_for_everything, weights_not_in_the_key, buffers_not_in_the_key, weights_as_they_are_printed),
+        *(only_the_shape_of_the_images, order_of_the_images_not_in_the_key, images_as_they_are_printed),
+        *(settings_not_in_the_key, objects_in_place_of_contents, more_than_contents_in_the_key, a_key_for_one_kernel),
+        *(one_result_at_a_time, damaged_file_believed, file_made_before_the_features, nothing_is_kept, kept_in_memory),
     ),
     hints=(
         "What would have to change so that the features in a file are no longer the right ones? "

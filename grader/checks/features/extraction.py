@@ -1,10 +1,9 @@
 """Exercise 2.2: run a backbone over images, and leave no trace."""
 
-import weakref
-
 import torch
 from torch import Tensor, nn
 
+from grader.checks.features.counting import SharedList
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
 from helpers.features import extract
 
@@ -27,31 +26,13 @@ def _plain_backbone(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(1, width, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-_SIZES: dict[int, "_Sizes"] = weakref.WeakValueDictionary()
-
-
-class _Sizes(list):
-    """A list that every copy of its owner shares, deep or pickled: a subject may work on a copy of the backbone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        _SIZES[id(self)] = self
-
-    def __reduce__(self):
-        return _sizes_with, (id(self),)
-
-
-def _sizes_with(number: int) -> _Sizes:
-    return _SIZES[number]
-
-
 class _Counting(nn.Module):
     """A module that remembers how many inputs each call brought."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        self.sizes = _Sizes()
+        self.sizes = SharedList()
 
     def forward(self, x: Tensor) -> Tensor:
         self.sizes.append(x.shape[0])

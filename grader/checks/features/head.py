@@ -137,12 +137,11 @@ class ModelKeepsItsHead(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        width = trial.integer(5, 8)
-        return {"model": _OutOfOrder(width).eval(), "images": 2 * trial.normal(7, width)}
+        return {"model": _Convolutional(trial, width=6, classes=3).eval(), "images": trial.normal(7, 1, 8, 8)}
 
     def measure(self, subject, inputs):
         model, images = inputs["model"], inputs["images"]
-        backbone = _backbone(subject, model, "head")
+        backbone = _backbone(subject, model, "fc")
         before = _features(model, images).clone()
         _features(backbone, images)
         return {"before": before, "after": _features(model, images)}
@@ -150,7 +149,7 @@ class ModelKeepsItsHead(Experiment):
     def facts(self, raw, inputs):
         model, images = inputs["model"], inputs["images"]
         with torch.no_grad():
-            known = {"its logits": model(images), "what enters its head": model.before_the_head(images)}
+            known = {"its logits": model(images), "what enters its head": F.relu(model.before_the_last_relu(images))}
         return {
             "what the model gives once drop_head has returned": _which(raw["before"], known),
             "what the model gives once features were computed": _which(raw["after"], known),
@@ -308,6 +307,17 @@ def dotted_name_as_one_attribute(model, name):
 
 
 @misconception(
+    "always fc",
+    hint="What you put there is called `fc` in every network. What is the head called in the networks that failed?",
+    source="seen in public teaching code: model.fc = nn.Identity(), which adds an attribute where there was none",
+)
+def always_fc(model, name):
+    backbone = copy.deepcopy(model)
+    backbone.fc = nn.Identity()
+    return backbone
+
+
+@misconception(
     "last layer by order of definition",
     hint="The layer that was defined last need not be the one that is called last. What tells you which layer is meant?",
     source="a line of reasoning: the last entry of named_modules() is the head in most networks",
@@ -350,7 +360,7 @@ EXERCISE = Exercise(
     experiments=(StepsOfForward(), NestedHead(), HeadByName(), ModelKeepsItsHead(), ModelCanGoOnTraining(), EveryCall()),
     misconceptions=(
         *(children_without_the_last, head_removed_in_place, output_of_the_head, output_of_the_layer_before),
-        *(whole_classifier_removed, dotted_name_as_one_attribute, last_layer_by_order_of_definition),
+        *(whole_classifier_removed, dotted_name_as_one_attribute, always_fc, last_layer_by_order_of_definition),
         *(first_batch_kept, model_put_into_eval_mode),
     ),
     hints=(

@@ -115,6 +115,12 @@ def classifier_made_empty(model, name):
     return clone
 
 
+def wrapped_after_fc(model, name):
+    clone = copy.deepcopy(model)
+    clone.add_module("fc", nn.Sequential())
+    return nn.Sequential(clone, nn.Flatten())
+
+
 def last_linear_found_by_type(model, name):
     clone = copy.deepcopy(model)
     last = None
@@ -157,6 +163,11 @@ def whole_classifier_of_a_model_in_eval_mode(model, name):
     return clone
 
 
+def fc_in_place(model, name):
+    model.fc = nn.Identity()
+    return model
+
+
 def last_layer_in_place(model, name):
     *_, last = (key for key, module in model.named_modules() if isinstance(module, nn.Linear))
     parent, _, attribute = last.rpartition(".")
@@ -170,11 +181,13 @@ AGAIN = {
     "head removed in place": hook_that_replaces_the_output,
     "output of the head": what_the_model_gives,
     "whole classifier removed": classifier_made_empty,
+    "always fc": wrapped_after_fc,
     "last layer by order of definition": last_linear_found_by_type,
     "first batch kept": always_the_first_entry,
 }
 BOTH = [
     ({"head removed in place", "model put into eval mode"}, in_place_and_eval),
     ({"whole classifier removed", "model put into eval mode"}, whole_classifier_of_a_model_in_eval_mode),
+    ({"head removed in place", "always fc"}, fc_in_place),
     ({"head removed in place", "last layer by order of definition"}, last_layer_in_place),
 ]

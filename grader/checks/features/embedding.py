@@ -1,0 +1,487 @@
+"""Exercise 2.8: texts to vectors that depend on their own text alone."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grader.checks.features.counting import SharedList
+from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from helpers.features import eval_mode
+from helpers.text import embed, mean_pool
+
+_PAD, _CLS, _WORDS = 0, 1, 2  # numbers of padding, of what every text begins with, and of the first word
+_WIDTH = 16
+
+
+def _tokenizer(texts: Sequence[str]) -> dict[str, Tensor]:
+    """ "w3 w5" -> [CLS] w3 w5; every word has two letters, so that the longer text is the longer string, too."""
+    if isinstance(texts, str):
+        raise TypeError(f"the tokenizer takes a list of texts, got {texts!r}")
+    rows = [torch.tensor([_CLS, *(_WORDS + ord(word[1]) - ord("a") for word in text.split())]) for text in texts]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_PAD)
+    return {"input_ids": ids, "attention_mask": (ids != _PAD).long()}
+
+
+def _text(words: Sequence[int]) -> str:
+    return " ".join(f"w{chr(ord('a') + word)}" for word in words)
+
+
+class _Encoder(nn.Module):
+    """Every token points along the axis of its number. What is in the encoder at once is remembered."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.axes = nn.Embedding.from_pretrained(torch.eye(_WIDTH), freeze=False)
+        self.dropout = nn.Dropout(dropout)
+        self.seen = SharedList()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        self.seen.append((len(input_ids), int((input_ids == _PAD).sum())))
+        return self.dropout(self.axes(input_ids))
+
+
+class _Attention(nn.Module):
+    """One head of attention over the tokens that the mask leaves; at padding it gives zeros, so pooling that turns no vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(_WIDTH, 8), nn.Embedding(32, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.words(input_ids) + 0.5 * self.places.weight[: input_ids.shape[1]]
+        scores = x @ x.mT / 8
+        if attention_mask is not None:
+            scores = scores.masked_fill(attention_mask[:, None] == 0, -torch.inf)
+        return (x + 2 * scores.softmax(-1) @ x) * (input_ids != _PAD)[..., None]
+
+
+def _run(subject, encoder: nn.Module, texts: list[str], batch_size: int, width: int = _WIDTH) -> Tensor:
+    return expect_tensor(subject(encoder, _tokenizer, list(texts), batch_size), (len(texts), width), "the vectors")
+
+
+class _Vectors(Experiment):
+    """Draws texts [CLS] + one word again and again, in an order that is neither by length nor its own inverse.
+
+    The mean over a text's tokens lies in the plane of two axes, its word's and that of [CLS]; padding has a third.
+    """
+
+    def draw(self, trial: Trial) -> dict:
+        n = trial.integer(9, 12)
+        middle = (3 + trial.permutation(n - 4)).tolist()
+        ranks = [1, 2, 0, n - 1, *middle]  # the place of each text among all, by length; the first four in two cycles
+        lengths = [1, 2, 3, *(4 + i // 2 * 2 for i in range(n - 4)), 24]  # by rank: the middle ones in pairs
+        words = trial.permutation(_WIDTH - _WORDS).tolist()
+        words[4] = words[3]  # and one pair is the same text twice
+        return {
+            "words": [words[rank] for rank in ranks],
+            "lengths": [lengths[rank] for rank in ranks],
+            "texts": [_text([words[rank]] * lengths[rank]) for rank in ranks],
+            "batch_size": trial.integer(4, 5),
+        }
+
+    def measure(self, subject, inputs):
+        return {"vectors": _run(subject, _Encoder(), inputs["texts"], inputs["batch_size"]).detach()}
+
+
+class RowPerText(_Vectors):
+    """Row i is the vector of text i, in whatever order the texts were embedded."""
+
+    points = 2
+
+    def facts(self, raw, inputs):
+        share, words = raw["vectors"][:, _WORDS:].max(1)
+        if share.min() < 1e-6:
+            return {"row i is the vector of": None}
+        words, wanted, lengths = words.tolist(), inputs["words"], inputs["lengths"]
+        length_of = dict(zip(wanted, lengths, strict=True))
+        found = [length_of.get(word, 0) for word in words]
+        by_length = found in (sorted(lengths), sorted(lengths, reverse=True))
+        other = "the i-th text by length" if by_length else "another text"
+        return {"row i is the vector of": "text i" if words == wanted else other}
+
+
+class MeanOfOwnTokens(_Vectors):
+    """A vector points along the mean over the tokens of its text; padding has no part in it."""
+
+    def facts(self, raw, inputs):
+        vectors, tokens = raw["vectors"].double(), torch.tensor(inputs["lengths"])
+        word = vectors[:, _WORDS:].amax(1)
+        # Which text a row belongs to is another experiment's question: any order of the right proportions will do.
+        shares = sorted((word / vectors[:, _CLS].clamp_min(1e-9)).tolist())
+        right = torch.allclose(torch.tensor(shares), tokens.sort().values.float(), rtol=1e-3)
+        return {
+            "padding in the mean": "some" if (vectors[:, _PAD].abs() > 1e-4 * vectors.norm(dim=1)).any() else "none",
+            "the tokens of a text in the mean": "all alike" if right else "not all alike",
+        }
+
+
+class LengthOne(_Vectors):
+    """Every row has length 1."""
+
+    def facts(self, raw, inputs):
+        rows, columns = raw["vectors"].norm(dim=1), raw["vectors"].norm(dim=0)
+        one = {
+            "every row": torch.allclose(rows, torch.ones_like(rows), atol=1e-3),
+            "every column": torch.allclose(columns[columns > 1e-6], torch.ones(1).to(columns), atol=1e-3),
+        }
+        return {"what has length 1": next((what for what, holds in one.items() if holds), "neither rows nor columns")}
+
+    def notes(self, raw, inputs):
+        rows = raw["vectors"].norm(dim=1)
+        return {"what has length 1": f"the rows have lengths from {rows.min().item():.2g} to {rows.max().item():.2g}"}
+
+
+class AnyCompany(Experiment):
+    """The vector of a text is the same alone and among longer texts."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        lengths = [2, 4, 9, 14]
+        texts = [_text([trial.integer(0, _WIDTH - _WORDS - 1) for _ in range(n)]) for n in lengths]
+        return {"encoder": _Attention(), "texts": [texts[i] for i in trial.permutation(len(texts)).tolist()]}
+
+    def measure(self, subject, inputs):
+        encoder, texts = inputs["encoder"], inputs["texts"]
+        alone = [_run(subject, encoder, [text], 8, width=8) for text in texts]
+        return {"alone": torch.cat(alone).detach(), "together": _run(subject, encoder, texts, 8, width=8).detach()}
+
+    def facts(self, raw, inputs):
+        # Rows in another order, or of another length, are other experiments' questions.
+        closest = _distances(raw).min(1).values
+        return {"the vector of a text among longer ones points": "where it does alone" if _near(closest) else "elsewhere"}
+
+    def notes(self, raw, inputs):
+        away = _distances(raw).min(1).values.max().item()
+        return {"the vector of a text among longer ones points": f"by up to {away:.2g}, at length 1"}
+
+
+class NoDropout(Experiment):
+    """One text has one vector, however often it is embedded: dropout is off."""
+
+    def draw(self, trial: Trial) -> dict:
+        return {"encoder": _Encoder(dropout=0.5), "texts": [_text(trial.permutation(_WIDTH - _WORDS).tolist())]}
+
+    def measure(self, subject, inputs):
+        return {"vectors": torch.cat([_run(subject, inputs["encoder"], inputs["texts"], 4) for _ in range(2)]).detach()}
+
+    def facts(self, raw, inputs):
+        first, second = raw["vectors"]
+        return {"a text that is embedded twice has": "one vector" if _near(first - second) else "two vectors"}
+
+
+class InBatches(Experiment):
+    """At most `batch_size` texts are in the encoder at once."""
+
+    def draw(self, trial: Trial) -> dict:
+        batch_size = trial.integer(3, 5)
+        settings = [(1, trial.integer(4, 6)), (batch_size, 3 * batch_size + trial.integer(1, 2))]
+        return {
+            "texts": [[_text([i] * (1 + i)) for i in trial.permutation(14)[:n].tolist()] for _, n in settings],
+            "batch_sizes": [size for size, _ in settings],
+        }
+
+    def measure(self, subject, inputs):
+        largest = []
+        for texts, batch_size in zip(inputs["texts"], inputs["batch_sizes"], strict=True):
+            encoder = _Encoder()
+            _run(subject, encoder, texts, batch_size)
+            largest.append(max((n for n, _ in encoder.seen), default=0))
+        return {"largest": largest}
+
+    def facts(self, raw, inputs):
+        largest = raw["largest"]
+        fits = all(seen <= size for seen, size in zip(largest, inputs["batch_sizes"], strict=True))
+        words = "at most batch_size" if fits else "more than batch_size"
+        words = "all texts at once" if largest == [len(texts) for texts in inputs["texts"]] else words
+        return {"the most texts in the encoder at once": "none" if 0 in largest else words}
+
+
+class LittlePadding(Experiment):
+    """Texts of like length share a batch: there is no more padding than sorting by length leaves."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        batch_size = trial.integer(3, 5)
+        n = 2 * batch_size  # short texts, and as many long ones
+        short, long = ([low + trial.integer(0, 2) for _ in range(n)] for low in (2, 15))
+        long[trial.integer(0, n - 1)] = 25
+        lengths = [length for pair in zip(short, long, strict=True) for length in pair]
+        return {
+            "texts": [_text([trial.integer(0, 9) for _ in range(length)]) for length in lengths],
+            "lengths": torch.tensor(lengths),
+            "batch_size": batch_size,
+        }
+
+    def measure(self, subject, inputs):
+        encoder = _Encoder()
+        _run(subject, encoder, inputs["texts"], inputs["batch_size"])
+        return {"batches": len(encoder.seen), "padding": sum(padding for _, padding in encoder.seen)}
+
+    def facts(self, raw, inputs):
+        lengths, size = inputs["lengths"], inputs["batch_size"]
+        rising = lengths.sort().values
+        least = max(_padding(rising, size), _padding(rising.flip(0), size))  # the short batch may be the first or the last
+        words = "more than sorting by length leaves" if raw["padding"] > least else "no more than sorting by length leaves"
+        words = "every text up to the longest of all" if raw["padding"] >= _padding(rising, len(rising)) else words
+        return {"padding in the encoder": words if raw["batches"] else "no text was in the encoder"}
+
+    def notes(self, raw, inputs):
+        least = _padding(inputs["lengths"].sort().values, inputs["batch_size"])
+        return {"padding in the encoder": f"{raw['padding']} places, where {least} are enough"}
+
+
+class LeftAsFound(Experiment):
+    """The encoder is left as it was found, each module in its own mode; so are the texts."""
+
+    def draw(self, trial: Trial) -> dict:
+        encoder = _Encoder(dropout=0.3)
+        encoder.axes.eval()  # one module is in eval mode, as a frozen one would be, and the others are not
+        return {"encoder": encoder, "texts": [_text([i] * (i + 1)) for i in trial.permutation(7).tolist()]}
+
+    def measure(self, subject, inputs):
+        encoder, texts = inputs["encoder"], list(inputs["texts"])
+        expect_tensor(subject(encoder, _tokenizer, texts, 3), (len(texts), _WIDTH), "the vectors")
+        return {
+            "seen": len(encoder.seen),
+            "modes": {name: module.training for name, module in encoder.named_modules()},
+            "weights": encoder.axes.weight.detach().clone(),
+            "trainable": encoder.axes.weight.requires_grad,
+            "texts": texts,
+        }
+
+    def facts(self, raw, inputs):
+        modes = {name: module.training for name, module in inputs["encoder"].named_modules()}
+        switched = {raw["modes"].get(name) for name, mode in modes.items() if raw["modes"].get(name) != mode}
+        weights = inputs["encoder"].axes.weight
+        same = raw["trainable"] == weights.requires_grad and torch.equal(raw["weights"], weights.detach())
+        return {
+            "the texts went through the encoder": "yes" if raw["seen"] else "no",
+            "modules switched to eval mode": "some" if False in switched else "none",
+            "modules switched to train mode": "some" if True in switched else "none",
+            "parameters": "as they were" if same else "changed",
+            "the list of texts": "as it was" if raw["texts"] == inputs["texts"] else "changed",
+        }
+
+
+class NoGraph(Experiment):
+    """The vectors carry no graph, so that memory does not grow with the number of texts."""
+
+    def draw(self, trial: Trial) -> dict:
+        return {"encoder": _Encoder(), "texts": [_text([i] * (i + 1)) for i in trial.permutation(7).tolist()]}
+
+    def measure(self, subject, inputs):
+        vectors = _run(subject, inputs["encoder"], inputs["texts"], 3)
+        graph = "kept" if vectors.grad_fn is not None else "none"
+        graph = "none, but they require gradients" if vectors.requires_grad and vectors.is_leaf else graph
+        return {"graph": graph, "inference": vectors.is_inference(), "seen": len(inputs["encoder"].seen)}
+
+    def facts(self, raw, inputs):
+        return {
+            "the texts went through the encoder": "yes" if raw["seen"] else "no",
+            "the graph behind the vectors": raw["graph"],
+            "the vectors are inference tensors, which no later training accepts": "yes" if raw["inference"] else "no",
+        }
+
+
+def _padding(lengths: Tensor, batch_size: int) -> int:
+    """How many places are padding, in batches of texts in that order."""
+    return sum(int((part.max() - part).sum()) for part in lengths.split(batch_size))
+
+
+def _distances(raw: dict[str, Tensor]) -> Tensor:
+    """Between each text's vector alone and every vector of the batch, all at length 1."""
+    return torch.cdist(F.normalize(raw["alone"].double(), dim=1), F.normalize(raw["together"].double(), dim=1))
+
+
+def _near(difference: Tensor) -> bool:
+    return bool(difference.abs().max() < 1e-4)
+
+
+def _by_length(texts: Sequence[str]) -> list[int]:
+    return sorted(range(len(texts)), key=lambda i: len(texts[i].split()))
+
+
+def _pooled(encoder, tokenizer, texts, batch_size, *, masked=True, pool=mean_pool) -> Tensor:
+    """The vectors of the texts as they come, for the misconceptions below; not yet of length 1."""
+    rows = []
+    for start in range(0, len(texts), batch_size):
+        batch = tokenizer(texts[start : start + batch_size])
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        rows.append(pool(encoder(ids, mask if masked else torch.ones_like(mask)), mask))
+    return torch.cat(rows)
+
+
+def _sorted(encoder, tokenizer, texts, batch_size, **options) -> Tensor:
+    """The same in batches of like length, put back in order."""
+    order = _by_length(texts)
+    rows = _pooled(encoder, tokenizer, [texts[i] for i in order], batch_size, **options)
+    return rows[torch.tensor(order).argsort()]
+
+
+@misconception(
+    "order not put back",
+    hint="Embed the same texts in another order. Does row 0 still belong to the first text?",
+    source="a line of reasoning: sorting saves padding, and what comes out is sorted, too",
+)
+def order_not_put_back(encoder, tokenizer, texts, batch_size):
+    with eval_mode(encoder), torch.no_grad():
+        rows = _pooled(encoder, tokenizer, [texts[i] for i in _by_length(texts)], batch_size)
+    return F.normalize(rows, dim=1)
+
+
+@misconception(
+    "put back with the wrong permutation",
+    hint="`order` says where the k-th row comes from. Does it also say where the k-th row has to go? Try three texts by hand.",
+    source="a line of reasoning: a permutation is taken for its own inverse, as it is when it only swaps pairs",
+)
+def put_back_with_the_wrong_permutation(encoder, tokenizer, texts, batch_size):
+    order = _by_length(texts)
+    with eval_mode(encoder), torch.no_grad():
+        rows = _pooled(encoder, tokenizer, [texts[i] for i in order], batch_size)
+    return F.normalize(rows[order], dim=1)
+
+
+@misconception(
+    "mask not given to the encoder",
+    hint="Embed a short text alone, and again beside a long one. At which places did its tokens look the second time?",
+    source="seen in public teaching code: model(input_ids) on a padded batch, where a missing mask means that nothing is padding",
+)
+def mask_not_given_to_the_encoder(encoder, tokenizer, texts, batch_size):
+    with eval_mode(encoder), torch.no_grad():
+        return F.normalize(_sorted(encoder, tokenizer, texts, batch_size, masked=False), dim=1)
+
+
+@misconception(
+    "padding pooled",
+    hint="The encoder gives a hidden state at every place, at padding as well. Over which of them is your mean?",
+    source="seen in public teaching code: the mask goes into the model, and then comes .mean(dim=1)",
+)
+def padding_pooled(encoder, tokenizer, texts, batch_size):
+    with eval_mode(encoder), torch.no_grad():
+        return F.normalize(_sorted(encoder, tokenizer, texts, batch_size, pool=lambda hidden, mask: hidden.mean(1)), dim=1)
+
+
+@misconception(
+    "batches in the order of the texts",
+    hint="Print the shape of every batch, when short and long texts alternate. How much of each is padding?",
+    source="a line of reasoning: one long text makes every other of its batch as long, so the order decides the cost",
+)
+def batches_in_the_order_of_the_texts(encoder, tokenizer, texts, batch_size):
+    with eval_mode(encoder), torch.no_grad():
+        return F.normalize(_pooled(encoder, tokenizer, texts, batch_size), dim=1)
+
+
+@misconception(
+    "padded to the longest of all",
+    hint="Your batches hold texts of like length. Why are they still all as wide as the longest text there is?",
+    source="a line of reasoning: all texts are tokenized in one call, and its padding stays on every batch",
+)
+def padded_to_the_longest_of_all(encoder, tokenizer, texts, batch_size):
+    batch = tokenizer(texts)
+    order = batch["attention_mask"].sum(1).argsort()
+    with eval_mode(encoder), torch.no_grad():
+        parts = [(batch["input_ids"][part], batch["attention_mask"][part]) for part in order.split(batch_size)]
+        rows = torch.cat([mean_pool(encoder(ids, mask), mask) for ids, mask in parts])
+    return F.normalize(rows[order.argsort()], dim=1)
+
+
+@misconception(
+    "everything at once",
+    hint="All texts were in the encoder together. How much memory do the hidden states of 100,000 texts take?",
+    source="a line of reasoning: it works on ten sentences, and is out of memory on the real data",
+)
+def everything_at_once(encoder, tokenizer, texts, batch_size):
+    with eval_mode(encoder), torch.no_grad():
+        return F.normalize(_pooled(encoder, tokenizer, texts, len(texts)), dim=1)
+
+
+@misconception(
+    "normalised over the texts",
+    hint="Embed one text alone. Why is every entry of its vector 1 or -1 or 0, and over which axis was the length taken?",
+    source="a line of reasoning: in a table of vectors the wrong axis gives the same shape",
+)
+def normalised_over_the_texts(encoder, tokenizer, texts, batch_size):
+    with eval_mode(encoder), torch.no_grad():
+        return F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=0)
+
+
+@misconception(
+    "not normalised",
+    hint="What is the product of a text's vector with itself? For a cosine it has to be 1.",
+    source="a line of reasoning: a dot product is a cosine only between vectors of length 1",
+)
+def not_normalised(encoder, tokenizer, texts, batch_size):
+    with eval_mode(encoder), torch.no_grad():
+        return _sorted(encoder, tokenizer, texts, batch_size)
+
+
+@misconception(
+    "train mode while embedding",
+    hint="Embed one text twice. What in the encoder still throws dice, and what would tell it to stop?",
+    source="seen in public teaching code: features computed under no_grad in a model that was never switched to eval mode",
+)
+def train_mode_while_embedding(encoder, tokenizer, texts, batch_size):
+    with torch.no_grad():
+        return F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=1)
+
+
+@misconception(
+    "left in eval mode",
+    hint="Compare each module's mode before and after. In which mode would training go on after your function?",
+    source="a line of reasoning: an evaluation in the middle of training that turns dropout off for the rest of it",
+)
+def left_in_eval_mode(encoder, tokenizer, texts, batch_size):
+    encoder.eval()
+    with torch.no_grad():
+        return F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=1)
+
+
+@misconception(
+    "put back with train()",
+    hint="One module was in eval mode before, the others were not. What does train() do to it?",
+    source="seen in public teaching code: a freeze that the next model.train() undoes",
+)
+def put_back_with_train(encoder, tokenizer, texts, batch_size):
+    encoder.eval()
+    with torch.no_grad():
+        vectors = F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=1)
+    encoder.train()
+    return vectors
+
+
+@misconception(
+    "graph kept",
+    hint="Every batch's hidden states are kept for a backward pass that never comes. What tells torch that none will?",
+    source="a line of reasoning: eval mode changes what layers compute, not whether torch records it",
+)
+def graph_kept(encoder, tokenizer, texts, batch_size):
+    with eval_mode(encoder):
+        return F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=1)
+
+
+EXERCISE = Exercise(
+    number="2.8",
+    name="embed",
+    reference=embed,
+    experiments=(
+        *(RowPerText(), AnyCompany(), MeanOfOwnTokens(), LengthOne(), NoDropout()),
+        *(InBatches(), LittlePadding(), LeftAsFound(), NoGraph()),
+    ),
+    misconceptions=(
+        *(order_not_put_back, put_back_with_the_wrong_permutation, mask_not_given_to_the_encoder, padding_pooled),
+        *(normalised_over_the_texts, not_normalised, train_mode_while_embedding),
+        *(everything_at_once, batches_in_the_order_of_the_texts, padded_to_the_longest_of_all),
+        *(left_in_eval_mode, put_back_with_train, graph_kept),
+    ),
+    hints=(
+        "By which ways could one text change the vector of another, and what decides how much padding there is?",
+        "Embed three texts of 1, 5 and 20 words, each alone and all together, in two orders; compare the rows. "
+        "Then print the shapes of the batches that went into the encoder.",
+        "Sort the texts by number of tokens, and remember the order; batch by batch, in eval mode and without gradients, "
+        "pool encoder(input_ids, attention_mask) with the mask; put row k at place order[k], and divide each row by its length.",
+    ),
+)

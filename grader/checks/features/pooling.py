@@ -1,0 +1,213 @@
+"""Exercise 2.7: the mean of hidden states over a text's own tokens."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from helpers.text import mean_pool
+
+
+class _Pooling(Experiment):
+    """Draws hidden states of texts of different lengths, at least one of them shorter by several tokens."""
+
+    def draw(self, trial: Trial) -> dict:
+        n, tokens, width = trial.integer(4, 6), trial.integer(8, 10), trial.integer(12, 15)
+        lengths = torch.tensor([tokens, 2, 4, *(trial.integer(3, tokens - 2) for _ in range(n - 3))])[trial.permutation(n)]
+        return {"hidden": trial.normal(n, tokens, width), "mask": (torch.arange(tokens) < lengths[:, None]).long()}
+
+    def measure(self, subject, inputs):
+        return {"pooled": self.pool(subject, inputs["hidden"], inputs["mask"])}
+
+    def pool(self, subject, hidden: Tensor, mask: Tensor) -> Tensor:
+        n, _, width = hidden.shape
+        return expect_tensor(subject(hidden, mask), (n, width), "the pooled vectors").detach()
+
+
+class OwnTokensAlike(_Pooling):
+    """Every token of a text counts, all of them alike, and nothing else does."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        inputs = super().draw(trial)
+        return inputs | {"hidden": inputs["hidden"] + 2 * trial.normal(inputs["hidden"].shape[2])}  # the mean is not near zero
+
+    def facts(self, raw, inputs):
+        hidden, mask = inputs["hidden"], inputs["mask"].bool()[..., None]
+        candidates = {
+            "the mean over the text's own tokens": (hidden * mask).sum(1),
+            "the mean over all places, padding included": hidden.sum(1),
+            "the first token": hidden[:, 0],
+            "the largest value of each column": hidden.masked_fill(~mask, -torch.inf).amax(1),
+            "the largest value of each column, padding included": hidden.amax(1),
+        }
+        pooled = raw["pooled"].to(hidden.dtype)
+        along = (name for name, rows in candidates.items() if (F.cosine_similarity(pooled, rows) > 1 - 1e-5).all())
+        return {"the result points along": next(along, "something else")}
+
+
+class DividedByOwnLength(_Pooling):
+    """If the same vector stands at every place, the result is that vector, however long a text is."""
+
+    def draw(self, trial: Trial) -> dict:
+        inputs = super().draw(trial)
+        n, tokens, width = inputs["hidden"].shape
+        return inputs | {"hidden": (trial.normal(n, 1, width) + 0.5).expand(n, tokens, width).clone()}
+
+    def facts(self, raw, inputs):
+        mask = inputs["mask"].double()
+        own, one = mask.sum(1), inputs["hidden"][:, 0].double()
+        factors = {
+            "1": torch.ones_like(own),
+            "the text's number of tokens": own,
+            "the number of all places": torch.full_like(own, mask.shape[1]),
+            "the part of the places that are tokens": own / mask.shape[1],
+            "the text's part of all tokens of the batch": own / own.sum(),
+        }
+        pooled = raw["pooled"].double()
+        found = (name for name, f in factors.items() if torch.allclose(pooled, f[:, None] * one, rtol=1e-4, atol=1e-5))
+        return {"the result is that vector times": next(found, "something else")}
+
+
+class PaddingDoesNotMatter(_Pooling):
+    """What stands at padding changes nothing, be it infinite or NaN."""
+
+    points = 2
+
+    def measure(self, subject, inputs):
+        hidden, padding = inputs["hidden"], inputs["mask"][..., None] == 0
+        clean = self.pool(subject, hidden, inputs["mask"])
+        raw = {}
+        for name, value in {"large": 1e4, "infinite": torch.inf, "nan": torch.nan}.items():
+            pooled = self.pool(subject, hidden.masked_fill(padding, value), inputs["mask"])
+            raw |= {f"{name}: finite": pooled.isfinite(), f"{name}: moved": (pooled - clean).nan_to_num(0, 0, 0)}
+        return raw
+
+    def facts(self, raw, inputs):
+        def effect(name: str) -> str:
+            if not raw[f"{name}: finite"].all():
+                return "makes the result NaN or infinite"
+            return "changes the result" if raw[f"{name}: moved"].abs().max() > 1e-3 else "changes nothing"
+
+        return {
+            "a large number at padding": effect("large"),
+            "infinity at padding": effect("infinite"),
+            "NaN at padding": effect("nan"),
+        }
+
+
+class TextWithoutTokens(_Pooling):
+    """A text without tokens gives zeros."""
+
+    def draw(self, trial: Trial) -> dict:
+        inputs = super().draw(trial)
+        inputs["mask"][trial.integer(0, len(inputs["mask"]) - 1)] = 0
+        return inputs
+
+    def measure(self, subject, inputs):
+        empty = inputs["mask"].sum(1) == 0
+        row = self.pool(subject, inputs["hidden"], inputs["mask"])[empty][0]
+        return {"finite": row.isfinite(), "row": row.nan_to_num(0, 0, 0)}
+
+    def facts(self, raw, inputs):
+        finite = "zeros" if raw["row"].abs().max() < 1e-6 else "other numbers"
+        return {"a text without tokens gives": finite if raw["finite"].all() else "NaN or infinity"}
+
+
+def _sum(hidden: Tensor, mask: Tensor) -> Tensor:
+    """A right sum over a text's own tokens, for what is wrong elsewhere."""
+    return hidden.masked_fill(mask[..., None] == 0, 0).sum(1)
+
+
+@misconception(
+    "mask ignored",
+    hint="Pool a text alone, and again beside a longer one. Which places were averaged the second time?",
+    source="seen in public teaching code: last_hidden_state.mean(dim=1) of a padded batch",
+)
+def mask_ignored(hidden, attention_mask):
+    return hidden.mean(1)
+
+
+@misconception(
+    "divided by the padded length",
+    hint="Let the same vector stand at every token. Why does a short text's mean get smaller the longer its neighbour is?",
+    source="a line of reasoning: padding is set to zero, and `mean` still counts it",
+)
+def divided_by_the_padded_length(hidden, attention_mask):
+    return _sum(hidden, attention_mask) / hidden.shape[1]
+
+
+@misconception(
+    "not divided",
+    hint="Let the same vector stand at every token. Why is a long text's result longer than a short one's?",
+    source="a line of reasoning: a masked sum looks like a mean until lengths differ",
+)
+def not_divided(hidden, attention_mask):
+    return _sum(hidden, attention_mask)
+
+
+@misconception(
+    "divided by the tokens of the batch",
+    hint="Pool a text in a batch of one and in a batch of ten. By how many tokens was it divided each time?",
+    source="a line of reasoning: the mask is added up over both of its axes",
+)
+def divided_by_the_tokens_of_the_batch(hidden, attention_mask):
+    return _sum(hidden, attention_mask) / attention_mask.sum()
+
+
+@misconception(
+    "first token in place of the mean",
+    hint="Change the last token of a text. Does its vector change?",
+    source="seen in public teaching code: last_hidden_state[:, 0] as the sentence's vector of a model trained for mean pooling",
+)
+def first_token(hidden, attention_mask):
+    return hidden[:, 0] * attention_mask.any(1, keepdim=True)
+
+
+@misconception(
+    "maximum in place of the mean",
+    hint="Change one small value of a token a little. Does the result move at all, and should a mean?",
+    source="a line of reasoning: max pooling, as after a convolution, keeps the strongest token of each column",
+)
+def maximum(hidden, attention_mask):
+    largest = hidden.masked_fill(attention_mask[..., None] == 0, -torch.inf).amax(1)
+    return largest.masked_fill(~attention_mask.any(1, keepdim=True), 0)
+
+
+@misconception(
+    "padding multiplied by zero",
+    hint="What is NaN times zero, and infinity times zero? Print both.",
+    source="seen in public teaching code: (hidden * mask).sum(1), which holds as long as padding is finite",
+)
+def padding_multiplied_by_zero(hidden, attention_mask):
+    weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+@misconception(
+    "divided by zero",
+    hint="How many tokens does a text without tokens have, and what is divided by that number?",
+    source="a line of reasoning: a text that is all padding, as in a batch filled up to a fixed size",
+)
+def divided_by_zero(hidden, attention_mask):
+    return _sum(hidden, attention_mask) / attention_mask.sum(1, keepdim=True)
+
+
+EXERCISE = Exercise(
+    number="2.7",
+    name="mean_pool",
+    reference=mean_pool,
+    experiments=(OwnTokensAlike(), DividedByOwnLength(), PaddingDoesNotMatter(), TextWithoutTokens()),
+    misconceptions=(
+        *(mask_ignored, divided_by_the_padded_length, not_divided, divided_by_the_tokens_of_the_batch),
+        *(first_token, maximum, padding_multiplied_by_zero, divided_by_zero),
+    ),
+    hints=(
+        "Which places of a row belong to its text, and how many are they?",
+        "Take two texts of 2 and 3 tokens with a width of 1, and pool them by hand; "
+        "then write NaN at the padding of the first, and pool them again.",
+        "sum over tokens of what stands where the mask is 1 / max(1, number of such tokens); "
+        "`masked_fill` or `torch.where` replaces what a product with zero does not.",
+    ),
+)
