@@ -20,14 +20,14 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, torch {torch.__version__}")
     for topic in TOPICS.values():
         notebook = nbformat.read(next((ROOT / "solutions").glob(f"*_{topic}/*.ipynb")), 4)
+        names = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}  # an answer may use those before it
         for number, exercise in exercises(topic).items():
             grade_id = f"answer-{number.replace('.', '_')}"
             answer = next(c for c in notebook.cells if c.metadata.get("nbgrader", {}).get("grade_id") == grade_id)
-            names = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
             exec(answer.source, names)
             seconds = [_timed(number, names[exercise.name]) for _ in range(16)][1:]  # the first warms up
             median, largest = 1000 * statistics.median(seconds), 1000 * max(seconds)
-            print(f"{number}  {exercise.name:<14} median {median:.0f} ms, largest {largest:.0f} ms")
+            print(f"{number}  {exercise.name:<16} median {median:.0f} ms, largest {largest:.0f} ms")
 
 
 def _timed(number: str, solution) -> float:

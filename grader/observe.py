@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from grader.experiment import Experiment, Subject, Trial, WrongReturn
 from grader.state import fresh_defaults, preserved
 from grader.verdict import Observation, Problem
+from helpers.training import one_thread
 
 OUTPUT_LIMIT = 2000  # characters of a subject's own output that are shown
 _NOT_THE_LEARNERS = tuple(  # folders of ours, of Python and of installed packages
@@ -49,7 +50,7 @@ def observe(experiment: Experiment, subject: Subject, seed: int, number: str) ->
         seed: of the inputs.
         number: the exercise's, to tell "not attempted" from "needs another exercise first".
     """
-    with _one_thread(), fresh_defaults():
+    with one_thread(), fresh_defaults():
         return _observe(experiment, subject, seed, number)
 
 
@@ -156,17 +157,6 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item, name)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The tensors of a check are tiny: more threads only wait for each other, the more so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -11,13 +11,15 @@ Source: Donahue et al. 2014, "DeCAF"; Kornblith et al. 2019, section 3, for the 
 
 import copy
 import hashlib
+import inspect
 import json
-import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -151,9 +153,9 @@ def cached_features(
     """`compute(backbone, inputs, **settings)`, read from `folder` if exactly that was computed before.
 
     The name of an entry is the SHA-256 of all that features depend on: the backbone's structure, parameters, buffers
-    and `preprocessing`, the inputs' contents (of files: their bytes), `compute`'s name and its settings. Change any of
-    them and it is another entry, so no entry can be stale. What the key cannot see is a change of the code of
-    `compute` or of the backbone's `forward`: empty the folder after one.
+    and `preprocessing`, the inputs' contents (of files: their bytes), `compute`'s code and settings. Change any of
+    them and it is another entry, so no entry can be stale. What the key cannot see is a change of what `compute` calls
+    or of the backbone's `forward`: empty the folder after one.
 
     An entry is written to a temporary file and then renamed, so an interruption leaves none, and holds the SHA-256
     of its own numbers, so a damaged one is noticed, computed again and replaced.
@@ -164,19 +166,26 @@ def cached_features(
         backbone: any model.
         inputs: a tensor, or a list of texts, paths, PIL images or tensors.
         settings: keyword arguments of `compute` that JSON can spell.
+
+    Returns:
+        The features, on the CPU and without a graph.
     """
-    if not hasattr(compute, "__qualname__"):
+    if not inspect.isfunction(compute):
         raise TypeError(f"compute must be a function, got {expect.describe(compute)}. Give it its arguments as settings.")
     settings = dict(settings or {})
     key = _key(compute, expect.module("backbone", backbone), inputs, settings)
     path = Path(folder) / f"{key}.safetensors"
     features = _read_entry(path, key)
     if features is None:
-        features = compute(backbone, inputs, **settings).detach().contiguous()
+        features = expect.tensor("what compute gives", compute(backbone, inputs, **settings), ("n", "..."))
+        features = features.detach().cpu().contiguous()
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{key}.{os.getpid()}.part")
-        save_file({"features": features.cpu()}, draft, {"key": key, "sha256": _sha256(_content(features))})
-        draft.replace(path)
+        draft = path.with_name(f"{key}.{uuid.uuid4().hex}.part")
+        try:
+            save_file({"features": features}, draft, {"key": key, "sha256": _sha256(_content(features))})
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
     return features
 
 
@@ -205,14 +214,16 @@ def _read_entry(path: Path, key: str) -> Tensor | None:
 
 
 def _key(compute: Callable, backbone: nn.Module, inputs: Tensor | Sequence, settings: dict) -> str:
-    described = [compute.__module__, compute.__qualname__, type(backbone).__qualname__, repr(backbone), settings]
-    described.append(str(getattr(backbone, "preprocessing", "")))
+    code = compute.__code__
+    constants = [repr(constant) for constant in code.co_consts if not inspect.iscode(constant)]
+    described = [compute.__module__, compute.__qualname__, code.co_code.hex(), code.co_names, constants, settings]
+    described += [type(backbone).__qualname__, repr(backbone), str(getattr(backbone, "preprocessing", ""))]
     parts = [json.dumps(described, sort_keys=True).encode()]
-    for name, tensor in backbone.state_dict().items():
+    for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):  # a state dict leaves some buffers out
         parts += [name.encode(), *_content(tensor)]
-    for item in [inputs] if isinstance(inputs, Tensor) else inputs:
-        parts += _content(item)
-    return _sha256(parts)
+    items = [inputs] if isinstance(inputs, Tensor) else inputs
+    parts.append(f"{'one tensor' if isinstance(inputs, Tensor) else len(items)}".encode())
+    return _sha256([*parts, *(part for item in items for part in _content(item))])
 
 
 def _content(item: object) -> list[bytes]:
@@ -224,8 +235,8 @@ def _content(item: object) -> list[bytes]:
         return [b"text", item.encode()]
     if isinstance(item, Path):
         return [b"file", item.read_bytes()]
-    if hasattr(item, "tobytes"):  # a PIL image
-        return [f"{item.mode} {item.size}".encode(), item.tobytes()]
+    if isinstance(item, Image.Image):
+        return [f"{item.mode} {item.size} {item.getpalette()}".encode(), item.tobytes()]
     raise TypeError(f"inputs must be tensors, texts, paths or PIL images, got {expect.describe(item)}.")
 
 

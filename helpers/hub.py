@@ -23,17 +23,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from functools import partial
 from http.client import responses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from helpers import expect
-
 if TYPE_CHECKING:
+    from torch import nn
     from torchvision.models import WeightsEnum
 
 STALL_SECONDS = 20.0
@@ -71,7 +69,7 @@ def offline() -> bool:
     return os.environ.get("WARMSTART_OFFLINE", "") not in ("", "0")
 
 
-def torchvision_model(weights: "WeightsEnum | str") -> nn.Module:
+def torchvision_model(weights: "WeightsEnum | str") -> "nn.Module":
     """The torchvision model that these weights are for, with the weights in it, in train mode as torchvision gives it.
 
     Args:
@@ -92,17 +90,20 @@ def weights_file(weights: "WeightsEnum | str") -> Path:
     """The file of these torchvision weights in torch.hub's cache, downloaded if it is not there or damaged.
 
     The file's name ends with the first eight digits of its SHA-256 (`resnet18-f37072fd.pth`): enough to notice any
-    damage, too few to stop a forger. A download becomes visible under its name only when it is complete and checked.
+    damage, too few to stop a forger. A download gets its name only when it is complete and checked.
 
     Raises:
         DownloadFailed: the file is not to be had.
         ValueError: no model has such weights, or the name of their file holds no hash.
     """
+    import torch
+
     _, weights = _find(weights)
     name = Path(urllib.parse.urlsplit(weights.url).path).name
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     mirror = os.environ.get("WARMSTART_MIRROR")
     url = f"{mirror.rstrip('/')}/{name}" if mirror else weights.url
+    failed = partial(_failed, name, url, f"Put the file at {path}")
     hashed = re.search(r"-([0-9a-f]{8,})\.", name)
     if not hashed:
         raise ValueError(
@@ -111,17 +112,16 @@ def weights_file(weights: "WeightsEnum | str") -> Path:
     cached = _digest(path) if path.is_file() else None
     if cached and cached.startswith(hashed[1]):
         return path
-    failure = f"could not get {name} from {url}: {{}}. Put the file at {path}, {INSTEAD}"
     if offline():
         state = f"the cached file is damaged (its SHA-256 begins with {cached[:8]})" if cached else "the cache does not hold it"
-        raise DownloadFailed(failure.format(f"WARMSTART_OFFLINE is set, and {state}"))
+        raise failed(f"WARMSTART_OFFLINE is set, and {state}")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{name}.{uuid.uuid4().hex}.part")
     try:
-        _download(url, draft, failure)
+        _download(url, draft, failed)
         came = _digest(draft)
         if not came.startswith(hashed[1]):
-            raise DownloadFailed(failure.format(f"what came is not that file, its SHA-256 begins with {came[:8]}"))
+            raise failed(f"what came is not that file, its SHA-256 begins with {came[:8]}")
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -147,31 +147,21 @@ def huggingface_folder(name: str, revision: str = "main") -> Path:
     if (local / "config.json").is_file():
         return local
     from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError
 
-    failure = f"could not get {name} from {constants.ENDPOINT}/{name}: {{}}. Pass a folder that holds its files, {INSTEAD}"
-    try:
-        folder = _snapshot(name, revision, failure)
+    failed = partial(_failed, name, f"{constants.ENDPOINT}/{name}", "Pass a folder that holds its files")
+    for _ in "cached", "fetched again":
+        folder = _snapshot(name, revision, failed)
         damaged = _damaged(folder)
-        if damaged and not offline():
-            _remove(damaged)
-            folder = _snapshot(name, revision, failure)  # fetches what is missing, and only that
-            damaged = _damaged(folder)
-            _remove(damaged)
-    except HFValidationError:
-        raise ValueError(
-            f"name must be a folder with a config.json or a model on the Hub, got {name!r}. "
-            "An example: 'sentence-transformers/all-MiniLM-L6-v2'."
-        ) from None
+        if offline() or not damaged:
+            break
+        for blob in damaged.values():
+            blob.unlink(missing_ok=True)  # the next snapshot fetches what is missing, and only that
     if damaged:
         files = ", ".join(sorted(file.name for file in damaged))
-        state = (
-            f"WARMSTART_OFFLINE is set, and the cached {files} is damaged" if offline() else f"what came as {files} is damaged"
-        )
-        raise DownloadFailed(failure.format(state))
+        raise failed(f"WARMSTART_OFFLINE is set, and the cached {files} is damaged" if offline() else f"no sound {files} came")
     missing = [pattern for pattern in ("config.json", "*.safetensors") if not any(folder.glob(pattern))]
     if missing:
-        raise DownloadFailed(failure.format(f"{'the cache' if offline() else 'it'} holds no {' and no '.join(missing)}"))
+        raise failed(f"{'the cache' if offline() else 'it'} holds no {' and no '.join(missing)}")
     return folder
 
 
@@ -181,14 +171,15 @@ def oxford_pets() -> Path:
     Raises:
         DownloadFailed: it is not to be had, or only a part of it is there.
     """
+    import torch
     from torchvision.datasets import OxfordIIITPet
 
     root = Path(torch.hub.get_dir()).parent / "datasets"
     folder = root / "oxford-iiit-pet"
-    failure = f"could not get the Oxford-IIIT Pets from www.robots.ox.ac.uk: {{}}. Put them into {folder}, {INSTEAD}"
+    failed = partial(_failed, "the Oxford-IIIT Pets", "www.robots.ox.ac.uk", f"Put them into {folder}")
     if not folder.is_dir():
         if offline():
-            raise DownloadFailed(failure.format("WARMSTART_OFFLINE is set, and they are not there"))
+            raise failed("WARMSTART_OFFLINE is set, and they are not there")
         before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(_patience())  # torchvision sets none
         try:
@@ -197,15 +188,21 @@ def oxford_pets() -> Path:
                 OxfordIIITPet(draft, download=True)
                 Path(draft, folder.name).replace(folder)
         except (OSError, RuntimeError) as error:
-            raise DownloadFailed(failure.format(_reason(error) or str(error))) from None
+            raise failed(_reason(error) or str(error)) from None
         finally:
             socket.setdefaulttimeout(before)
     return folder
 
 
+def _failed(what: str, where: str, instead: str, reason: str) -> DownloadFailed:
+    return DownloadFailed(f"could not get {what} from {where}: {reason}. {instead}, {INSTEAD}")
+
+
 def _find(weights: "WeightsEnum | str") -> tuple[str, "WeightsEnum"]:
     """The name of the model, and the member."""
     from torchvision.models import WeightsEnum, get_model_weights, list_models
+
+    from helpers import expect
 
     if not isinstance(weights, WeightsEnum | str):
         raise TypeError(
@@ -228,41 +225,47 @@ class _BrokeOff(Exception):
     """The answer ended before its announced length."""
 
 
-def _download(url: str, path: Path, failure: str) -> None:
-    """One file, with a progress bar. What the server decided (HTTP 404) is final; lost connections are tried again."""
+def _download(url: str, path: Path, failed: Callable[[str], DownloadFailed]) -> None:
+    """One file, with a progress bar. What the server decided (HTTP 404) is final; a lost connection is tried again."""
     request = urllib.request.Request(url, headers={"User-Agent": "warmstart"})
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with urllib.request.urlopen(request, timeout=_patience()) as answer, path.open("wb") as file:
                 size = int(answer.headers.get("Content-Length", 0))
-                with tqdm(desc=path.name.split("-")[0], total=size or None, unit="B", unit_scale=True) as bar:
+                with tqdm(desc=path.name.partition(".")[0], total=size or None, unit="B", unit_scale=True) as bar:
                     while block := answer.read1(1 << 20):
                         bar.update(file.write(block))
-                    if file.tell() < size:
-                        raise _BrokeOff(f"received {file.tell()} bytes, expected {size}")
+                if file.tell() < size:
+                    raise _BrokeOff(f"received {file.tell()} bytes, expected {size}")
             return
         except Exception as error:
             reason = _reason(error)
             if reason is None:
                 raise
-            final = isinstance(error, urllib.error.HTTPError) and error.code < 500
-            if final or attempt == ATTEMPTS:
-                tries = "" if final else f", {ATTEMPTS} times"
-                raise DownloadFailed(failure.format(reason + tries)) from None
-            time.sleep(0.5)
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                raise failed(reason) from None
+            if attempt == ATTEMPTS:
+                raise failed(f"{reason}, {ATTEMPTS} times") from None
+            time.sleep(_patience() / 20)
 
 
-def _snapshot(name: str, revision: str, failure: str) -> Path:
+def _snapshot(name: str, revision: str, failed: Callable[[str], DownloadFailed]) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     try:
         with _bounded():
             return Path(snapshot_download(name, revision=revision, allow_patterns=[*PATTERNS], local_files_only=offline()))
+    except HFValidationError:
+        raise ValueError(
+            f"name must be a folder with a config.json or a model on the Hub, got {name!r}. "
+            "An example: 'sentence-transformers/all-MiniLM-L6-v2'."
+        ) from None
     except Exception as error:
         reason = _reason(error)
         if reason is None:
             raise
-        raise DownloadFailed(failure.format(reason)) from None
+        raise failed(f"WARMSTART_OFFLINE is set, and {reason}" if offline() else reason) from None
 
 
 class _GaveUp(Exception):
@@ -307,15 +310,10 @@ def _sound(blob: Path) -> bool:
     """A large file's blob is named by its SHA-256; a small one's by git, SHA-1 of "blob", its size, a zero, its bytes."""
     if not blob.is_file():
         return False
-    sha256, git = len(blob.name) == 64, len(blob.name) == 40
-    if sha256:
+    if len(blob.name) == 64:
         return _digest(blob) == blob.name
-    return not git or _digest(blob, lambda: hashlib.sha1(b"blob %d\0" % blob.stat().st_size)) == blob.name
-
-
-def _remove(damaged: dict[Path, Path]) -> None:
-    for blob in damaged.values():
-        blob.unlink(missing_ok=True)
+    git = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
+    return len(blob.name) != 40 or _digest(blob, lambda: git) == blob.name
 
 
 def _digest(path: Path, start: Callable = hashlib.sha256) -> str:
@@ -327,8 +325,9 @@ def _patience() -> float:
     """Seconds without a byte after which an attempt has failed."""
     value = os.environ.get("WARMSTART_TIMEOUT") or STALL_SECONDS
     with suppress(ValueError):
-        value = float(value)
-    return expect.positive("WARMSTART_TIMEOUT", value, advice=f"Seconds without a byte; unset means {STALL_SECONDS:g}.")
+        if 0 < float(value) < float("inf"):
+            return float(value)
+    raise ValueError(f"WARMSTART_TIMEOUT must be seconds above 0, got {value!r}. Unset, it is {STALL_SECONDS:g}.")
 
 
 def _reason(error: BaseException) -> str | None:

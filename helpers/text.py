@@ -35,6 +35,7 @@ def tokenize(vocabulary: Mapping[str, int], texts: Sequence[str], max_length: in
     Returns:
         {"input_ids", "attention_mask"}, each (n, tokens) of int64; `tokens` is the length of the longest text.
     """
+    _check_texts(texts)
     expect.whole_number("max_length", max_length, least=2, advice="[CLS] and [SEP] need two places.")
     rows = []
     for text in texts:
@@ -92,19 +93,29 @@ def embed(
         batch_size: at most that many texts are in the encoder at once.
 
     Returns:
-        (n, width), in the order of the texts, each row of length 1, without a graph.
+        (n, width), in the order of the texts, each row of length 1, on the CPU, without a graph.
+
+    Raises:
+        ValueError: no texts, or a tokenizer that pads at the beginning.
     """
     expect.module("encoder", encoder)
     expect.whole_number("batch_size", batch_size, advice="64 suits a CPU.")
-    if isinstance(texts, str) or len(texts) == 0:
-        raise ValueError(f"texts must be a list of at least 1 text, got {expect.describe(texts)}. Put one text in brackets.")
+    _check_texts(texts)
     batch = tokenizer(list(texts))
+    if (batch["attention_mask"].diff(dim=1) > 0).any():
+        raise ValueError('padding must be at the end, got tokens after it. Set tokenizer.padding_side = "right".')
+    device = next((tensor.device for tensor in (*encoder.parameters(), *encoder.buffers())), torch.device("cpu"))
     lengths = batch["attention_mask"].sum(1)
     order = lengths.argsort(stable=True)
     rows = []
     with eval_mode(encoder), torch.no_grad():
         for part in order.split(batch_size):
             longest = int(lengths[part].max())
-            ids, mask = batch["input_ids"][part, :longest], batch["attention_mask"][part, :longest]
-            rows.append(mean_pool(encoder(ids, mask), mask))
+            ids, mask = (batch[name][part, :longest].to(device) for name in ("input_ids", "attention_mask"))
+            rows.append(mean_pool(encoder(ids, mask), mask).cpu())
     return F.normalize(torch.cat(rows)[order.argsort()], dim=1)
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or len(texts) == 0:
+        raise ValueError(f"texts must be a list of at least 1 text, got {expect.describe(texts)}. Put one text in brackets.")

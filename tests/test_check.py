@@ -27,7 +27,7 @@ from grader.shadow import refuse
 from grader.state import preserved
 from helpers.features import extract
 
-FIRST = exercises("features")["2.1"]
+FIRST = exercises("features")["2.2"]
 WRONG = {m.name: m.subject for m in FIRST.misconceptions}
 
 
@@ -42,7 +42,7 @@ def right(backbone, images, batch_size):
             m.training = training
 
 
-def said(capsys, subject, number="2.1"):
+def said(capsys, subject, number="2.2"):
     """What `check` prints for a subject, in one line."""
     with suppress(CheckFailed):
         check(number, subject)
@@ -50,7 +50,7 @@ def said(capsys, subject, number="2.1"):
 
 
 def test_right_code_passes_without_a_word_too_many(capsys):
-    assert check("2.1", right) is None
+    assert check("2.2", right) is None
     out = capsys.readouterr().out
     assert out.count("passed") == len(FIRST.experiments)
     assert "likely" not in out and "more" not in out and len(out.splitlines()) < 14
@@ -58,15 +58,15 @@ def test_right_code_passes_without_a_word_too_many(capsys):
 
 
 def test_a_mistake_is_named_with_what_was_expected_and_what_came(capsys):
-    with pytest.raises(CheckFailed, match=r"^2.1 is not passed yet: see above.$"):
-        check("2.1", WRONG["train mode during extraction"])
+    with pytest.raises(CheckFailed, match=r"^2.2 is not passed yet: see above.$"):
+        check("2.2", WRONG["train mode during extraction"])
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 88
     text = " ".join(out.split())
     assert "expected features of one image in two different batches: equal" in text
     assert "got features of one image in two different batches: differ (by up to" in text
     assert "likely train mode during extraction. BatchNorm and dropout behave as in training, whether" in text
-    assert text.endswith('more hint("2.1")')
+    assert text.endswith('more hint("2.2")')
     assert text.count("likely") == 1 and "besides" not in text
 
 
@@ -85,8 +85,8 @@ def test_an_unknown_mistake_is_described_and_not_guessed(capsys):
 
 
 def test_a_stub_is_not_attempted_and_does_not_stop_the_notebook(capsys):
-    assert check("2.1", stub("2.1")) is None
-    assert capsys.readouterr().out.split() == ["2.1", "extract", "not", "attempted"]
+    assert check("2.2", stub("2.2")) is None
+    assert capsys.readouterr().out.split() == ["2.2", "extract", "not", "attempted"]
 
 
 def test_another_exercises_stub_is_named(capsys):
@@ -155,7 +155,7 @@ def test_an_interrupt_passes_through():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        check("2.1", interrupted)
+        check("2.2", interrupted)
 
 
 class Quick(Experiment):
@@ -190,7 +190,7 @@ def test_changed_inputs_are_told(capsys):
         features -= features.mean(0)
         return nn.Linear(features.shape[1], classes)
 
-    assert "your code changed its input `features` in place: work on a copy" in said(capsys, in_place, "2.2")
+    assert "your code changed its input `features` in place: work on a copy" in said(capsys, in_place, "2.3")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_output_warnings_and_stderr_are_caught_and_cost_nothing(capfd):
         os.write(2, b"from C code")
         return right(backbone, images, batch_size)
 
-    assert check("2.1", noisy) is None
+    assert check("2.2", noisy) is None
     out, err = capfd.readouterr()
     assert err == ""
     for line in ("your code printed: hello", "UserWarning: careful", "your code wrote to stderr: oh"):
@@ -289,14 +289,14 @@ def test_a_patched_torch_is_noticed_instead_of_blamed_on_the_learner(capsys, mon
 
 
 def test_the_chapter_goes_on_with_what_passed_and_says_so(capsys):
-    assert continue_with("2.1") is extract
-    assert "2.1  was not checked: continuing with the reference extract from helpers.features" in capsys.readouterr().out
-    check("2.1", right)
+    assert continue_with("2.2") is extract
+    assert "2.2  was not checked: continuing with the reference extract from helpers.features" in capsys.readouterr().out
+    check("2.2", right)
     capsys.readouterr()
-    assert continue_with("2.1") is right
-    assert capsys.readouterr().out == "2.1  continuing with your extract\n"
+    assert continue_with("2.2") is right
+    assert capsys.readouterr().out == "2.2  continuing with your extract\n"
     said(capsys, WRONG["graph kept"])
-    assert continue_with("2.1") is right, "an exercise once passed stays passed"
+    assert continue_with("2.2") is right, "an exercise once passed stays passed"
 
 
 def test_progress_lists_verdicts_and_names(capsys):
@@ -304,31 +304,31 @@ def test_progress_lists_verdicts_and_names(capsys):
     assert capsys.readouterr().out == "nothing checked yet in this kernel\n"
     said(capsys, WRONG["graph kept"])
     progress()
-    assert " ".join(capsys.readouterr().out.split()) == "2.1 extract 6 of 7 points not yet (graph kept)"
+    assert " ".join(capsys.readouterr().out.split()) == "2.2 extract 6 of 7 points not yet (graph kept)"
 
 
 def test_hints_come_in_steps(capsys):
     for level in (1, 2, 3):
-        hint("2.1", level)
+        hint("2.2", level)
         out = capsys.readouterr().out
-        assert out.startswith(f"2.1  hint {level} of 3  ")
-        assert (f'hint("2.1", {level + 1})' in out) == (level < 3)
+        assert out.startswith(f"2.2  hint {level} of 3  ")
+        assert (f'hint("2.2", {level + 1})' in out) == (level < 3)
     with pytest.raises(ValueError, match=r"^level must be 1, 2 or 3, got 4.$"):
-        hint("2.1", 4)
+        hint("2.2", 4)
 
 
 @pytest.mark.parametrize("call", [lambda: check("2.9", right), lambda: hint("x"), lambda: continue_with("7.1")])
 def test_unknown_exercises_are_told(call):
-    with pytest.raises(ValueError, match=r"no exercise '.*'. Choose from 0.1, 2.1, 2.2."):
+    with pytest.raises(ValueError, match=r"no exercise '.*'. Choose from 0.1, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7, 2.8."):
         call()
 
 
 def test_under_nbgrader_the_points_are_returned_and_nothing_is_raised(monkeypatch, capsys):
     monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
-    assert check("2.1", right) == 7.0
-    assert check("2.1", WRONG["graph kept"]) == 6.0
-    for zero in (stub("2.1"), None, extract, lambda *_: float("nan"), lambda *_: sys.exit()):
-        assert check("2.1", zero) == 0.0
+    assert check("2.2", right) == 7.0
+    assert check("2.2", WRONG["graph kept"]) == 6.0
+    for zero in (stub("2.2"), None, extract, lambda *_: float("nan"), lambda *_: sys.exit()):
+        assert check("2.2", zero) == 0.0
 
 
 def test_grading_draws_other_inputs_than_the_notebook(monkeypatch):
@@ -338,11 +338,11 @@ def test_grading_draws_other_inputs_than_the_notebook(monkeypatch):
         drawn.append(images.sum().item())
         return right(backbone, images, batch_size)
 
-    check("2.1", spy)
+    check("2.2", spy)
     monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
-    check("2.1", spy)
+    check("2.2", spy)
     monkeypatch.setenv("WARMSTART_SEEDS", "5")
-    check("2.1", spy)
+    check("2.2", spy)
     assert len(set(drawn)) == len(drawn)
 
 
@@ -371,7 +371,7 @@ def test_checks_work_without_jupyter_nbgrader_or_scikit_learn(root, tmp_path):
         from grader import check, hint, progress
         import helpers.backbones, helpers.features, helpers.training
 
-        for number in ("0.1", "2.1", "2.2"):
+        for number in ("0.1", "2.2", "2.3"):
             def stub(*args):
                 raise NotImplementedError(f"Exercise {number}")
             check(number, stub)
@@ -431,7 +431,7 @@ def raising_the_unreadable(*_):
 )
 def test_strange_behaviour_ends_in_a_verdict_and_no_traceback(capsys, subject):
     text = said(capsys, subject)
-    assert text.startswith("2.1 ") and "Traceback" not in text
+    assert text.startswith("2.2 ") and "Traceback" not in text
 
 
 def test_features_that_no_training_accepts_are_told(capsys):
@@ -468,8 +468,8 @@ def test_a_disturbed_kernel_does_not_fail_right_code(disturb):
         from grader import check
         from grader.variants.features import by_gradient_descent, one_at_a_time
         {inspect.getsource(disturb).strip().removeprefix("lambda: ").removesuffix(",")}
-        check("2.1", one_at_a_time)
-        check("2.2", by_gradient_descent)
+        check("2.2", one_at_a_time)
+        check("2.3", by_gradient_descent)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -484,7 +484,7 @@ def test_a_method_with_the_references_name_is_no_reference():
     def solution(backbone, images, batch_size):
         return Mine().extract(backbone, images, batch_size)
 
-    assert check("2.1", solution) is None
+    assert check("2.2", solution) is None
 
 
 def test_after_a_loop_that_never_ends_the_other_experiments_are_not_waited_for(monkeypatch, capsys):

@@ -4,11 +4,13 @@ import functools
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 
+import helpers.features
 from helpers.backbones import glyphnet
 from helpers.data import digits
 from helpers.features import cached_features, drop_head, eval_mode, extract, freeze, linear_probe
@@ -208,7 +210,14 @@ def another_preprocessing(net):
     net.preprocessing = "grey"
 
 
-@pytest.mark.parametrize("change", [a_parameter, a_buffer, another_structure, another_preprocessing])
+def a_buffer_that_is_not_saved(net):
+    net.pool.register_buffer("scale", torch.rand(1), persistent=False)
+
+
+CHANGES = [a_parameter, a_buffer, another_structure, another_preprocessing, a_buffer_that_is_not_saved]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_another_backbone_is_another_entry(tmp_path, compute, digits_net, change):
     images = torch.randn(3, 1, 8, 8)
     cached_features(tmp_path, compute, digits_net, images)
@@ -247,6 +256,33 @@ def test_lists_of_texts_and_files_are_known_by_their_contents(tmp_path, compute)
     assert compute.calls == 6
     cached_features(cache, compute, Lengths(), [photo])
     assert compute.calls == 6
+
+
+def test_other_code_is_another_entry(tmp_path, digits_net):
+    images = torch.randn(3, 1, 8, 8)
+    twice = cached_features(tmp_path, lambda model, inputs: 2 * extract(model, inputs), digits_net, images)
+    thrice = cached_features(tmp_path, lambda model, inputs: 3 * extract(model, inputs), digits_net, images)
+    torch.testing.assert_close(thrice, 1.5 * twice)
+
+
+def test_a_tensor_and_a_list_of_it_are_two_things(tmp_path):
+    def count(model, inputs):
+        return torch.tensor([[float(len(inputs))]])
+
+    images = torch.randn(3, 2)
+    assert cached_features(tmp_path, count, NET, images).item() == 3
+    assert cached_features(tmp_path, count, NET, [images]).item() == 1
+
+
+def test_images_that_differ_in_their_palette_are_two_things(tmp_path, compute):
+    class Brightness(nn.Module):
+        def forward(self, images):
+            return torch.tensor([[float(np.asarray(image.convert("L")).mean())] for image in images])
+
+    pictures = [Image.new("P", (2, 2)) for _ in range(2)]
+    for picture, color in zip(pictures, ((10, 10, 10), (200, 200, 200)), strict=True):
+        picture.putpalette([*color] * 256)
+        assert cached_features(tmp_path, compute, Brightness(), [picture]).item() == color[0]
 
 
 def cut(entry):
@@ -293,13 +329,26 @@ def test_an_interruption_leaves_no_entry(tmp_path, digits_net):
     assert entries(tmp_path) == []
 
 
-def test_what_has_no_name_of_its_own_is_refused(tmp_path):
+def test_a_full_disk_leaves_nothing_behind(tmp_path, digits_net, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(helpers.features, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        cached_features(tmp_path, extract, digits_net, torch.randn(3, 1, 8, 8))
+    assert entries(tmp_path) == []
+
+
+def test_what_is_no_function_is_refused(tmp_path):
     with pytest.raises(TypeError) as error:
         cached_features(tmp_path, functools.partial(extract, batch_size=2), Lengths(), ["a"])
     assert str(error.value) == "compute must be a function, got a partial. Give it its arguments as settings."
 
 
 def test_inputs_without_contents_are_refused(tmp_path, compute):
+    with pytest.raises(TypeError, match=r"^what compute gives must be a tensor of shape \(n, ...\), got a list.$"):
+        cached_features(tmp_path, lambda model, inputs: [1], Lengths(), ["a"])
     with pytest.raises(TypeError, match=r"^inputs must be tensors, texts, paths or PIL images, got an object.$"):
         cached_features(tmp_path, compute, Lengths(), [object()])
 

@@ -17,12 +17,15 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from helpers.hub import huggingface_folder, offline
 
 pytestmark = pytest.mark.slow
 
@@ -53,8 +56,6 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.server.requests.append(f"{self.command} {path}")
         words = path.strip("/").split("/")
-        if self.server.well:
-            words[:-1] = [{"stall": "well"}.get(word, word) for word in words[:-1]]
         if "mute" in words:
             self.server.over.wait(30)
         elif "portal" in words:
@@ -68,16 +69,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def about(self, name, question):
         """What the Hub's API says of a repository: its commit, or a list of its files."""
-        if question == "revision":
-            return {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in self.server.repository]}
         files = []
         for file, content in self.server.repository.items():
             entry = {"type": "file", "path": file, "size": len(content), "oid": git_hash(content)}
-            if file.endswith((".safetensors", ".bin")):
+            if file.endswith(".safetensors"):
                 entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
                 entry["xetHash"] = sha256(content)
-            files.append(entry)
-        return files
+            if name != "bare/bert" or "lfs" not in entry:
+                files.append(entry)
+        siblings = [{"rfilename": entry["path"]} for entry in files]
+        return {"id": name, "sha": COMMIT, "siblings": siblings} if question == "revision" else files
 
     def resolve(self, name, mode, file):
         """A small file comes from here, a large one from where the answer points to, as on the Hub."""
@@ -98,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(b"x" * len(content))
         elif "short" in words:
             self.answer(content[:-1])
-        elif "stall" in words:
+        elif "stall" in words and not self.server.well:
             self.answer(content, send=100)
             self.server.over.wait(30)
         elif "break" in words:
@@ -119,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """`files` are found under any folder, `repository` under any name; `requests` is what was asked. `well` stops all mischief."""
+    """`files` are found under any folder, `repository` under any name, `requests` were asked; if `well`, none stalls."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -145,9 +146,8 @@ class Server(ThreadingHTTPServer):
 
 @pytest.fixture
 def server():
-    server = Server()
-    yield server
-    server.close()
+    with closing(Server()) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,10 @@ def interrupted(code, home, server, word, by, **changes):
             time.sleep(0.02)
         time.sleep(0.3)  # it has the first bytes now, and waits
         child.send_signal(by)
-        return child.communicate()[1]
+        try:
+            return child.communicate(timeout=30)[1]
+        finally:
+            child.kill()
 
 
 def sha256(content):
@@ -201,6 +204,19 @@ def git_hash(content):
 
 def files_in(folder):
     return sorted(file.name for file in folder.rglob("*") if file.is_file())
+
+
+def test_importing_it_imports_none_of_the_libraries(tmp_path):
+    imported = set(python("print(json.dumps(sorted(sys.modules)))", tmp_path))
+    assert imported & {"helpers.hub", "torch", "torchvision", "transformers", "huggingface_hub"} == {"helpers.hub"}
+
+
+@pytest.mark.parametrize(("value", "forbidden"), [(None, False), ("", False), ("0", False), ("1", True), ("yes", True)])
+def test_offline_is_any_value_but_0(monkeypatch, value, forbidden):
+    monkeypatch.delenv("WARMSTART_OFFLINE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("WARMSTART_OFFLINE", value)
+    assert offline() is forbidden
 
 
 # -- torchvision --------------------------------------------------------------------------------------------------------
@@ -237,16 +253,16 @@ def small(server):
 
 def test_a_torchvision_model_is_the_saved_one_and_later_needs_neither_server_nor_network(server, small, dead_url, tmp_path):
     name, logits = small
-    first = "print(json.dumps(logits('Small_Weights.TINY_V1')))"
-    assert python(SMALL + first, tmp_path, f"{server.url}/models/{name}") == logits
-    assert server.requests == [f"GET /models/{name}"]
-    assert files_in(tmp_path / "torch") == [name]
-    again = """
-found = [logits(Small_Weights.TINY_V1)]
+    code = """
+found = [logits("Small_Weights.TINY_V1")]
+os.environ["WARMSTART_MIRROR"] = sys.argv[2]
+found.append(logits(Small_Weights.TINY_V1))
 os.environ["WARMSTART_OFFLINE"] = "1"
 print(json.dumps([*found, logits(Small_Weights.TINY_V1)]))
 """
-    assert python(SMALL + again, tmp_path, f"{dead_url}/{name}") == [logits, logits]
+    assert python(SMALL + code, tmp_path, f"{server.url}/models/{name}", dead_url) == [logits, logits, logits]
+    assert server.requests == [f"GET /models/{name}"]
+    assert files_in(tmp_path / "torch") == [name]
 
 
 def test_a_mirror_stands_in_and_a_damaged_file_is_noticed_and_replaced(server, small, dead_url, tmp_path):
@@ -296,10 +312,7 @@ RESNET_FAILURES = {
 @pytest.fixture(scope="module")
 def resnet_failures(dead_url, tmp_path_factory):
     """What `weights_file` said, where, how often the server was asked, and what the cache then held, for each failure."""
-    server, home = Server(), tmp_path_factory.mktemp("resnet")
-    server.files[RESNET] = b"r" * 5000
-    mirrors = {word: f"{server.url}/{word}/" for word in RESNET_FAILURES}
-    mirrors |= {"dead": dead_url, "tls": server.url.replace("http:", "https:"), "offline": ""}
+    home = tmp_path_factory.mktemp("resnet")
     code = """
 from torchvision.models import ResNet18_Weights
 said = {}
@@ -308,8 +321,11 @@ for word, os.environ["WARMSTART_MIRROR"] in json.loads(sys.argv[1]).items():
     said[word] = outcome(hub.torchvision_model, ResNet18_Weights.IMAGENET1K_V1)
 print(json.dumps(said))
 """
-    said = python(code, home, json.dumps(mirrors), WARMSTART_TIMEOUT="0.5")
-    server.close()
+    with closing(Server()) as server:
+        server.files[RESNET] = b"r" * 5000
+        mirrors = {word: f"{server.url}/{word}/" for word in RESNET_FAILURES}
+        mirrors |= {"dead": dead_url, "tls": server.url.replace("http:", "https:"), "offline": ""}
+        said = python(code, home, json.dumps(mirrors), WARMSTART_TIMEOUT="0.5")
     mirrors["offline"] = "https://download.pytorch.org/models"
     return {
         word: (said[word], f"{url.rstrip('/')}/{RESNET}", len(server.asked(word)), home / "torch/hub/checkpoints")
@@ -454,38 +470,37 @@ print(json.dumps(said))
     assert python(FETCH, tmp_path, HF_ENDPOINT=dead_url) == advice("tiny/bert", dead_url, "nothing answers there")
 
 
-HF_FAILURES = {
-    "wrong/bert": "what came as model.safetensors is damaged",
-    "short/bert": "what came is not of the announced size",
-    "missing/bert": "HTTP 404 Not Found",
-    "stall/bert": "nothing came for 0.5 s",
-    "mute/bert": "nothing came for 0.5 s",
-    "break/bert": "the connection broke off after 100 of {size} bytes",
-    "portal/bert": "the answer is not from a hub, perhaps a login page",
+HF_FAILURES = {  # name: reason, how often the weights are asked for at most
+    "wrong/bert": ("no sound model.safetensors came", 2),
+    "short/bert": ("what came is not of the announced size", 1),
+    "missing/bert": ("HTTP 404 Not Found", 1),
+    "stall/bert": ("nothing came for 0.5 s", 3),
+    "mute/bert": ("nothing came for 0.5 s", 0),
+    "break/bert": ("the connection broke off after 100 of {size} bytes", 3),
+    "bare/bert": ("it holds no *.safetensors", 0),
+    "portal/bert": ("the answer is not from a hub, perhaps a login page", 0),
 }
 
 
 @pytest.fixture(scope="module")
 def hf_failures(bert, tmp_path_factory):
-    server, home = Server(), tmp_path_factory.mktemp("failures")
-    server.repository = bert[0]
-    server.files = {sha256(content): content for content in bert[0].values()}
+    home = tmp_path_factory.mktemp("failures")
     code = "print(json.dumps({name: outcome(hub.huggingface_folder, name) for name in json.loads(sys.argv[1])}))"
-    started = time.monotonic()
-    said = python(code, home, json.dumps(list(HF_FAILURES)), HF_ENDPOINT=server.url, WARMSTART_TIMEOUT="0.5")
-    server.close()
-    return server, home, said, time.monotonic() - started
+    with closing(Server()) as server:
+        server.repository = bert[0]
+        server.files = {sha256(content): content for content in bert[0].values()}
+        said = python(code, home, json.dumps(list(HF_FAILURES)), HF_ENDPOINT=server.url, WARMSTART_TIMEOUT="0.5")
+    return server, home, said
 
 
 @pytest.mark.parametrize("name", HF_FAILURES)
 def test_a_hugging_face_download_that_fails_says_so_in_one_sentence_and_leaves_no_weights(hf_failures, name):
-    server, home, said, _ = hf_failures
-    reason = HF_FAILURES[name].format(size=len(server.repository["model.safetensors"]))
-    assert said[name] == advice(name, server.url, reason)
-    assert not {sha256(server.repository["model.safetensors"]), "model.safetensors"} & {
-        file for file in files_in(cached(home, name)) if not file.endswith(".lock")
-    }
-    assert len(server.asked(f"cdn/{name.split('/')[0]}")) <= 3
+    server, home, said = hf_failures
+    reason, tries = HF_FAILURES[name]
+    weights = server.repository["model.safetensors"]
+    assert said[name] == advice(name, server.url, reason.format(size=len(weights)))
+    assert len(server.asked(f"cdn/{name.split('/')[0]}")) <= tries
+    assert not {"model.safetensors", sha256(weights)} & set(files_in(cached(home, name)))
 
 
 def test_a_hugging_face_download_that_is_killed_leaves_no_weights_and_can_be_repeated(hub, tmp_path):
@@ -496,3 +511,38 @@ def test_a_hugging_face_download_that_is_killed_leaves_no_weights_and_can_be_rep
     hub.well = True
     folder = Path(python(code, tmp_path, HF_ENDPOINT=hub.url))
     assert (folder / "model.safetensors").read_bytes() == hub.repository["model.safetensors"]
+
+
+def test_a_local_folder_passes_and_what_is_no_model_is_told_in_one_sentence(bert, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    code = """
+names = [sys.argv[1] + "/mine", sys.argv[1] + "/none", "two words"]
+print(json.dumps([outcome(hub.huggingface_folder, name) for name in names]))
+"""
+    wanted = "ValueError: name must be a folder with a config.json or a model on the Hub, got {!r}. "
+    wanted += "An example: 'sentence-transformers/all-MiniLM-L6-v2'."
+    assert python(code, tmp_path, tmp_path, WARMSTART_OFFLINE="1") == [
+        str(tmp_path / "mine"),
+        wanted.format(f"{tmp_path}/none"),
+        wanted.format("two words"),
+    ]
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "inf", "nan"])
+def test_a_time_out_that_is_none_is_told_in_one_sentence(monkeypatch, value):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("WARMSTART_TIMEOUT", value)
+    with pytest.raises(ValueError) as error:
+        huggingface_folder("tiny/bert")
+    assert str(error.value) == f"WARMSTART_TIMEOUT must be seconds above 0, got {value!r}. Unset, it is 20."
+
+
+def test_huggingface_hub_is_left_as_it_was(bert, dead_url, tmp_path):
+    code = """
+from huggingface_hub import constants, get_session
+before = constants.HF_HUB_DISABLE_XET, len(get_session().event_hooks["request"])
+said = outcome(hub.huggingface_folder, "tiny/bert")
+print(json.dumps([said, before == (constants.HF_HUB_DISABLE_XET, len(get_session().event_hooks["request"]))]))
+"""
+    assert python(code, tmp_path, HF_ENDPOINT=dead_url) == [advice("tiny/bert", dead_url, "nothing answers there"), True]

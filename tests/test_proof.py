@@ -35,14 +35,14 @@ def test_misconceptions_run_and_return_what_has_the_right_form(topic, exercise):
 
 
 def test_a_misconception_that_passes_is_noticed():
-    exercise = exercises("features")["2.1"]
+    exercise = exercises("features")["2.2"]
     right = Misconception("graph kept", "A hint?", "a test", exercise.reference)
     changed = replace(exercise, misconceptions=(right, *(m for m in exercise.misconceptions if m.name != "graph kept")))
     assert any("“graph kept” must be 'not yet'" in fault for fault in faults("features", changed, seeds=1))
 
 
 def test_a_reference_that_fails_is_noticed():
-    exercise = exercises("features")["2.1"]
+    exercise = exercises("features")["2.2"]
     wrong = exercise.misconceptions[0].subject
     assert any("the reference must be 'passed'" in fault for fault in faults("features", replace(exercise, reference=wrong), 1))
 
@@ -68,5 +68,5 @@ def test_the_same_solution_in_other_words_is_noticed():
 
 @pytest.mark.parametrize(("topic", "exercise"), ALL)
 def test_only_an_exercise_that_says_so_may_take_longer_than_ten_seconds(topic, exercise):
-    """2.2 trains, and its statement says what that takes; benchmarks/checks.py measures."""
-    assert all(experiment.seconds <= 10 or exercise.number == "2.2" for experiment in exercise.experiments)
+    """2.3 trains, and its statement says what that takes; benchmarks/checks.py measures."""
+    assert all(experiment.seconds <= 10 or exercise.number == "2.3" for experiment in exercise.experiments)

@@ -109,6 +109,10 @@ def test_embedding_leaves_the_encoder_as_it_was(minilm):
     minilm.eval()
 
 
+def left(texts):
+    return {"input_ids": torch.tensor([[0, 5], [6, 7]]), "attention_mask": torch.tensor([[0, 1], [1, 1]])}
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
@@ -126,6 +130,16 @@ def test_embedding_leaves_the_encoder_as_it_was(minilm):
             lambda: mean_pool(torch.zeros(2, 3), torch.ones(2, 3)),
             ValueError,
             "hidden must have shape (n, tokens, width), got (2, 3).",
+        ),
+        (
+            lambda: tokenize(VOCABULARY, "one text", 5),
+            ValueError,
+            "texts must be a list of at least 1 text, got 'one text'. Put one text in brackets.",
+        ),
+        (
+            lambda: embed(nn.Identity(), left, ["a", "b c"]),
+            ValueError,
+            'padding must be at the end, got tokens after it. Set tokenizer.padding_side = "right".',
         ),
         (
             lambda: embed(nn.Identity(), list, "one text"),

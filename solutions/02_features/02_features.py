@@ -33,7 +33,10 @@
 # Words in *italics* at their first use are in the [glossary](../../docs/glossary.md).
 
 # %%
+import hashlib
+import json
 import time
+from contextlib import suppress
 
 import matplotlib.pyplot as plt
 import torch
@@ -94,7 +97,14 @@ show(fig, "Fifty small pictures: five labelled examples of each of ten classes."
 # short and popular: `nn.Sequential(*list(model.children())[:-1])`. One of these four is wrong on some networks, without an
 # error. The check has such a network.
 #
-# STATEMENT_1
+# **Exercise 2.1** (15 min, ●●○). Write `drop_head(model, name)`.
+#
+# - `model` is any `nn.Module` whose last step is the `nn.Linear` that `model.named_modules()` calls `name`: `"fc"`, or, inside
+#   another module, `"classifier.2"`.
+# - Return a module or a function that maps inputs to what enters that layer, `(n, in_features)`, whatever else `forward` does
+#   before it. It must work again and again, for batches of any size.
+# - The model stays as it was: it keeps its head and gives its logits, each of its modules keeps its mode, and its parameters
+#   can be trained.
 
 
 # %%
@@ -142,7 +152,8 @@ for build, name in ((resnet18, "fc"), (densenet121, "classifier")):
 # %% [markdown]
 # ## Exercise 2.2: extract, and leave no trace
 #
-# A backbone is *frozen* while neither its parameters nor its *buffers* move. STATEMENT_2 below asks for both.
+# A backbone is *frozen* while neither its parameters nor its *buffers* move. That is two things, and this exercise asks for
+# both.
 #
 # **Exercise 2.2** (20 min, ●●○). Write `extract(backbone, images, batch_size)`.
 #
@@ -259,12 +270,13 @@ linear_probe = continue_with("2.3")
 # to see how the gain depends on the number of labels, for several of those.
 
 # %% tags=["demo"]
-from helpers.training import accuracy
+from helpers.training import accuracy, one_thread
 
 
 def score(table, labels, tables, classes):
     """Test accuracy of a probe, its penalty chosen on validation."""
-    probes = [linear_probe(table, labels, classes, penalty) for penalty in (1e-3, 1e-2, 1e-1)]
+    with one_thread():  # on tables this small, two threads would only wait for each other
+        probes = [linear_probe(table, labels, classes, penalty) for penalty in (1e-3, 1e-2, 1e-1)]
     with torch.no_grad():
         best = max(probes, key=lambda probe: accuracy(probe(tables["validation"]), tables["validation labels"]))
         return accuracy(best(tables["test"]), tables["test labels"])
@@ -330,29 +342,35 @@ gain.beside({f"at_{n}": [tuned - probe for tuned, probe in zip(kept[n]["fine-tun
 # features on disk do not know where they came from: after an epoch of fine-tuning, with another preprocessing, or with one
 # image more, the file still loads, has the right shape, and is *stale*.
 #
-# STATEMENT_4
+# **Exercise 2.4** (30 min, ●●●). Write `cached_features(folder, compute, backbone, images, settings)`: return what
+# `compute(backbone, images, **settings)` returns, features of shape `(n, width)`, and call `compute` at most once, and only
+# if this was not computed before.
+#
+# - Results stay in files in `folder`, a `pathlib.Path` that exists; names, format and sub-folders are up to you. Every result
+#   stays: going back to an earlier backbone computes nothing.
+# - A file may be used only if it was made with equal weights (parameters *and* buffers), equal images in the same order, and
+#   equal settings (a dict of numbers such as `{"mean": 0.5, "size": 8}`; names count too).
+# - Equal means equal contents, to the last digit, not the same objects: copies are equal, and a backbone changed in place is
+#   another one.
+# - The next kernel must find the files. Only `folder` remembers: in an emptied or another folder everything is computed again.
+# - A file that cannot be read, cut short by a full disk or empty, counts as no file and is replaced.
+# - If `compute` raises, so does the call, and nothing is left that a later call takes for a result.
 
 
 # %%
 def cached_features(folder, compute, backbone, images, settings):
     ### BEGIN SOLUTION
-    import hashlib
-    import json
-
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, tensor in [*backbone.state_dict().items(), ("images", images)]:  # parameters and buffers; then the data
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    file = folder / f"{digest.hexdigest()}.pt"
-    if file.exists():
-        try:
-            return torch.load(file)
-        except Exception:  # cut short, or no tensor at all: as if it were not there
-            pass
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers(), ("images", images)]:
+        key.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        key.update(tensor.detach().cpu().numpy().tobytes())
+    path = folder / f"{key.hexdigest()}.pt"
+    with suppress(Exception):  # missing or cut short: either way there is nothing to read
+        return torch.load(path)
     features = compute(backbone, images, **settings)
-    draft = file.with_suffix(".part")
+    draft = path.with_suffix(".part")
     torch.save(features, draft)
-    draft.replace(file)  # all of it or nothing
+    draft.replace(path)  # under its own name only when it is whole
     return features
     ### END SOLUTION
 
@@ -420,7 +438,14 @@ show(fig, "A flower, 640 by 427 pixels, and the two 224 by 224 crops that two se
      "the second shows a little more.")
 
 # %% [markdown]
-# STATEMENT_5
+# **Exercise 2.5** (20 min, ●●○). Write `classify(weights, model, images, k)`: what a network sees in photographs, in words.
+#
+# - `weights` is a member of a weights enum, `model` the network it belongs to, with its head: `(n, 3, height, width)` to logits
+#   `(n, classes)`. Some of its modules may be in train mode when you get it; leave it exactly as it was.
+# - `images` is a list of n tensors `(3, height, width)` of uint8, **of different sizes**, not yet preprocessed.
+# - Return a list with one entry for each image, in their order: a list of `k` pairs `(category, probability)`, likeliest first.
+#   The categories are those of the weights; over all classes the probabilities of one image sum to 1.
+# - What an image gets depends on that image alone.
 
 
 # %%
@@ -491,35 +516,46 @@ guess_texts = predict(tf_idf=None, features=None)  # guessing at random gets 0.1
 # filled up with *padding*, and an *attention mask* says which tokens are real. Hugging Face's tokenizers do all of it in
 # one call, `tokenizer(texts, padding=True, truncation=True, return_tensors="pt")`. To know what the call does, write it once.
 #
-# STATEMENT_6
+# **Exercise 2.6** (25 min, ●●○). Write `tokenize(vocabulary, texts, max_length)`.
+#
+# - `vocabulary` is a dict piece → number, with `[PAD]`, `[UNK]`, `[CLS]` and `[SEP]` in it, each under any number; 0 may be
+#   the number of a word. `texts` is a list of n ≥ 1 texts, `max_length` is at least 2.
+# - A text is put in small letters and split at white space, of any kind and amount.
+# - A word becomes the longest piece it begins with, then the longest piece its rest begins with, and so on. Pieces after a
+#   word's first are looked up with `##` before them. A piece once taken is never given back.
+# - If the rest begins with no piece, the whole word is one `[UNK]`.
+# - `[CLS]` comes first, `[SEP]` last. A text of more than `max_length` tokens, these two included, loses tokens at its end,
+#   in the middle of a word if need be, but never its `[SEP]`.
+# - Shorter texts are filled up at the end with `[PAD]`, to the longest text of this batch, not to `max_length`.
+# - Return `{"input_ids", "attention_mask"}`, each `(n, tokens)` of int64; the mask is 1 on tokens and 0 on padding.
+#
+# The pieces are called *WordPiece*, after the method.
 
 
 # %%
 def tokenize(vocabulary, texts, max_length):
     ### BEGIN SOLUTION
-    def pieces_of(word):
-        pieces, rest = [], word
-        while rest:
-            for end in range(len(rest), 0, -1):
-                piece = ("##" if pieces else "") + rest[:end]
-                if piece in vocabulary:
-                    break
-            else:
+    def cut(word):
+        pieces = []
+        while word:
+            mark = "##" if pieces else ""
+            lengths = [n for n in range(1, len(word) + 1) if mark + word[:n] in vocabulary]
+            if not lengths:
                 return ["[UNK]"]
-            pieces.append(piece)
-            rest = rest[end:]
+            pieces.append(mark + word[: lengths[-1]])
+            word = word[lengths[-1] :]
         return pieces
 
     rows = []
     for text in texts:
-        pieces = [piece for word in text.lower().split() for piece in pieces_of(word)]
-        rows.append([vocabulary[piece] for piece in ["[CLS]", *pieces[: max_length - 2], "[SEP]"]])
-    input_ids = torch.full((len(rows), max(map(len, rows))), vocabulary["[PAD]"])
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(rows):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        attention_mask[row, : len(ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+        pieces = [piece for word in text.lower().split() for piece in cut(word)]
+        row = ["[CLS]", *pieces[: max_length - 2], "[SEP]"]
+        rows.append(torch.tensor([vocabulary[piece] for piece in row]))
+    pad = nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad(rows, batch_first=True, padding_value=vocabulary["[PAD]"]),
+        "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True),
+    }
     ### END SOLUTION
 
 
@@ -554,7 +590,14 @@ print(f"the same numbers as the real tokenizer: {sum(same)} of {len(same)} texts
 # The encoder turns a batch of tokens into *hidden states*, `(n, tokens, width)`: a vector for each token, padding included.
 # One vector per text is their mean, over the text's own tokens: *mean pooling*.
 #
-# STATEMENT_7
+# **Exercise 2.7** (10 min, ●○○). Write `mean_pool(hidden, attention_mask)`.
+#
+# - `hidden` is `(n, tokens, width)`. `attention_mask` is `(n, tokens)` of int64, 1 on a text's tokens and 0 on padding;
+#   padding stands at the end.
+# - Return `(n, width)`: row i is the mean of text i's hidden states over its own tokens, all of them alike.
+# - What stands at padding changes nothing, be it infinite or NaN.
+# - A text without tokens gives zeros.
+# - `hidden` and `attention_mask` stay as they are.
 
 
 # %%
@@ -597,29 +640,41 @@ for name in ("plain mean", "mean_pool"):
 # Now the whole way, for many texts. Padding costs time: in a batch, every text is as long as the longest. Texts of like
 # length in one batch waste little; but then the rows come out in another order than the texts went in.
 #
-# STATEMENT_8
+# **Exercise 2.8** (35 min, ●●●). Write `embed(encoder, tokenizer, texts, batch_size)`.
+#
+# - `tokenizer(list of texts)` gives `{"input_ids", "attention_mask"}`, each `(n, tokens)`, padded at the end to the longest of
+#   the texts it is given. `encoder(input_ids, attention_mask)` gives hidden states `(n, tokens, width)`.
+# - Return *embeddings*, `(n, width)`: row i is the mean over the tokens of text i, divided by its length, so that it has
+#   length 1.
+# - A row depends on its own text alone, whatever other texts are there and in what order. Dropout is off.
+# - At most `batch_size` texts are in the encoder at once.
+# - Texts of like length (in tokens) share a batch: there is no more padding than batches of the sorted texts need. One text at
+#   a time is allowed too.
+# - The encoder may be in train mode, in part or as a whole; leave each module in the mode it had, and the parameters and
+#   `texts` as they were.
+# - The rows are plain tensors without a graph, and no inference tensors.
 
 
 # %%
 def embed(encoder, tokenizer, texts, batch_size):
     ### BEGIN SOLUTION
     lengths = tokenizer(texts)["attention_mask"].sum(dim=1)
-    order = lengths.argsort().tolist()
+    order = lengths.argsort()
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
-    rows = [None] * len(texts)
+    pooled = []
     try:
         with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                batch = tokenizer([texts[i] for i in chosen])
-                pooled = mean_pool(encoder(batch["input_ids"], batch["attention_mask"]), batch["attention_mask"])
-                for i, row in zip(chosen, F.normalize(pooled, dim=1)):
-                    rows[i] = row
+            for part in order.split(batch_size):
+                batch = tokenizer([texts[i] for i in part])
+                pooled.append(mean_pool(encoder(batch["input_ids"], batch["attention_mask"]), batch["attention_mask"]))
     finally:
         for module, training in modes.items():
             module.training = training
-    return torch.stack(rows)
+    rows = torch.cat(pooled)
+    vectors = torch.empty_like(rows)
+    vectors[order] = F.normalize(rows, dim=1)  # row k of the sorted ones belongs to text order[k]
+    return vectors
     ### END SOLUTION
 
 
@@ -702,7 +757,8 @@ for draw in range(3):
     order = torch.randperm(len(topics), generator=torch.Generator().manual_seed(draw))
     held_out, pool = order[:360], order[360:]
     rows = torch.cat([pool[topics[pool] == topic][:50] for topic in range(len(test_texts.classes))])
-    probe = linear_probe(everything[rows], topics[rows], len(test_texts.classes), 1e-3)
+    with one_thread():
+        probe = linear_probe(everything[rows], topics[rows], len(test_texts.classes), 1e-3)
     with torch.no_grad():
         at_random.append(accuracy(probe(everything[held_out]), topics[held_out]))
 split_by = {"by module": text_curves["probe"][50], "at random": at_random}

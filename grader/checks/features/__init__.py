@@ -1,5 +1,5 @@
 """Exercises of chapter 02, from taking off a head to embedding texts."""
 
-from grader.checks.features import extraction, probe
+from grader.checks.features import cache, embedding, extraction, head, pooling, probe, tokens
 
-EXERCISES = (extraction.EXERCISE, probe.EXERCISE)
+EXERCISES = tuple(module.EXERCISE for module in (head, extraction, probe, cache, tokens, pooling, embedding))

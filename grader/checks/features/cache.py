@@ -47,7 +47,10 @@ class _Ask:
         self.compute = compute
 
     def __call__(self, backbone, images, settings, *, fails=False, catch=()) -> dict[str, Any]:
-        """What came of one call. With `fails`, `compute` raises; exceptions in `catch` are an answer like others."""
+        """What came of one call. With `fails`, `compute` raises.
+
+        An exception in `catch` is an answer too, unless it came after `compute`: then it is not about a file.
+        """
         self.computed, self.fails = 0, fails
         self.asked += [backbone, images]
         features = raised = None
@@ -55,6 +58,8 @@ class _Ask:
             features = self.subject(self.folder, self.compute, backbone, images, settings | {"size": self.size})
             features = expect_tensor(features, (len(images), backbone[-1].num_features), "the features").detach().clone()
         except catch as error:
+            if self.computed:
+                raise
             features, raised = None, f"{type(error).__name__}: {error}"
         return {"computed": self.computed, "features": features, "raised": raised}
 
@@ -65,20 +70,27 @@ def _features(backbone: nn.Module, images: Tensor, settings: dict) -> Tensor:
 
 
 def _task(trial: Trial) -> dict:
-    """A backbone in eval mode, images of more than 1000 pixels whose sums are exact in any order, and one setting."""
-    images = torch.randint(0, 256, (20, 1, 8, 8), generator=trial.generator) / 256
+    """A backbone, images of more than 1000 pixels whose sums are exact in any order, and one setting."""
     return {
         "backbone": _backbone(trial, width=trial.integer(4, 7)),
-        "images": images,
+        "images": torch.randint(0, 256, (20, 1, 8, 8), generator=trial.generator) / 256,
         "settings": {"mean": trial.integer(3, 7) / 16},
     }
 
 
 def _backbone(trial: Trial, width: int) -> nn.Sequential:
-    norm = nn.BatchNorm1d(width)
-    norm.running_mean.copy_(trial.normal(width))
-    norm.running_var.copy_(0.2 + 0.1 * trial.normal(width).square())
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), norm).eval()
+    """A small network in eval mode, all of odd sixteenths: printed with four digits, each is exact."""
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.BatchNorm1d(width)).eval()
+    with torch.no_grad():
+        for tensor in _changeable(backbone):
+            tensor.copy_(2 * torch.randint(-4, 4, tensor.shape, generator=trial.generator) + 1).div_(16)
+        backbone[-1].running_var.abs_()
+    return backbone
+
+
+def _changeable(backbone: nn.Sequential) -> list[Tensor]:
+    """All that features depend on: the parameters, and two of the three buffers."""
+    return [*backbone.parameters(), backbone[-1].running_mean, backbone[-1].running_var]
 
 
 def _copies(inputs: dict) -> dict:
@@ -90,7 +102,7 @@ def _copies(inputs: dict) -> dict:
 
 
 class ComputedOnce(Experiment):
-    """What was computed before is not computed again, not even for copies of the backbone, the images and the settings."""
+    """What was computed once is read from then on, also for equal copies."""
 
     points = 2
 
@@ -112,7 +124,7 @@ class ComputedOnce(Experiment):
 
 
 class EveryResultStays(Experiment):
-    """The features of one backbone are still there after those of another were computed."""
+    """The features of one backbone stay when those of another are computed."""
 
     def draw(self, trial: Trial) -> dict:
         one = _task(trial)
@@ -155,41 +167,43 @@ class _Notices(Experiment):
         words: dict[str, set[str]] = {}
         for answer, (what, varied) in zip(raw["answers"], self.variations(inputs), strict=True):
             words.setdefault(what, set()).add(_word(answer, _features(**varied)) if answer["computed"] else "reads")
-        return {what: " or ".join(sorted(found)) if raw["reads"] else None for what, found in words.items()}
+        return {what: _together(found) if raw["reads"] else None for what, found in words.items()}
 
 
 class NoticesOtherWeights(_Notices):
-    """Other weights are noticed, of parameters and of buffers, also if the backbone is the same object."""
+    """Other weights are noticed, in parameters and in buffers."""
 
     points = 2
 
     def variations(self, inputs):
-        norm = inputs["backbone"][-1]
-        tensors = [("one number of a parameter changed", parameter) for parameter in inputs["backbone"].parameters()]
-        tensors += [("one number of a buffer changed", buffer) for buffer in (norm.running_mean, norm.running_var)]
-        for what, tensor in tensors:
+        for tensor in _changeable(inputs["backbone"]):
             before = tensor.detach().clone()
             with torch.no_grad():
                 tensor.view(-1)[tensor.numel() // 2] += 1e-5  # a small step of an optimizer
-            yield what, inputs
+            yield f"one number of a {'parameter' if tensor.requires_grad else 'buffer'} changed", inputs
             with torch.no_grad():
                 tensor.copy_(before)
 
 
 class NoticesOtherImages(_Notices):
-    """Other images are noticed, even if it is one pixel, and so is another order."""
+    """Other images are noticed, by one pixel or by their order."""
 
     def variations(self, inputs):
         last = len(inputs["images"]) - 1
-        for where, image, pixel in (("edge", 0, 0), ("edge", last, 7), ("middle", 0, 4), ("middle", last // 2, 4)):
+        for where, image, pixel in (
+            ("at the edge", 0, 0),
+            ("at the edge", last, 7),
+            ("in the middle", 0, 3),
+            ("in the middle", last // 2, 4),
+        ):
             images = inputs["images"].clone()
             images[image, 0, pixel, pixel] += 1 / 256
-            yield f"one pixel at the {where} of an image changed", inputs | {"images": images}
+            yield f"one pixel {where} of an image changed", inputs | {"images": images}
         yield "the same images in another order", inputs | {"images": inputs["images"].roll(7, dims=0)}
 
 
 class NoticesOtherSettings(_Notices):
-    """Other settings are noticed: another value, and the same value under another name."""
+    """Other settings are noticed, by a value or by a name."""
 
     def variations(self, inputs):
         value = inputs["settings"]["mean"]
@@ -215,12 +229,19 @@ class DamagedFile(Experiment):
 
     def facts(self, raw, inputs):
         wanted = _features(**inputs)
-        damaged, after = ({_word(answer, wanted) for answer in answers} for answers in zip(*raw["answers"], strict=True))
-        words = {("computes",): "counts as no file", ("reads",): "is not looked at"}
-        what = words.get(tuple(damaged), "is taken for a result")
+        for damaged, after in raw["answers"]:  # of the first file that is not replaced, if there is one
+            words = _word(damaged, wanted), _word(after, wanted)
+            if words != ("computes", "reads"):
+                break
+        meaning = {
+            "computes": "counts as no file",
+            "reads": "is not looked at",
+            "raises": "is taken for a result",
+            "reads, and gives wrong features": "is taken for a result",
+        }
         return {
-            "a file cut to half its length, or to nothing": what,
-            "the call after that": " or ".join(sorted(after)) if what == "counts as no file" else None,
+            "a file cut to half its length, or to nothing": meaning.get(words[0], words[0]),
+            "the call after that": words[1] if words[0] == "computes" else None,
         }
 
     def notes(self, raw, inputs):
@@ -229,7 +250,7 @@ class DamagedFile(Experiment):
 
 
 class InterruptedComputation(Experiment):
-    """If `compute` raises, so does the call, and the next call computes."""
+    """If `compute` raises, so does the call, and nothing is left of it."""
 
     def draw(self, trial: Trial) -> dict:
         return _task(trial)
@@ -253,7 +274,7 @@ class InterruptedComputation(Experiment):
 
 
 class OnlyTheFolderRemembers(Experiment):
-    """The folder remembers, and nothing else: not the kernel, and for the next kernel too."""
+    """The folder remembers, for the next kernel too, and nothing else does."""
 
     def draw(self, trial: Trial) -> dict:
         return _task(trial)
@@ -271,11 +292,10 @@ class OnlyTheFolderRemembers(Experiment):
             return {"kernel": kernel, "without files": [emptied, ask(**inputs)]}
 
     def facts(self, raw, inputs):
-        wanted = _features(**inputs)
-        words = {_word(answer, wanted) for answer in raw["without files"]}
+        computed = all(answer["computed"] for answer in raw["without files"])
         return {
-            "the first call of the next kernel, with equal copies": _word(raw["kernel"], wanted),
-            "in an emptied or another folder": "computes" if words == {"computes"} else "not always computed",
+            "the first call of the next kernel, with equal copies": _word(raw["kernel"], _features(**inputs)),
+            "in an emptied folder, and in another": "computes" if computed else "not always computed",
         }
 
 
@@ -286,6 +306,10 @@ def _word(answer: dict, wanted: Tensor) -> str:
     did = ("reads", "computes", "computes more than once")[min(answer["computed"], 2)]
     right = torch.allclose(answer["features"].to(wanted.dtype), wanted, rtol=1e-4, atol=1e-5)
     return did if right else f"{did}, and gives wrong features"
+
+
+def _together(words: set[str]) -> str:
+    return words.pop() if len(words) == 1 else ", ".join(f"{word} for some" for word in sorted(words))
 
 
 def _cut(folder: Path, share: float) -> None:

@@ -13,6 +13,7 @@ from helpers.text import embed, mean_pool
 
 _PAD, _CLS, _WORDS = 0, 1, 2  # numbers of padding, of what every text begins with, and of the first word
 _WIDTH = 16
+_CLS_LENGTH = 3.0  # of the hidden state of [CLS]; all others have length 1
 
 
 def _tokenizer(texts: Sequence[str]) -> dict[str, Tensor]:
@@ -29,11 +30,12 @@ def _text(words: Sequence[int]) -> str:
 
 
 class _Encoder(nn.Module):
-    """Every token points along the axis of its number. What is in the encoder at once is remembered."""
+    """Every token points along the axis of its number, [CLS] farther than others; what each call brings is remembered."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.axes = nn.Embedding.from_pretrained(torch.eye(_WIDTH), freeze=False)
+        lengths = torch.ones(_WIDTH).index_fill(0, torch.tensor(_CLS), _CLS_LENGTH)
+        self.axes = nn.Embedding.from_pretrained(lengths.diag(), freeze=False)
         self.dropout = nn.Dropout(dropout)
         self.seen = SharedList()
 
@@ -43,7 +45,7 @@ class _Encoder(nn.Module):
 
 
 class _Attention(nn.Module):
-    """One head of attention over the tokens that the mask leaves; at padding it gives zeros, so pooling that turns no vector."""
+    """One head of attention over what the mask leaves; at padding it gives zeros, so pooling that turns no vector."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,23 +96,24 @@ class RowPerText(_Vectors):
         share, words = raw["vectors"][:, _WORDS:].max(1)
         if share.min() < 1e-6:
             return {"row i is the vector of": None}
-        words, wanted, lengths = words.tolist(), inputs["words"], inputs["lengths"]
-        length_of = dict(zip(wanted, lengths, strict=True))
-        found = [length_of.get(word, 0) for word in words]
-        by_length = found in (sorted(lengths), sorted(lengths, reverse=True))
-        other = "the i-th text by length" if by_length else "another text"
-        return {"row i is the vector of": "text i" if words == wanted else other}
+        found, wanted, lengths = words.tolist(), inputs["words"], inputs["lengths"]
+        rising = sorted(range(len(wanted)), key=lengths.__getitem__)
+        falling = sorted(range(len(wanted)), key=lengths.__getitem__, reverse=True)
+        answers = {"text i": [wanted]}
+        for order in (rising, falling, rising[::-1], falling[::-1]):  # with either order of equal lengths
+            answers.setdefault("text order[i], order being that of the lengths", []).append([wanted[i] for i in order])
+            answers.setdefault("text order[order[i]]", []).append([wanted[order[i]] for i in order])
+        return {"row i is the vector of": next((name for name, rows in answers.items() if found in rows), "another text")}
 
 
 class MeanOfOwnTokens(_Vectors):
     """A vector points along the mean over the tokens of its text; padding has no part in it."""
 
     def facts(self, raw, inputs):
-        vectors, tokens = raw["vectors"].double(), torch.tensor(inputs["lengths"])
-        word = vectors[:, _WORDS:].amax(1)
-        # Which text a row belongs to is another experiment's question: any order of the right proportions will do.
-        shares = sorted((word / vectors[:, _CLS].clamp_min(1e-9)).tolist())
-        right = torch.allclose(torch.tensor(shares), tokens.sort().values.float(), rtol=1e-3)
+        vectors, lengths = raw["vectors"].double(), torch.tensor(inputs["lengths"]).double()
+        words = _CLS_LENGTH * vectors[:, _WORDS:].amax(1) / vectors[:, _CLS].clamp_min(1e-9)
+        # Which text a row belongs to is another experiment's question: sorted, the numbers of words must agree.
+        right = torch.allclose(words.sort().values, lengths.sort().values, rtol=1e-3)
         return {
             "padding in the mean": "some" if (vectors[:, _PAD].abs() > 1e-4 * vectors.norm(dim=1)).any() else "none",
             "the tokens of a text in the mean": "all alike" if right else "not all alike",
@@ -168,8 +171,14 @@ class NoDropout(Experiment):
         return {"vectors": torch.cat([_run(subject, inputs["encoder"], inputs["texts"], 4) for _ in range(2)]).detach()}
 
     def facts(self, raw, inputs):
-        first, second = raw["vectors"]
-        return {"a text that is embedded twice has": "one vector" if _near(first - second) else "two vectors"}
+        first, second = F.normalize(raw["vectors"].double(), dim=1)
+        batch = _tokenizer(inputs["texts"])
+        with torch.no_grad():
+            wanted = F.normalize(inputs["encoder"].eval()(**batch)[0].double().mean(0), dim=0)
+        return {
+            "a text that is embedded twice has": "one vector" if _near(first - second) else "two vectors",
+            "its vector points": "where it does in eval mode" if _near(first - wanted) else "elsewhere",
+        }
 
 
 class InBatches(Experiment):
@@ -225,8 +234,12 @@ class LittlePadding(Experiment):
         lengths, size = inputs["lengths"], inputs["batch_size"]
         rising = lengths.sort().values
         least = max(_padding(rising, size), _padding(rising.flip(0), size))  # the short batch may be the first or the last
-        words = "more than sorting by length leaves" if raw["padding"] > least else "no more than sorting by length leaves"
-        words = "every text up to the longest of all" if raw["padding"] >= _padding(rising, len(rising)) else words
+        known = {
+            _padding(lengths, size): "as much as in the order of the texts",
+            _padding(rising, len(rising)): "every text up to the longest of all",
+        }
+        more = known.get(raw["padding"], "more than sorting by length leaves")
+        words = more if raw["padding"] > least else "no more than sorting by length leaves"
         return {"padding in the encoder": words if raw["batches"] else "no text was in the encoder"}
 
     def notes(self, raw, inputs):
@@ -257,12 +270,12 @@ class LeftAsFound(Experiment):
         modes = {name: module.training for name, module in inputs["encoder"].named_modules()}
         switched = {raw["modes"].get(name) for name, mode in modes.items() if raw["modes"].get(name) != mode}
         weights = inputs["encoder"].axes.weight
-        same = raw["trainable"] == weights.requires_grad and torch.equal(raw["weights"], weights.detach())
+        same = raw["weights"].dtype == weights.dtype and torch.equal(raw["weights"], weights.detach())
         return {
             "the texts went through the encoder": "yes" if raw["seen"] else "no",
             "modules switched to eval mode": "some" if False in switched else "none",
             "modules switched to train mode": "some" if True in switched else "none",
-            "parameters": "as they were" if same else "changed",
+            "parameters": "as they were" if same and raw["trainable"] == weights.requires_grad else "changed",
             "the list of texts": "as it was" if raw["texts"] == inputs["texts"] else "changed",
         }
 
@@ -348,7 +361,7 @@ def put_back_with_the_wrong_permutation(encoder, tokenizer, texts, batch_size):
 @misconception(
     "mask not given to the encoder",
     hint="Embed a short text alone, and again beside a long one. At which places did its tokens look the second time?",
-    source="seen in public teaching code: model(input_ids) on a padded batch, where a missing mask means that nothing is padding",
+    source="seen in public teaching code: model(input_ids) on a padded batch; without a mask nothing is padding",
 )
 def mask_not_given_to_the_encoder(encoder, tokenizer, texts, batch_size):
     with eval_mode(encoder), torch.no_grad():
@@ -482,6 +495,6 @@ EXERCISE = Exercise(
         "Embed three texts of 1, 5 and 20 words, each alone and all together, in two orders; compare the rows. "
         "Then print the shapes of the batches that went into the encoder.",
         "Sort the texts by number of tokens, and remember the order; batch by batch, in eval mode and without gradients, "
-        "pool encoder(input_ids, attention_mask) with the mask; put row k at place order[k], and divide each row by its length.",
+        "pool encoder(input_ids, attention_mask) with the mask; put row k at place order[k], and divide it by its length.",
     ),
 )

@@ -159,7 +159,7 @@ def divided_by_the_tokens_of_the_batch(hidden, attention_mask):
 @misconception(
     "first token in place of the mean",
     hint="Change the last token of a text. Does its vector change?",
-    source="seen in public teaching code: last_hidden_state[:, 0] as the sentence's vector of a model trained for mean pooling",
+    source="seen in public teaching code: last_hidden_state[:, 0] as the vector of a text",
 )
 def first_token(hidden, attention_mask):
     return hidden[:, 0] * attention_mask.any(1, keepdim=True)

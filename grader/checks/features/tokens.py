@@ -214,22 +214,30 @@ class _RaggedBatch(Experiment):
 
 
 class PaddedToTheLongest(_RaggedBatch):
-    """Every text is filled up with [PAD] at its end, to the length of the longest text of the batch."""
+    """A batch is as long as its longest text."""
 
-    points = 2
+    def facts(self, raw, inputs):
+        longest = max(n for _, n, _ in self.find(raw, inputs))
+        sizes = {longest: "as many as the longest text has", inputs["max_length"]: "max_length"}
+        return {"tokens of a row": sizes.get(raw["ids"].shape[1], "another number")}
+
+
+class FilledWithPad(_RaggedBatch):
+    """Shorter texts are filled up with [PAD] at their end."""
 
     def facts(self, raw, inputs):
         found, width = self.find(raw, inputs), raw["ids"].shape[1]
-        longest = max(n for _, n, _ in found)
-        sizes = {longest: "as many as the longest text has", inputs["max_length"]: "max_length"}
-        facts = {"tokens of a row": sizes.get(width, "another number"), "padding stands": None, "padding is": None}
-        if all(start is not None for _, _, start in found):
-            padding = {token for row, n, start in found for token in row[:start] + row[start + n :]}
-            zero = _read(inputs["vocabulary"], torch.tensor([0]))[0]
-            after, before = (all(start == at(n) for _, n, start in found) for at in (lambda n: 0, lambda n: width - n))
-            facts["padding stands"] = "after the text" if after else "before the text" if before else "elsewhere"
-            facts["padding is"] = {"[PAD]": "[PAD]", zero: "the piece with number 0"}.get("".join(padding), "something else")
-        return facts
+        if any(start is None for _, _, start in found):
+            return {"padding stands": None, "padding is": None}
+        after = all(start == 0 for _, _, start in found)
+        before = all(start == width - n for _, n, start in found)
+        zero = _read(inputs["vocabulary"], torch.tensor([0]))[0]
+        padding = {token for row, n, start in found for token in row[:start] + row[start + n :]}
+        names = {"[PAD]": "[PAD]", zero: "the piece with number 0"}
+        return {
+            "padding stands": "after the text" if after else "before the text" if before else "elsewhere",
+            "padding is": names.get("".join(padding), "something else"),
+        }
 
 
 class MaskOfTokens(_RaggedBatch):
@@ -375,8 +383,8 @@ def padded_with_number_0(vocabulary, texts, max_length):
 
 @misconception(
     "padding taken to be number 0",
-    hint="The batch is filled up with 0, and the mask is 0 wherever a 0 stands. Which word of this vocabulary vanishes by that?",
-    source="a line of reasoning: padding functions fill with 0 unless told otherwise, and the mask is read off the ids",
+    hint="The batch is filled up with 0, and the mask is 0 wherever a 0 stands. Which piece of this vocabulary is 0?",
+    source="a line of reasoning: padding functions fill with 0 unless told otherwise, and the mask is made from the ids",
 )
 def padding_taken_to_be_number_0(vocabulary, texts, max_length):
     batch = _batch(_ended(vocabulary, _rows(vocabulary, texts), max_length), 0)
@@ -414,7 +422,7 @@ def shortest_piece_first(vocabulary, texts, max_length):
 
 @misconception(
     "## forgotten",
-    hint="In the batch, a word's second piece and the same letters as a word of their own have one number. How many should they have?",
+    hint="A piece inside a word got the number of a word of the same letters. How does the vocabulary mark the inside?",
     source="a line of reasoning: the same letters begin one word and continue another, under different numbers",
 )
 def mark_forgotten(vocabulary, texts, max_length):
@@ -450,7 +458,7 @@ def unknown_words_left_out(vocabulary, texts, max_length):
 
 @misconception(
     "a longest piece taken back",
-    hint="With the pieces ab, abc and ##cd, the word abcd is one [UNK] here. Which piece is taken first, and is it ever given back?",
+    hint="With the pieces ab, abc and ##cd, abcd is to be one [UNK]. Which piece is taken first, and is it given back?",
     source="a line of reasoning: any way to make up the word seems good, but the model was trained on the greedy one",
 )
 def a_longest_piece_taken_back(vocabulary, texts, max_length):
@@ -491,7 +499,7 @@ EXERCISE = Exercise(
     reference=tokenize,
     experiments=(
         *(LongestPieceFirst(), UnknownWords(), SmallLetters(), AnyWhiteSpace()),
-        *(FitsMaxLength(), PaddedToTheLongest(), MaskOfTokens()),
+        *(FitsMaxLength(), PaddedToTheLongest(), FilledWithPad(), MaskOfTokens()),
     ),
     misconceptions=(
         *(shortest_piece_first, mark_forgotten, pieces_beside_unk, unknown_words_left_out, a_longest_piece_taken_back),

@@ -1,0 +1,485 @@
+"""Exercise 2.5: what a network sees, in words, with the preprocessing and the categories that its weights bring along."""
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number, misconception
+from helpers import expect
+from helpers.backbones import classify
+from helpers.features import extract
+
+_CATEGORIES = ("accordion", "beaver", "gondola", "kite", "lighthouse", "pretzel", "teapot", "zebra")
+_ALL = len(_CATEGORIES)
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def _weights(trial: Trial):
+    """A member of a weights enum: torchvision's own preset with unusual numbers, and categories in random order."""
+    from torchvision.models import ResNet18_Weights, Weights, WeightsEnum  # here: it takes as long to import as torch
+
+    preset = partial(
+        ResNet18_Weights.DEFAULT.transforms.func,
+        resize_size=16,
+        crop_size=8,  # the central half of an image: ImageNet's 224 of 256 is more
+        mean=[trial.integer(10, 30) / 100 for _ in range(3)],
+        std=[trial.integer(45, 65) / 100 for _ in range(3)],
+    )
+    categories = [_CATEGORIES[i] for i in trial.permutation(_ALL)]
+    return WeightsEnum("TinyNet_Weights", {"V1": Weights("", preset, {"categories": categories})}).V1
+
+
+def _plain_network(trial: Trial) -> nn.Sequential:
+    """Logits that are an affine function of the mean colour, the same in train and in eval mode."""
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, _ALL))
+    network[2].weight.data.copy_(2 * trial.normal(_ALL, 3))
+    network[2].bias.data.copy_(torch.linspace(-1, 1, _ALL)[trial.permutation(_ALL)])
+    return network
+
+
+def _trained_network(trial: Trial) -> nn.Sequential:
+    """A network with BatchNorm and dropout, in train mode, whose statistics are not those of a fresh layer."""
+    norms = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+    for norm in norms:
+        norm.running_mean.copy_(trial.normal(6))
+        norm.running_var.copy_(0.5 + trial.normal(6).square())
+    return nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), norms[0], nn.ReLU(), nn.Conv2d(6, 6, 1), norms[1], nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(6, _ALL)),
+    )
+
+
+def _photos(trial: Trial, n: int) -> list[Tensor]:
+    """Images of n different sizes, no two of the same mean colour."""
+    images = []
+    for _ in range(n):
+        colour, texture = 40 + 175 * torch.rand(3, 1, 1, generator=trial.generator), trial.normal(3, 20, 24)
+        size = trial.integer(12, 20), trial.integer(12, 24)
+        images.append((colour + 15 * texture).clamp(0, 255).to(torch.uint8)[:, : size[0], : size[1]].clone())
+    return images
+
+
+class OwnNormalisation(Experiment):
+    """Each image is prepared as the weights say, with their own mean and standard deviation."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        colours = [torch.randint(20, 236, (3, 1, 1), generator=trial.generator, dtype=torch.uint8) for _ in range(3)]
+        sizes = (12, 20), (20, 14), (17, 17)  # one colour for each image, so that sizes play no part
+        images = [colour.repeat(1, *size) for colour, size in zip(colours, sizes, strict=True)]
+        return {"weights": _weights(trial), "model": _plain_network(trial), "images": images}
+
+    def measure(self, subject, inputs):
+        return _seen(subject, **inputs, k=_ALL)
+
+    def facts(self, raw, inputs):
+        transforms, model = inputs["weights"].transforms(), inputs["model"]
+        once = [transforms(image) for image in inputs["images"]]
+        colours = torch.stack([image[:, :1, :1] for image in inputs["images"]]) / 255
+        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in _IMAGENET.values())
+        known = {
+            "by the mean and std of the weights": torch.stack(once),
+            "by the mean and std of ImageNet": (colours - mean) / std,
+            "by the mean and std of the weights, twice": torch.stack([transforms(image) for image in once]),
+            "not at all, values from 0 to 1": colours,
+            "not at all, values from 0 to 255": 255 * colours,
+        }
+        seen = _as_probabilities(raw["numbers"])
+        if seen is None:
+            return {"the images were normalised": None}
+        with torch.no_grad():
+            for name, prepared in known.items():
+                expected = model(prepared).softmax(1).sort(descending=True).values
+                if torch.allclose(seen.sort(descending=True).values.float(), expected, rtol=0, atol=2e-3):
+                    return {"the images were normalised": name}
+        return {"the images were normalised": "in another way, or the results are in another order"}
+
+
+class OwnCrop(Experiment):
+    """The network sees of each image what the preset of the weights leaves after resizing and cropping."""
+
+    def draw(self, trial: Trial) -> dict:
+        image = (127 + 20 * trial.normal(3, 40, 40)).clamp(60, 190).to(torch.uint8)
+        return {
+            "weights": _weights(trial),
+            "model": _plain_network(trial),
+            # The preset keeps the central 20 x 20 pixels.
+            "images": [image, _with_frame(image, 0, 5), _with_frame(image, 11, 15)],
+        }
+
+    def measure(self, subject, inputs):
+        return _seen(subject, **inputs, k=_ALL)
+
+    def facts(self, raw, inputs):
+        original, outside, inside = _by_category(raw)
+        return {
+            "pixels that the crop leaves out": "do not count" if _close(original, outside) else "count",
+            "pixels at the edge of what it keeps": "do not count" if _close(original, inside) else "count",
+        }
+
+
+class NamesOfTheOutputs(Experiment):
+    """Each output has the name that stands at its index in the categories."""
+
+    def draw(self, trial: Trial) -> dict:
+        model = _plain_network(trial)
+        model[2].weight.data.zero_()  # the same logits whatever the image
+        return {"weights": _weights(trial), "model": model, "images": _photos(trial, 2)}
+
+    def measure(self, subject, inputs):
+        return _seen(subject, **inputs, k=_ALL)
+
+    def facts(self, raw, inputs):
+        if any(len(set(row)) < _ALL for row in raw["numbers"].tolist()):
+            return {"the names, from the largest output to the smallest": None}
+        categories = inputs["weights"].meta["categories"]
+        order = inputs["model"][2].bias.argsort(descending=True).tolist()
+        seen = [_sorted_names(names, numbers) for names, numbers in _rows(raw)]
+        known = {
+            "categories by their index": [categories[i] for i in order],
+            "categories in alphabetical order": [sorted(categories)[i] for i in order],
+            "categories in their order, whatever the outputs": categories,
+        }
+        matching = (name for name, names in known.items() if all(row == names for row in seen))
+        return {"the names, from the largest output to the smallest": next(matching, "others")}
+
+
+class LikeliestFirst(Experiment):
+    """Of an image's categories, the k likeliest are listed, likeliest first."""
+
+    def draw(self, trial: Trial) -> dict:
+        return {
+            "weights": _weights(trial),
+            "model": _plain_network(trial),
+            "images": _photos(trial, 3),
+            "k": trial.integer(2, 4),
+        }
+
+    def measure(self, subject, inputs):
+        return {"some": _seen(subject, **inputs), "all": _seen(subject, **inputs | {"k": _ALL})}
+
+    def facts(self, raw, inputs):
+        k, numbers = inputs["k"], raw["some"]["numbers"]
+        falling, rising = ((way * numbers.diff(dim=1) >= 0).all() for way in (-1, 1))
+        listed = [set(names) for names in raw["some"]["names"]]
+        ranked = [_sorted_names(names, numbers) for names, numbers in _rows(raw["all"])]
+        likeliest, least = ([set(names[part]) for names in ranked] for part in (slice(k), slice(-k, None)))
+        which = "the likeliest" if listed == likeliest else "the least likely" if listed == least else "others"
+        return {
+            "the categories listed": which,
+            "their numbers": "falling" if falling else "rising" if rising else "neither falling nor rising",
+        }
+
+
+class Probabilities(Experiment):
+    """The numbers are probabilities: those of all categories of an image add up to 1."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        return {"weights": _weights(trial), "model": _plain_network(trial), "images": _photos(trial, 3)}
+
+    def measure(self, subject, inputs):
+        return {"all": _seen(subject, **inputs, k=_ALL), "some": _seen(subject, **inputs, k=3)}
+
+    def facts(self, raw, inputs):
+        every, some = _by_category(raw["all"]), _by_category(raw["some"])
+        same = all(abs(every[i][name] - number) < 2e-3 for i, image in enumerate(some) for name, number in image.items())
+        return {
+            "the numbers of all categories of an image": _nature(raw["all"]["numbers"], every),
+            "a category's number when fewer are listed": "the same" if same else "another",
+        }
+
+    def notes(self, raw, inputs):
+        numbers = raw["all"]["numbers"]
+        return {"the numbers of all categories of an image": f"from {numbers.min():.2g} to {numbers.max():.2g}"}
+
+
+class ByItself(Experiment):
+    """What is said of an image does not depend on the images beside it."""
+
+    def draw(self, trial: Trial) -> dict:
+        return {"weights": _weights(trial), "model": _trained_network(trial), "images": _photos(trial, 6)}
+
+    def measure(self, subject, inputs):
+        image, *others = inputs["images"]
+        calls = [image, *others[:2]], [image, *others[2:]]
+        one, two = (_seen(subject, inputs["weights"], inputs["model"], images, _ALL) for images in calls)
+        return {"one": one, "two": two}
+
+    def facts(self, raw, inputs):
+        (one, *_), (two, *_) = _by_category(raw["one"]), _by_category(raw["two"])
+        return {"the numbers of one image in other company": "the same" if _close(one, two) else "others"}
+
+
+class LeftAsFound(Experiment):
+    """The model is left as it was found: its buffers, and the mode of each module."""
+
+    def draw(self, trial: Trial) -> dict:
+        model = _trained_network(trial)
+        model[4].eval()  # one BatchNorm is in eval mode, as a frozen one would be
+        return {"weights": _weights(trial), "model": model, "images": _photos(trial, 3)}
+
+    def measure(self, subject, inputs):
+        _seen(subject, **inputs, k=2)
+        model = inputs["model"]
+        return {
+            "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+            "modes": [module.training for module in model.modules()],
+        }
+
+    def facts(self, raw, inputs):
+        before = inputs["model"]
+        same = [torch.equal(raw["buffers"][name], buffer) for name, buffer in before.named_buffers()]
+        changes = {(module.training, mode) for module, mode in zip(before.modules(), raw["modes"], strict=True)}
+        return {
+            "buffers that moved": "none" if all(same) else "some",
+            "modules switched to eval mode": "some" if (True, False) in changes else "none",
+            "modules switched to train mode": "some" if (False, True) in changes else "none",
+        }
+
+
+def _seen(subject, weights, model: nn.Module, images: list[Tensor], k: int) -> dict:
+    """The answer as names, a list of k strings for each image, and numbers, (n, k); or a sentence about its form."""
+    answer = _listed(subject(weights, model, list(images), k), len(images), "classify must return a list", "one per image")
+    names, numbers = [], []
+    for image in answer:
+        pairs = [
+            _listed(pair, 2, "such a result must consist of pairs", "(category, probability)")
+            for pair in _listed(image, k, "the result of an image must be a list", "k pairs")
+        ]
+        for name, _ in pairs:
+            if not isinstance(name, str):
+                raise WrongReturn(
+                    f"a pair is (category, probability): the category must be a string, got {expect.describe(name)}."
+                )
+        names.append([str(name) for name, _ in pairs])
+        if len(set(names[-1])) < k:
+            raise WrongReturn(f"the {k} categories of an image must be {k} different ones, got {', '.join(names[-1])}.")
+        numbers.append([expect_number(number, "a probability") for _, number in pairs])
+    return {"names": names, "numbers": torch.tensor(numbers, dtype=torch.float64)}
+
+
+def _listed(value: object, length: int, what: str, of: str) -> list:
+    """Anything that can be listed and has that length, or what came in its place."""
+    if isinstance(value, str | dict | Tensor) or not isinstance(value, Iterable):
+        question = " Is there a return?" if value is None else ""
+        raise WrongReturn(f"{what} ({of}), got {expect.describe(value)}.{question}")
+    items = list(value)
+    if len(items) != length:
+        raise WrongReturn(f"{what} of {length} ({of}), got {len(items)}.")
+    return items
+
+
+def _rows(raw: dict) -> list[tuple[list[str], list[float]]]:
+    return list(zip(raw["names"], raw["numbers"].tolist(), strict=True))
+
+
+def _by_category(raw: dict) -> list[dict[str, float]]:
+    return [dict(zip(names, numbers, strict=True)) for names, numbers in _rows(raw)]
+
+
+def _sorted_names(names: list[str], numbers: list[float]) -> list[str]:
+    """The names from the largest number to the smallest."""
+    return [names[i] for i in sorted(range(len(names)), key=lambda i: -numbers[i])]
+
+
+def _close(one: dict[str, float], other: dict[str, float]) -> bool:
+    return one.keys() == other.keys() and all(abs(one[name] - other[name]) < 1e-4 for name in one)
+
+
+def _nature(numbers: Tensor, images: list[dict[str, float]]) -> str:
+    """What the numbers of all categories are, n images in the rows of `numbers`."""
+
+    def ones(sums: Tensor) -> bool:
+        return torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=5e-3)
+
+    if (numbers >= 0).all() and ones(numbers.sum(1)):
+        return "are at least 0 and add up to 1"
+    if (numbers <= 0).all() and ones(numbers.exp().sum(1)):
+        return "are logarithms of probabilities"
+    if (numbers < 0).any():
+        return "are below 0 in part"
+    if ones(numbers.sum(1) / 100):
+        return "add up to 100"
+    if ones(torch.tensor([sum(image.get(name, 0.0) for image in images) for name in _CATEGORIES])):
+        return "do not add up to 1, but those of a category in all images do"
+    return "are at least 0 and do not add up to 1"
+
+
+def _as_probabilities(numbers: Tensor) -> Tensor | None:
+    """The probabilities behind the numbers of all categories, if they are those, percent, logarithms or logits."""
+    if (numbers < 0).any():
+        return numbers.softmax(1)
+    total = numbers.sum(1, keepdim=True)
+    return next((numbers / whole for whole in (1, 100) if ((total / whole - 1).abs() < 5e-3).all()), None)
+
+
+def _with_frame(image: Tensor, start: int, stop: int) -> Tensor:
+    """A copy whose pixels from `start` to `stop` from the nearest edge are bright."""
+    row = torch.arange(image.shape[1])
+    depth = torch.minimum(row, row.flip(0))
+    distance = torch.minimum(depth[:, None], depth)
+    return image.where((distance < start) | (distance >= stop), torch.tensor(255, dtype=torch.uint8))
+
+
+def _logits(weights, model, images, **changes) -> Tensor:
+    """Logits, (n, classes), for the misconceptions below; `changes` are other numbers for the preset of the weights."""
+    transforms = weights.transforms(**changes)
+    return extract(model, torch.stack([transforms(image) for image in images]))
+
+
+def _listing(categories, numbers: Tensor, k: int, largest: bool = True) -> list[list[tuple[str, float]]]:
+    values, columns = numbers.topk(k, largest=largest)
+    return [
+        [(categories[column], value) for column, value in zip(*row, strict=True)]
+        for row in zip(columns.tolist(), values.tolist(), strict=True)
+    ]
+
+
+@misconception(
+    "ImageNet's mean and std",
+    hint="The numbers 0.485, 0.456, 0.406 are right for most weights of torchvision. What do these weights say of themselves?",
+    source="seen in public teaching code: Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) for any network",
+)
+def imagenet_mean_and_std(weights, model, images, k):
+    logits = _logits(weights, model, images, **_IMAGENET)
+    return _listing(weights.meta["categories"], logits.softmax(1), k)
+
+
+@misconception(
+    "not normalised",
+    hint="Print the mean of what enters the network over all your images. Was the network trained on values from 0 to 1?",
+    source="seen in public teaching code: ToTensor() as the whole preprocessing; resized and divided by 255",
+)
+def not_normalised(weights, model, images, k):
+    logits = _logits(weights, model, images, mean=(0, 0, 0), std=(1, 1, 1))
+    return _listing(weights.meta["categories"], logits.softmax(1), k)
+
+
+@misconception(
+    "preprocessed twice",
+    hint="What the transforms give is normalised already. Follow one pixel: how often is the mean taken off it?",
+    source="a line of reasoning: a data set that transforms its images, and a function that does so again",
+)
+def preprocessed_twice(weights, model, images, k):
+    transforms = weights.transforms()
+    logits = extract(model, torch.stack([transforms(transforms(image)) for image in images]))
+    return _listing(weights.meta["categories"], logits.softmax(1), k)
+
+
+@misconception(
+    "other sizes than the preset's",
+    hint="Pixels count that the preset of these weights leaves out. To which size does it resize, and what does it cut off?",
+    source="seen in public teaching code: Resize(256) and CenterCrop(224) typed by hand; Resize((224, 224))",
+)
+def other_sizes_than_the_presets(weights, model, images, k):
+    logits = _logits(weights, model, images, resize_size=256, crop_size=224)
+    return _listing(weights.meta["categories"], logits.softmax(1), k)
+
+
+@misconception(
+    "logits for probabilities",
+    hint="Some of your numbers are below 0. Which function turns a network's outputs into numbers that add up to 1?",
+    source="seen in public teaching code: output.topk(5) printed as a confidence",
+)
+def logits_for_probabilities(weights, model, images, k):
+    return _listing(weights.meta["categories"], _logits(weights, model, images), k)
+
+
+@misconception(
+    "softmax over the images",
+    hint="Classify one image alone: every category is certain. Along which axis of (n, classes) do your numbers add up to 1?",
+    source="seen in public teaching code: softmax(dim=0), copied from an example with a single image",
+)
+def softmax_over_the_images(weights, model, images, k):
+    return _listing(weights.meta["categories"], _logits(weights, model, images).softmax(0), k)
+
+
+@misconception(
+    "softmax over the k listed",
+    hint="With k = 1 every image is certain to be what it is called. Among which categories is probability shared out?",
+    source="a line of reasoning: first the k largest outputs, then softmax, as for sampling from a language model",
+)
+def softmax_over_the_k_listed(weights, model, images, k):
+    listing = _listing(weights.meta["categories"], _logits(weights, model, images), k)
+    shares = [torch.tensor([logit for _, logit in pairs]).softmax(0).tolist() for pairs in listing]
+    return [
+        [(name, share) for (name, _), share in zip(pairs, row, strict=True)] for pairs, row in zip(listing, shares, strict=True)
+    ]
+
+
+@misconception(
+    "categories in alphabetical order",
+    hint="The first output was trained for the first of the weights' categories. Are they in alphabetical order?",
+    source="a line of reasoning: ImageFolder numbers the classes alphabetically, so names are sorted to match",
+)
+def categories_in_alphabetical_order(weights, model, images, k):
+    return _listing(sorted(weights.meta["categories"]), _logits(weights, model, images).softmax(1), k)
+
+
+@misconception(
+    "least likely",
+    hint="The categories that you list are those at the other end of the ranking. In which order does your sort put them?",
+    source="a line of reasoning: argsort()[:k] of probabilities, which argsort puts in rising order",
+)
+def least_likely(weights, model, images, k):
+    return _listing(weights.meta["categories"], _logits(weights, model, images).softmax(1), k, largest=False)
+
+
+@misconception(
+    "likeliest last",
+    hint="The right categories are there. Which of them does a reader see first?",
+    source="seen in public teaching code: argsort()[-k:] without turning it round",
+)
+def likeliest_last(weights, model, images, k):
+    listing = _listing(weights.meta["categories"], _logits(weights, model, images).softmax(1), k)
+    return [pairs[::-1] for pairs in listing]
+
+
+@misconception(
+    "train mode",
+    hint="The same image gets other numbers in other company. Which layers look at the whole batch, and when do they stop?",
+    source="seen in public teaching code: a prediction under no_grad that never calls .eval()",
+)
+def train_mode(weights, model, images, k):
+    transforms = weights.transforms()
+    with torch.no_grad():
+        logits = model(torch.stack([transforms(image) for image in images]))
+    return _listing(weights.meta["categories"], logits.softmax(1), k)
+
+
+@misconception(
+    "left in eval mode",
+    hint="Compare each module's mode before and after. In which mode would training go on after your function?",
+    source="seen in public teaching code: model.eval() before a prediction, and nothing after it",
+)
+def left_in_eval_mode(weights, model, images, k):
+    model.eval()
+    return _listing(weights.meta["categories"], _logits(weights, model, images).softmax(1), k)
+
+
+EXERCISE = Exercise(
+    number="2.5",
+    name="classify",
+    reference=classify,
+    experiments=(
+        *(OwnNormalisation(), OwnCrop(), NamesOfTheOutputs(), LikeliestFirst()),
+        *(Probabilities(), ByItself(), LeftAsFound()),
+    ),
+    misconceptions=(
+        *(imagenet_mean_and_std, not_normalised, preprocessed_twice, other_sizes_than_the_presets),
+        *(logits_for_probabilities, softmax_over_the_images, softmax_over_the_k_listed),
+        *(categories_in_alphabetical_order, least_likely, likeliest_last, train_mode, left_in_eval_mode),
+    ),
+    hints=(
+        "What must be the same as in the network's training for its outputs to mean anything, and who knows what it was?",
+        'Print `weights.transforms()` and the first entries of `weights.meta["categories"]`; then, for one image '
+        "classified alone and among others, print your numbers and their sum over all categories.",
+        "Transform each image by itself, stack, run the model in eval mode without gradients, softmax over the classes, "
+        "take the k largest, look up their indices in the categories, and give every module its own mode back.",
+    ),
+)

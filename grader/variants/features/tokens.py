@@ -1,0 +1,242 @@
+"""Exercise 2.6 in other styles."""
+
+import re
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+
+def by_regular_expressions(vocabulary, texts, max_length):
+    ranked = sorted((piece for piece in vocabulary if not re.fullmatch(r"\[[A-Z]+\]", piece)), key=len, reverse=True)
+    first = re.compile("|".join(re.escape(piece) for piece in ranked if not piece.startswith("##")))
+    later = re.compile("|".join(re.escape(piece[2:]) for piece in ranked if piece.startswith("##")))
+    rows = []
+    for text in texts:
+        row = [vocabulary["[CLS]"]]
+        for word in re.findall(r"\S+", text.casefold()):
+            match, numbers = first.match(word), []
+            while match:
+                numbers.append(vocabulary[("##" if numbers else "") + match.group()])
+                if match.end() == len(word):
+                    break
+                match = later.match(word, match.end())
+            row += numbers if match else [vocabulary["[UNK]"]]
+        del row[max_length - 1 :]
+        rows.append(torch.tensor([*row, vocabulary["[SEP]"]]))
+    ids = pad_sequence(rows, batch_first=True, padding_value=vocabulary["[PAD]"])
+    lengths = torch.tensor([len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()}
+
+
+def by_recursion(vocabulary, texts, max_length):
+    def cut(rest, mark=""):
+        if rest == "":
+            return []
+        for size in reversed(range(len(rest))):
+            if (piece := mark + rest[: size + 1]) in vocabulary:
+                following = cut(rest[size + 1 :], "##")
+                return None if following is None else [piece] + following
+        return None
+
+    ids = []
+    for text in texts:
+        tokens = ["[CLS]"] + [piece for word in text.lower().split() for piece in cut(word) or ["[UNK]"]] + ["[SEP]"]
+        if len(tokens) > max_length:
+            tokens[max_length - 1 :] = ["[SEP]"]
+        ids.append(torch.LongTensor([vocabulary.get(token) for token in tokens]))
+    longest = max(row.numel() for row in ids)
+    padded = [F.pad(row, (0, longest - row.numel()), value=vocabulary["[PAD]"]) for row in ids]
+    masks = [F.pad(torch.ones_like(row), (0, longest - row.numel())) for row in ids]
+    return {"input_ids": torch.stack(padded), "attention_mask": torch.stack(masks)}
+
+
+def into_arrays(vocabulary, texts, max_length):
+    table = []
+    for text in texts:
+        table.append([])
+        for word in map(str.lower, text.split()):
+            start, found = 0, []
+            while start != len(word):
+                stop = len(word)
+                while stop > start and ("##" * bool(start) + word[start:stop]) not in vocabulary:
+                    stop -= 1
+                if stop == start:
+                    found = ["[UNK]"]
+                    break
+                found.append("##" * bool(start) + word[start:stop])
+                start = stop
+            table[-1].extend(found)
+    lengths = np.minimum([len(pieces) + 2 for pieces in table], max_length)
+    ids = np.full((len(texts), lengths.max()), vocabulary["[PAD]"], dtype=np.int64)
+    ids[:, 0] = vocabulary["[CLS]"]
+    for row, pieces, n in zip(ids, table, lengths, strict=True):
+        row[1 : n - 1] = [vocabulary[piece] for piece in pieces[: n - 2]]
+        row[n - 1] = vocabulary["[SEP]"]
+    mask = ids != vocabulary["[PAD]"]
+    return {"attention_mask": torch.from_numpy(mask.astype(np.int64)), "input_ids": torch.from_numpy(ids)}
+
+
+class Tokenizer:
+    """A class with `__call__`, and a tree of letters to walk down."""
+
+    def __call__(self, vocabulary, texts, max_length):
+        trees = {"": {}, "##": {}}
+        for piece, number in vocabulary.items():
+            mark = "##" if piece.startswith("##") else ""
+            node = trees[mark]
+            for letter in piece.removeprefix(mark):
+                node = node.setdefault(letter, {})
+            node["number"] = number
+        rows = []
+        for text in texts:
+            numbers = [number for word in text.lower().split() for number in self.walk(trees, word, vocabulary["[UNK]"])]
+            rows.append([vocabulary["[CLS]"], *numbers][: max_length - 1] + [vocabulary["[SEP]"]])
+        width = len(max(rows, key=len))
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        ids = mask + vocabulary["[PAD]"]
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.as_tensor(row)
+            mask[i, : len(row)] = 1
+        return {"attention_mask": mask, "input_ids": ids}
+
+    def walk(self, trees, word, unknown):
+        numbers, position = [], 0
+        while position < len(word):
+            node, best = trees["##" if position else ""], None
+            for depth, letter in enumerate(word[position:], 1):
+                if letter not in node:
+                    break
+                node = node[letter]
+                if "number" in node:
+                    best = depth, node["number"]
+            if best is None:
+                return [unknown]
+            position += best[0]
+            numbers.append(best[1])
+        return numbers
+
+
+def _fill(rows, pad, width=0):
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+    return F.pad(ids, (0, max(0, width - ids.shape[1])), value=pad)
+
+
+def _greedy(vocabulary, word, mark="##", partial=False):
+    tokens, rest = [], word
+    while rest:
+        head = rest
+        while head and (mark if tokens else "") + head not in vocabulary:
+            head = head[:-1]
+        if not head:
+            if not partial:
+                return ["[UNK]"]
+            tokens.append("[UNK]")
+            rest = rest[1:]
+            continue
+        tokens.append((mark if tokens else "") + head)
+        rest = rest[len(head) :]
+    return tokens
+
+
+def _lists(vocabulary, texts, max_length, **options):
+    rows = [[token for word in text.lower().split() for token in _greedy(vocabulary, word, **options)] for text in texts]
+    return [[vocabulary[token] for token in ["[CLS]", *row[: max_length - 2], "[SEP]"]] for row in rows]
+
+
+def _result(rows, pad, width=0):
+    own = _fill([[1] * len(row) for row in rows], 0, width)
+    return {"input_ids": _fill(rows, pad, width), "attention_mask": own}
+
+
+def every_piece_unknown_by_itself(vocabulary, texts, max_length):
+    return _result(_lists(vocabulary, texts, max_length, partial=True), vocabulary["[PAD]"])
+
+
+def room_for_all(vocabulary, texts, max_length):
+    width = max_length
+    return _result(_lists(vocabulary, texts, width), vocabulary["[PAD]"], width)
+
+
+def ones_of_that_shape(vocabulary, texts, max_length):
+    ids = _fill(_lists(vocabulary, texts, max_length), vocabulary["[PAD]"])
+    return {"input_ids": ids, "attention_mask": torch.full(ids.shape, 1)}
+
+
+def where_there_is_a_number(vocabulary, texts, max_length):
+    ids = _fill(_lists(vocabulary, texts, max_length), vocabulary["[PAD]"])
+    return {"input_ids": ids, "attention_mask": torch.where(ids.eq(0), 0, 1)}
+
+
+def columns_cut(vocabulary, texts, max_length):
+    batch = _result(_lists(vocabulary, texts, 1000), vocabulary["[PAD]"])
+    return {name: values[:, :max_length] for name, values in batch.items()}
+
+
+def filled_with_zeros(vocabulary, texts, max_length):
+    rows = _lists(vocabulary, texts, max_length)
+    ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.int64)
+    for line, row in zip(ids, rows, strict=True):
+        line[: len(row)] = torch.tensor(row)
+    return {"input_ids": ids, "attention_mask": torch.sign(ids)}
+
+
+def shortest_by_growing(vocabulary, texts, max_length):
+    rows = []
+    for text in texts:
+        tokens = []
+        for word in text.lower().split():
+            pieces, buffer = [], ""
+            for letter in word:
+                buffer += letter
+                name = f"##{buffer}" if pieces else buffer
+                if vocabulary.get(name) is not None:
+                    pieces, buffer = [*pieces, name], ""
+            tokens += ["[UNK]"] if buffer else pieces
+        rows.append([vocabulary[token] for token in ("[CLS]", *tokens[: max_length - 2], "[SEP]")])
+    return _result(rows, vocabulary["[PAD]"])
+
+
+def sep_and_mask(vocabulary, texts, max_length):
+    ids = _fill(_lists(vocabulary, texts, 1000), vocabulary["[PAD]"])[:, :max_length]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def no_mark_and_max_length(vocabulary, texts, max_length):
+    return _result(_lists(vocabulary, texts, max_length, mark=""), vocabulary["[PAD]"], max_length)
+
+
+def in_a_table_of_zeros(vocabulary, texts, max_length):
+    rows = _lists(vocabulary, texts, max_length)
+    return _result(rows, 0, max_length)
+
+
+def capitals_and_single_spaces(vocabulary, texts, max_length):
+    rows = [[token for word in text.split(" ") for token in _greedy(vocabulary, word)] for text in texts]
+    rows = [[vocabulary[token] for token in ["[CLS]", *row[: max_length - 2], "[SEP]"]] for row in rows]
+    return _result(rows, vocabulary["[PAD]"])
+
+
+def partial_and_zeros(vocabulary, texts, max_length):
+    rows = _lists(vocabulary, texts, max_length, partial=True)
+    return _result(rows, 0)
+
+
+RIGHT = [by_regular_expressions, by_recursion, into_arrays, Tokenizer()]
+AGAIN = {
+    "pieces beside [UNK]": every_piece_unknown_by_itself,
+    "padded to max_length": room_for_all,
+    "mask all ones": ones_of_that_shape,
+    "mask from numbers that are not 0": where_there_is_a_number,
+    "[SEP] cut off": columns_cut,
+    "padding taken to be number 0": filled_with_zeros,
+    "shortest piece first": shortest_by_growing,
+}
+BOTH = [
+    ({"[SEP] cut off", "mask all ones"}, sep_and_mask),
+    ({"padded to max_length", "padded with number 0"}, in_a_table_of_zeros),
+    ({"## forgotten", "padded to max_length"}, no_mark_and_max_length),
+    ({"capitals kept", "split at single spaces"}, capitals_and_single_spaces),
+    ({"pieces beside [UNK]", "padded with number 0"}, partial_and_zeros),
+]
