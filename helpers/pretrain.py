@@ -22,8 +22,9 @@ from helpers.backbones import GlyphNet
 from helpers.data import FONTS, LETTERS, Examples, letters
 from helpers.files import write_text
 from helpers.training import History, evaluate, fit, seed_everything
-from helpers.transfer import TASKS, measure_arm
+from helpers.transfer import TASKS, record
 
+ARMS = TASKS["digits"].arms
 LETTER_COUNT = 120_000
 RECIPE = {"steps": 2800, "batch_size": 128, "lr": 4e-3, "weight_decay": 1e-2}  # of AdamW; `fit` has the schedule
 SEED = 0  # of the start and of the batches
@@ -57,16 +58,6 @@ def _half_mirrored(examples: Examples) -> Examples:
     return Examples(images, labels + len(classes) * mirrored, classes + tuple(f"mirrored {c}" for c in classes))
 
 
-def score(draws: int = 5, labels_per_class: tuple[int, ...] = (1, 2, 5, 10)) -> dict[str, dict[str, list[float]]]:
-    """Test accuracies on digits with the shipped weights: {labels per class: {arm: one accuracy per draw}}."""
-    return {
-        str(labels): {
-            arm: [round(measure_arm("digits", arm, labels, draw), 4) for draw in range(draws)] for arm in TASKS["digits"].arms
-        }
-        for labels in labels_per_class
-    }
-
-
 def main(
     train: Annotated[bool, typer.Option(help="Train and write the weights.")] = True,
     score_digits: Annotated[
@@ -93,7 +84,7 @@ def main(
         }
         _write_card(card)
     if score_digits:
-        card["digits_accuracy"] = score()
+        card["digits_accuracy"] = record("digits", labels_per_class=(1, 2, 5, 10), draws=5)["accuracy"]
         card["scored"] = card["sha256"]
         _write_card(card)
     print(card_text(card))
@@ -138,11 +129,9 @@ def _scores(card: dict) -> str:
     if card.get("scored") != card["sha256"]:
         return "Digits: these weights have not been scored yet; run `python -m helpers.pretrain --no-train --score`."
     scores = card["digits_accuracy"]
-    draws = len(next(iter(scores.values()))[TASKS["digits"].arms[0]])
+    draws = len(next(iter(scores.values()))[ARMS[0]])
     rows = [
-        " | ".join(
-            [labels, *(f"{statistics.mean(arms[arm]):.3f} ± {statistics.stdev(arms[arm]):.3f}" for arm in TASKS["digits"].arms)]
-        )
+        " | ".join([labels, *(f"{statistics.mean(arms[arm]):.3f} ± {statistics.stdev(arms[arm]):.3f}" for arm in ARMS)])
         for labels, arms in scores.items()
     ]
     return "\n".join(
@@ -152,8 +141,8 @@ def _scores(card: dict) -> str:
             "Every arm had 300 steps (the two probes: as many as their optimum takes) and the best of three settings on 200",
             "validation digits:",
             "",
-            "| labels per class | " + " | ".join(TASKS["digits"].arms) + " |",
-            "|---|" + "---|" * len(TASKS["digits"].arms),
+            "| labels per class | " + " | ".join(ARMS) + " |",
+            "|---|" + "---|" * len(ARMS),
             *(f"| {row} |" for row in rows),
         ]
     )

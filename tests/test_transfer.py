@@ -1,19 +1,66 @@
+import json
 import statistics
 
 import pytest
 
-from helpers.transfer import measure_arm
-
-pytestmark = pytest.mark.slow
+from helpers.transfer import RECORD, TASKS, measure_arm, plain_features, record, recorded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arm", "least"), [("probe", 0.88), ("fine-tuned", 0.93)])
 def test_five_labels_per_class_are_enough_on_held_out_digits(arm, least):
-    accuracies = [measure_arm(arm, labels_per_class=5, draw=draw) for draw in range(5)]
+    accuracies = [measure_arm("digits", arm, labels_per_class=5, draw=draw) for draw in range(5)]
     assert statistics.mean(accuracies) >= least
 
 
-def test_unknown_arm():
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "labels"), [("digits", 2), ("docstrings", 20)])
+def test_recorded_results_are_what_is_measured(task, labels):
+    """The two arms that need no training; other versions and machines move a few of 360 or 800 test examples."""
+    for arm in TASKS[task].arms[:2]:
+        for draw in (0, 1):
+            assert measure_arm(task, arm, labels, draw) == pytest.approx(recorded(task)[labels][arm][draw], abs=0.012)
+
+
+@pytest.mark.slow
+def test_a_recording_holds_every_arm_and_draw_and_how_it_was_made(monkeypatch):
+    monkeypatch.setitem(TASKS, "digits", TASKS["digits"]._replace(steps=2))
+    kept = record("digits", (1,), draws=2)
+    assert {arm: len(values) for arm, values in kept["accuracy"]["1"].items()} == dict.fromkeys(TASKS["digits"].arms, 2)
+    assert kept["steps"] == 2 and "torch" in kept["versions"] and kept["machine"] and kept["date"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_arm_is_recorded_with_several_draws(task):
+    for arms in recorded(task).values():
+        assert tuple(arms) == TASKS[task].arms
+        assert len({len(draws) for draws in arms.values()}) == 1
+        assert all(len(draws) >= 3 and all(0 <= value <= 1 for value in draws) for draws in arms.values())
+
+
+def test_the_record_is_of_the_settings_that_the_code_has():
+    kept = json.loads(RECORD.read_text(encoding="utf-8"))["docstrings"]
+    assert kept["steps"] == TASKS["docstrings"].steps
+    assert tuple(kept["learning_rates"]) == TASKS["docstrings"].learning_rates
+
+
+def test_plain_features_of_texts_know_nothing_of_other_texts():
+    train, test = plain_features(["a file is read", "a socket is closed"], ["a word never seen", "file file file"])
+    assert train.shape[1] == test.shape[1] == 5  # TF-IDF leaves out words of one letter
+    assert test[0].count_nonzero() == 0 and test[1].count_nonzero() == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: measure_arm("digits", "prob", 5),
+            "arm must be one of 'raw pixels', 'probe', 'from scratch', 'fine-tuned', got 'prob'.",
+        ),
+        (lambda: recorded("digit"), "task must be one of 'digits', 'docstrings', got 'digit'."),
+    ],
+)
+def test_bad_input_is_told_in_one_sentence(call, message):
     with pytest.raises(ValueError) as error:
-        measure_arm("prob", 5)
-    assert str(error.value) == "arm must be one of 'raw pixels', 'probe', 'from scratch', 'fine-tuned', got 'prob'."
+        call()
+    assert str(error.value) == message

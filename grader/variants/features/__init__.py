@@ -1,14 +1,9 @@
 """Exercises of chapter 02, in other styles."""
 
-from grader.variants.features import cache, embedding, extraction, head, pooling, probe, tokens
+from grader.variants.features import cache, embedding, extraction, head, pooling, probe, tokens, weights
 
-_MODULES = dict(
-    zip(
-        ("2.1", "2.2", "2.3", "2.4", "2.6", "2.7", "2.8"),
-        (head, extraction, probe, cache, tokens, pooling, embedding),
-        strict=True,
-    )
-)
+_IMAGES = {"2.1": head, "2.2": extraction, "2.3": probe, "2.4": cache, "2.5": weights}
+_MODULES = _IMAGES | {"2.6": tokens, "2.7": pooling, "2.8": embedding}
 
 RIGHT = {number: module.RIGHT for number, module in _MODULES.items()}
 AGAIN = {number: module.AGAIN for number, module in _MODULES.items()}
