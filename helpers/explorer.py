@@ -9,7 +9,7 @@ from collections.abc import Collection
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from helpers.figures import image, plot_spread, style
+from helpers.figures import image, plot_accuracy, style
 from helpers.transfer import TASKS, recorded
 
 
@@ -30,11 +30,10 @@ def transfer_figure(task: str, labels_per_class: int, arms: Collection[str]) -> 
     shown = [arm for arm in known if arm in arms]
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(3, 2), layout="constrained")
     numbers = {arm: number for number, arm in enumerate(known)}
-    plot_spread(left, {arm: {labels: by[arm] for labels, by in results.items()} for arm in shown}, numbers)
+    plot_accuracy(
+        left, {arm: {labels: by[arm] for labels, by in results.items()} for arm in shown}, "examples per class", numbers
+    )
     left.axvline(labels_per_class, color="0.6", linewidth=1, linestyle=":", zorder=0)
-    left.set(xscale="log", ylim=(0, 1), xlabel="labelled examples per class", ylabel="accuracy on test examples")
-    left.set_xticks(list(results), [str(labels) for labels in results])
-    left.minorticks_off()
     for place, arm in enumerate(shown):
         draws = results[labels_per_class][arm]
         right.plot(draws, [place] * len(draws), linestyle="", alpha=0.6, **style(numbers[arm]))

@@ -22,19 +22,43 @@ def style(number: int) -> dict[str, str]:
     return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
 
 
-def plot_spread(ax: Axes, results: Mapping[str, Mapping[float, Sequence[float]]], numbers: Mapping[str, int]) -> None:
-    """One line for each name through the means, with a bar of one standard deviation on each side.
+def plot_accuracy(
+    ax: Axes, results: Mapping[str, Mapping[int, Sequence[float]]], per: str, numbers: Mapping[str, int] | None = None
+) -> None:
+    """Accuracy against labelled examples: a line through the means, with one standard deviation on each side.
 
     Args:
         ax: where to draw.
-        results: {name: {x: one value per draw}}.
-        numbers: {name: number for `style`}.
+        results: {name: {labelled examples: one accuracy per draw}}.
+        per: what there are that many labelled examples of, "images per class".
+        numbers: {name: number for `style`}; None counts from 0.
     """
+    numbers = numbers or {name: number for number, name in enumerate(results)}
     for place, (name, values) in enumerate(results.items()):
         shift = 1 + 0.02 * (place - (len(results) - 1) / 2)  # beside each other, so that bars do not hide bars
         means = [statistics.mean(draws) for draws in values.values()]
         spread = [statistics.stdev(draws) if len(draws) > 1 else 0 for draws in values.values()]
         ax.errorbar([x * shift for x in values], means, spread, label=name, capsize=2, markersize=5, **style(numbers[name]))
+    ticks = sorted({labels for values in results.values() for labels in values})
+    ax.set(xscale="log", ylim=(0, 1), xlabel=f"labelled {per}", ylabel="accuracy on test examples")
+    ax.set_xticks(ticks, [str(labels) for labels in ticks])
+    ax.minorticks_off()
+
+
+def accuracy_figure(
+    results: Mapping[str, Mapping[int, Sequence[float]]], per: str, chance: float | None = None
+) -> tuple[Figure, str]:
+    """`plot_accuracy` as a figure with a legend, and its text alternative with the means."""
+    fig, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    plot_accuracy(ax, results, per)
+    if chance is not None:
+        ax.axhline(chance, color="0.6", linewidth=1, linestyle=":", zorder=0, label="chance")
+    ax.legend(frameon=False, ncols=2, fontsize=9)
+    lines = [
+        f"{name} " + ", ".join(f"{statistics.mean(draws):.2f} at {labels}" for labels, draws in values.items())
+        for name, values in results.items()
+    ]
+    return fig, f"Accuracy against labelled {per}, mean and standard deviation over draws: {'; '.join(lines)}."
 
 
 def show(fig: Figure, alt: str) -> None:

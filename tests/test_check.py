@@ -466,7 +466,8 @@ def test_a_disturbed_kernel_does_not_fail_right_code(disturb):
     program = f"""
         import torch
         from grader import check
-        from grader.variants.features import by_gradient_descent, one_at_a_time
+        from grader.variants.features.extraction import one_at_a_time
+        from grader.variants.features.probe import by_gradient_descent
         {inspect.getsource(disturb).strip().removeprefix("lambda: ").removesuffix(",")}
         check("2.2", one_at_a_time)
         check("2.3", by_gradient_descent)

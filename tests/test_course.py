@@ -1,14 +1,15 @@
 """From script to release: what is generated is fresh, deterministic and without a solution; and all of it runs."""
 
-import ast
 import json
 import re
 import shutil
+import symtable
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from grader import golden
 from grader.authoring import MISTAKES, common_mistakes, make_course, notebook
@@ -100,15 +101,23 @@ def test_locked_cells_use_nothing_that_a_demo_cell_defines(name):
     for cell in nb.cells:
         if cell.cell_type != "code":
             continue
-        tree = ast.parse(cell.source)
-        bound = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        bound |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        bound, used = global_names(symtable.symtable(cell.source, "cell", "exec"))
         if "demo" in cell.metadata.get("tags", ()):
             demo |= bound
         else:
-            used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
             assert not used & (demo - here - bound)
             here |= bound
+
+
+def global_names(table: symtable.SymbolTable) -> tuple[set[str], set[str]]:
+    """What code binds at its top level, imports included, and what it looks up there, from inside functions too."""
+    top = table.get_type() == "module"
+    symbols = table.get_symbols()
+    bound = {s.get_name() for s in symbols if top and (s.is_assigned() or s.is_imported() or s.is_namespace())}
+    used = {s.get_name() for s in symbols if s.is_referenced() and (top or s.is_global())}
+    for child in table.get_children():
+        used |= global_names(child)[1]
+    return bound, used
 
 
 @pytest.mark.slow
@@ -120,6 +129,25 @@ def test_a_solution_notebook_runs_and_every_check_passes(name, tmp_path):
     for cell in checks:
         assert "passed" in text_of(cell) and "not yet" not in text_of(cell) and "error" not in text_of(cell)
     assert not any(o.get("name") == "stderr" for c in nb.cells for o in c.get("outputs", ())), "nothing on stderr"
+
+
+@pytest.mark.slow
+def test_the_hub_variant_is_one_variable_and_stops_at_its_first_download_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("WARMSTART_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    nb = nbformat.read(ROOT / "solutions" / "02_features" / "02_features.ipynb", 4)
+    cell = next(c for c in nb.cells if 'choose("embedded")' in c.source)
+    cell.source = cell.source.replace('"embedded"', '"hub"')
+    changed = tmp_path / "hub.ipynb"
+    changed.write_text(nbformat.writes(nb), encoding="utf-8")
+    with pytest.raises(CellExecutionError) as error:
+        run(changed, tmp_path)
+    assert error.value.ename == "DownloadFailed"
+    assert re.fullmatch(
+        r"could not get resnet18-f37072fd.pth from https://\S+: WARMSTART_OFFLINE is set, and the cache does not hold it. "
+        r'Put the file at \S+, or go on without it: profile = "embedded" needs no network.',
+        error.value.evalue,
+    )
 
 
 @pytest.mark.slow

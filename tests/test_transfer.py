@@ -38,6 +38,23 @@ def test_every_arm_is_recorded_with_several_draws(task):
         assert all(len(draws) >= 3 and all(0 <= value <= 1 for value in draws) for draws in arms.values())
 
 
+def test_what_chapter_02_says_of_the_curves_is_in_the_record():
+    def means(task):
+        return {labels: {arm: statistics.mean(v) for arm, v in arms.items()} for labels, arms in recorded(task).items()}
+
+    digits, texts = means("digits"), means("docstrings")
+    assert digits[1]["fine-tuned"] < digits[1]["probe"], "with one label per class, fine-tuning ends below the probe"
+    assert digits[2]["fine-tuned"] < digits[2]["probe"], "the quiz: it beat fine-tuning at 1 and 2 labels per class"
+    assert 0 < digits[5]["fine-tuned"] - digits[5]["probe"] < 0.03, "from 5 labels on it wins, by little"
+    assert 0 < digits[10]["fine-tuned"] - digits[10]["probe"] < 0.03
+    assert all(min(arms, key=arms.get) == "from scratch" for labels, arms in digits.items() if labels < 10), "the lowest curve"
+    assert texts[5]["probe"] > texts[50]["TF-IDF"], "with 5 labels the probe is ahead of TF-IDF with 50"
+    assert all(arms["from scratch"] < arms["TF-IDF"] for arms in texts.values()), "worse than counting words"
+    for labels, arms in recorded("docstrings").items():
+        gain = texts[labels]["fine-tuned"] - texts[labels]["probe"]
+        assert 0 <= gain < max(statistics.stdev(arms["fine-tuned"]), statistics.stdev(arms["probe"])), "less than the spread"
+
+
 def test_the_record_is_of_the_settings_that_the_code_has():
     kept = json.loads(RECORD.read_text(encoding="utf-8"))["docstrings"]
     assert kept["steps"] == TASKS["docstrings"].steps

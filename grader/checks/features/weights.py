@@ -1,5 +1,6 @@
 """Exercise 2.5: what a network sees, in words, with the preprocessing and the categories that its weights bring along."""
 
+import math
 from collections.abc import Iterable
 from functools import partial
 
@@ -45,14 +46,16 @@ def _trained_network(trial: Trial) -> nn.Sequential:
     for norm in norms:
         norm.running_mean.copy_(trial.normal(6))
         norm.running_var.copy_(0.5 + trial.normal(6).square())
+    head = nn.Linear(6, _ALL)
+    head.weight.data.copy_(trial.normal(_ALL, 6))
     return nn.Sequential(
         *(nn.Conv2d(3, 6, 3), norms[0], nn.ReLU(), nn.Conv2d(6, 6, 1), norms[1], nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(6, _ALL)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), head),
     )
 
 
 def _photos(trial: Trial, n: int) -> list[Tensor]:
-    """Images of n different sizes, no two of the same mean colour."""
+    """Images of n sizes, each with a colour and a texture of its own."""
     images = []
     for _ in range(n):
         colour, texture = 40 + 175 * torch.rand(3, 1, 1, generator=trial.generator), trial.normal(3, 20, 24)
@@ -89,15 +92,16 @@ class OwnNormalisation(Experiment):
             "not at all, values from 0 to 1": colours,
             "not at all, values from 0 to 255": 255 * colours,
         }
-        seen = _as_probabilities(raw["numbers"])
-        if seen is None:
-            return {"the images were normalised": None}
-        with torch.no_grad():
+        how, order = None, None
+        if (seen := _as_probabilities(raw["numbers"])) is not None:
+            how = "in another way"
             for name, prepared in known.items():
-                expected = model(prepared).softmax(1).sort(descending=True).values
-                if torch.allclose(seen.sort(descending=True).values.float(), expected, rtol=0, atol=1e-3):
-                    return {"the images were normalised": name}
-        return {"the images were normalised": "in another way, or the results are in another order"}
+                with torch.no_grad():
+                    expected = model(prepared).softmax(1)
+                if (places := _places(seen, expected)) is not None:
+                    how, order = name, "that of the images" if places == sorted(places) else "another"
+                    break
+        return {"the images were normalised": how, "the order of the results": order}
 
 
 class OwnCrop(Experiment):
@@ -113,10 +117,13 @@ class OwnCrop(Experiment):
         }
 
     def measure(self, subject, inputs):
-        return _seen(subject, **inputs, k=_ALL)
+        calls = [_seen(subject, inputs["weights"], inputs["model"], [image], _ALL) for image in inputs["images"]]
+        return {"calls": calls}
 
     def facts(self, raw, inputs):
-        original, outside, inside = _by_category(raw)
+        original, outside, inside = (_by_category(call)[0] for call in raw["calls"])
+        if len(set(original.values())) == 1:
+            return {"pixels that the crop leaves out": None, "pixels at the edge of what it keeps": None}
         return {
             "pixels that the crop leaves out": "do not count" if _close(original, outside) else "count",
             "pixels at the edge of what it keeps": "do not count" if _close(original, inside) else "count",
@@ -157,7 +164,7 @@ class LikeliestFirst(Experiment):
             "weights": _weights(trial),
             "model": _plain_network(trial),
             "images": _photos(trial, 3),
-            "k": trial.integer(2, 4),
+            "k": trial.integer(3, 5),
         }
 
     def measure(self, subject, inputs):
@@ -189,7 +196,9 @@ class Probabilities(Experiment):
 
     def facts(self, raw, inputs):
         every, some = _by_category(raw["all"]), _by_category(raw["some"])
-        same = all(abs(every[i][name] - number) < 2e-3 for i, image in enumerate(some) for name, number in image.items())
+        same = all(
+            abs(every[i].get(name, math.inf) - number) < 2e-3 for i, image in enumerate(some) for name, number in image.items()
+        )
         return {
             "the numbers of all categories of an image": _nature(raw["all"]["numbers"], every),
             "a category's number when fewer are listed": "the same" if same else "another",
@@ -204,16 +213,16 @@ class ByItself(Experiment):
     """What is said of an image does not depend on the images beside it."""
 
     def draw(self, trial: Trial) -> dict:
-        return {"weights": _weights(trial), "model": _trained_network(trial), "images": _photos(trial, 6)}
+        return {"weights": _weights(trial), "model": _trained_network(trial), "images": _photos(trial, 5)}
 
     def measure(self, subject, inputs):
-        image, *others = inputs["images"]
-        calls = [image, *others[:2]], [image, *others[2:]]
+        image, a, b, c, d = inputs["images"]
+        calls = [a, image, b], [c, image, d]
         one, two = (_seen(subject, inputs["weights"], inputs["model"], images, _ALL) for images in calls)
         return {"one": one, "two": two}
 
     def facts(self, raw, inputs):
-        (one, *_), (two, *_) = _by_category(raw["one"]), _by_category(raw["two"])
+        one, two = (_by_category(raw[call])[1] for call in ("one", "two"))
         return {"the numbers of one image in other company": "the same" if _close(one, two) else "others"}
 
 
@@ -246,12 +255,12 @@ class LeftAsFound(Experiment):
 
 def _seen(subject, weights, model: nn.Module, images: list[Tensor], k: int) -> dict:
     """The answer as names, a list of k strings for each image, and numbers, (n, k); or a sentence about its form."""
-    answer = _listed(subject(weights, model, list(images), k), len(images), "classify must return a list", "one per image")
+    results = _listed(subject(weights, model, list(images), k), len(images), "the results, one per image,")
     names, numbers = [], []
-    for image in answer:
+    for result in results:
         pairs = [
-            _listed(pair, 2, "such a result must consist of pairs", "(category, probability)")
-            for pair in _listed(image, k, "the result of an image must be a list", "k pairs")
+            _listed(pair, 2, "a pair (category, probability)")
+            for pair in _listed(result, k, "the result of an image, k pairs,")
         ]
         for name, _ in pairs:
             if not isinstance(name, str):
@@ -265,14 +274,14 @@ def _seen(subject, weights, model: nn.Module, images: list[Tensor], k: int) -> d
     return {"names": names, "numbers": torch.tensor(numbers, dtype=torch.float64)}
 
 
-def _listed(value: object, length: int, what: str, of: str) -> list:
+def _listed(value: object, length: int, what: str) -> list:
     """Anything that can be listed and has that length, or what came in its place."""
     if isinstance(value, str | dict | Tensor) or not isinstance(value, Iterable):
         question = " Is there a return?" if value is None else ""
-        raise WrongReturn(f"{what} ({of}), got {expect.describe(value)}.{question}")
+        raise WrongReturn(f"{what} must be a list or tuple, got {expect.describe(value)}.{question}")
     items = list(value)
     if len(items) != length:
-        raise WrongReturn(f"{what} of {length} ({of}), got {len(items)}.")
+        raise WrongReturn(f"{what} must be a list or tuple of {length}, got {len(items)}.")
     return items
 
 
@@ -318,6 +327,13 @@ def _as_probabilities(numbers: Tensor) -> Tensor | None:
         return numbers.softmax(1)
     total = numbers.sum(1, keepdim=True)
     return next((numbers / whole for whole in (1, 100) if ((total / whole - 1).abs() < 5e-3).all()), None)
+
+
+def _places(seen: Tensor, expected: Tensor) -> list[int] | None:
+    """Where each row of `expected` is found in `seen`, whatever the order of the columns."""
+    seen, expected = (rows.double().sort(dim=1).values for rows in (seen, expected))
+    found = ((seen - expected[:, None]).abs() < 1e-3).all(dim=2)  # (expected, seen)
+    return found.int().argmax(dim=1).tolist() if found.any(dim=1).all() else None
 
 
 def _with_frame(image: Tensor, start: int, stop: int) -> Tensor:
