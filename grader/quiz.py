@@ -45,7 +45,9 @@ class Quiz:
     def _repr_html_(self) -> str:
         parts = []
         for number, question in enumerate(self.questions, 1):
-            parts.append(f"<p><b>{number}.</b> {_code(question['question'])} <i>({question['level']})</i></p>")
+            parts.append(
+                f'<p style="margin-top: 1.5em"><b>{number}.</b> {_code(question["question"])} <i>({question["level"]})</i></p>'
+            )
             for choice in question["choices"]:
                 parts.append(
                     f'<details style="margin-left: 1.5em"><summary>{_code(choice["text"])}</summary>'

@@ -4,9 +4,9 @@
 """
 
 import statistics
+import threading
 from collections.abc import Collection
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from helpers.figures import image, plot_accuracy, style
@@ -28,7 +28,8 @@ def transfer_figure(task: str, labels_per_class: int, arms: Collection[str]) -> 
     if labels_per_class not in results:
         raise ValueError(f"labels_per_class must be one of {sorted(results)} for {task}, got {labels_per_class!r}.")
     shown = [arm for arm in known if arm in arms]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(3, 2), layout="constrained")
+    fig = Figure(figsize=(9, 3.4), layout="constrained")  # not pyplot's, whose current figure all threads share
+    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
     numbers = {arm: number for number, arm in enumerate(known)}
     plot_accuracy(
         left, {arm: {labels: by[arm] for labels, by in results.items()} for arm in shown}, "examples per class", numbers
@@ -53,11 +54,15 @@ def transfer_figure(task: str, labels_per_class: int, arms: Collection[str]) -> 
 
 
 class TransferExplorer:
-    """The controls and their figure; displays as a widget, or as a static figure of everything where there are none."""
+    """The controls and their figure; displays as a widget, or as a static figure of everything where there are none.
+
+    JupyterLab runs the callbacks of different controls in threads of their own, so each waits until none else is at work.
+    """
 
     def __init__(self) -> None:
         import ipywidgets as widgets  # here: a figure needs no widgets
 
+        self._one_at_a_time = threading.RLock()
         self.task = widgets.ToggleButtons(options=list(TASKS), description="task")
         self.labels = widgets.SelectionSlider(options=sorted(recorded("digits")), description="labels")
         self.arms = [widgets.Checkbox(value=True, description=arm, indent=False) for arm in TASKS["digits"].arms]
@@ -69,18 +74,21 @@ class TransferExplorer:
         self._redraw()
 
     def _change_task(self, _: object) -> None:
-        self.labels.unobserve(self._redraw, "value")  # one new figure, not one for every knob that moves along
-        self.labels.options = sorted(recorded(self.task.value))
-        self.labels.observe(self._redraw, "value")
-        for box, arm in zip(self.arms, TASKS[self.task.value].arms, strict=True):
-            box.description = arm
-        self._redraw()
+        with self._one_at_a_time:
+            self.labels.unobserve(self._redraw, "value")  # one new figure, not one for every knob that moves along
+            self.labels.options = sorted(recorded(self.task.value))
+            self.labels.observe(self._redraw, "value")
+            for box, arm in zip(self.arms, TASKS[self.task.value].arms, strict=True):
+                box.description = arm
+            self._redraw()
 
     def _redraw(self, _: object = None) -> None:
-        chosen = [box.description for box in self.arms if box.value]
-        fig, alt = transfer_figure(self.task.value, self.labels.value, chosen)
-        self.picture.value = image(fig, alt)
-        plt.close(fig)
+        with self._one_at_a_time:
+            if self.labels.value not in recorded(self.task.value):
+                return  # the task has just changed, and its own callback is waiting to put the labels right
+            known = TASKS[self.task.value].arms
+            chosen = [arm for arm, box in zip(known, self.arms, strict=True) if box.value]
+            self.picture.value = image(*transfer_figure(self.task.value, self.labels.value, chosen))
 
     def _repr_mimebundle_(self, **options: object) -> dict:
         return self.widget._repr_mimebundle_(**options) | static_transfer()
@@ -93,7 +101,6 @@ def static_transfer() -> dict[str, str]:
         fig, alt = transfer_figure(task, 5, TASKS[task].arms)
         pictures.append(image(fig, alt))
         texts.append(alt)
-        plt.close(fig)
     return {"text/html": "<br>".join(pictures), "text/plain": " ".join(texts)}
 
 

@@ -49,7 +49,8 @@ def accuracy_figure(
     results: Mapping[str, Mapping[int, Sequence[float]]], per: str, chance: float | None = None
 ) -> tuple[Figure, str]:
     """`plot_accuracy` as a figure with a legend, and its text alternative with the means."""
-    fig, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    fig = Figure(figsize=(6.5, 3.6), layout="constrained")
+    ax = fig.subplots()
     plot_accuracy(ax, results, per)
     if chance is not None:
         ax.axhline(chance, color="0.6", linewidth=1, linestyle=":", zorder=0, label="chance")
