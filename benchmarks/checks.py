@@ -20,7 +20,8 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, torch {torch.__version__}")
     for topic in TOPICS.values():
         notebook = nbformat.read(next((ROOT / "solutions").glob(f"*_{topic}/*.ipynb")), 4)
-        names = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}  # an answer may use those before it
+        names = {}  # of the chapter: its imports, and the answers so far, which later ones may use
+        exec(next(c.source for c in notebook.cells if c.cell_type == "code"), names)
         for number, exercise in exercises(topic).items():
             grade_id = f"answer-{number.replace('.', '_')}"
             answer = next(c for c in notebook.cells if c.metadata.get("nbgrader", {}).get("grade_id") == grade_id)
