@@ -116,13 +116,16 @@ def autograde(folder: Path, students: list[str], seeds: str) -> dict[str, str]:
 
 
 def print_rows(rows: list[dict]) -> None:
-    """Print a class as a table: points, and the verdict on each exercise. Below it, a note on whatever was not as wanted."""
+    """Print a class as a table: points, and what did not pass. Below it, a note on whatever was not as wanted."""
     console = Console(width=max(120, Console().width), markup=False)  # a [bracket] of a student's stays one
-    numbers = list(exercises(TOPIC))
-    table = Table("student", "points", *numbers, title=f"{CHAPTER}, {len(rows)} submissions")
+    table = Table("student", "points", "what did not pass", title=f"{CHAPTER}, {len(rows)} submissions")
     for row in rows:
         points = "not graded" if row["points"] is None else f"{row['points']:g} of {row['of']:g}"
-        table.add_row(row["student"] or row["file"], points, *(row[number] for number in numbers))
+        by_verdict: dict[str, list[str]] = {}
+        for number in exercises(TOPIC):
+            by_verdict.setdefault(row[number], []).append(number)
+        others = [f"{', '.join(numbers)} {verdict}" for verdict, numbers in by_verdict.items() if verdict not in ("passed", "")]
+        table.add_row(row["student"] or row["file"], points, "; ".join(others))
     console.print(table)
     notes = Table("file", "note", title="what was not as wanted", show_lines=True)
     for row in rows:
