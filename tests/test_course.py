@@ -14,6 +14,9 @@ from nbclient.exceptions import CellExecutionError
 from grader import golden
 from grader.authoring import MISTAKES, common_mistakes, make_course, notebook
 from grader.checks import TOPICS, exercises
+from helpers.backbones import glyphnet
+from helpers.data import digits, docstrings
+from helpers.transfer import TASKS, recorded
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "solutions").glob("*/*.py"))
@@ -129,6 +132,35 @@ def test_a_solution_notebook_runs_and_every_check_passes(name, tmp_path):
     for cell in checks:
         assert "passed" in text_of(cell) and "not yet" not in text_of(cell) and "error" not in text_of(cell)
     assert not any(o.get("name") == "stderr" for c in nb.cells for o in c.get("outputs", ())), "nothing on stderr"
+
+
+def test_every_link_into_the_glossary_leads_to_a_term():
+    terms = re.findall(r"^### (.+)$", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", term.lower()).replace(" ", "-") for term in terms}
+    assert len(anchors) == len(terms) and terms == sorted(terms, key=str.lower)
+    for script in SCRIPTS:
+        links = re.findall(r"\.\./\.\./docs/glossary\.md#([a-z-]+)", script.read_text(encoding="utf-8"))
+        assert set(links) <= anchors
+        assert len(links) >= 8 or script.stem == "00_start"
+
+
+def test_numbers_in_the_prose_of_chapter_02_are_those_of_its_data_and_networks():
+    prose = "\n".join(
+        c.source for c in notebook(ROOT / "solutions/02_features/02_features.py").cells if c.cell_type == "markdown"
+    )
+    facts = {
+        "800 test digits": len(digits("test").labels) == 800,
+        "1,024 raw": digits("test").inputs[0].numel() == 1024,
+        "128 features": glyphnet().width == 128,
+        "360 test texts": len(docstrings("test").labels) == 360,
+        "six topics": len(docstrings("test").classes) == 6,
+        "hundreds of thousands of weights": 200_000 < sum(p.numel() for p in glyphnet().parameters()) < 900_000,
+        "0.3 million parameters": round(sum(p.numel() for p in glyphnet().parameters()) / 1e6, 1) == 0.3,
+        "60 steps of 16 texts": TASKS["docstrings"][-2:] == (60, 16),
+        "300 steps, five draws": TASKS["digits"].steps == 300 and len(recorded("digits")[1]["probe"]) == 5,
+    }
+    for text, holds in facts.items():
+        assert " ".join(text.split()) in " ".join(prose.split()) and holds, text
 
 
 @pytest.mark.slow
