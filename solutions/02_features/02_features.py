@@ -81,14 +81,14 @@ import matplotlib.pyplot as plt
 
 from helpers.figures import show
 
-rows = [(train.labels == label).nonzero()[:, 0] for label in range(10)]
-fig, axes = plt.subplots(5, 10, figsize=(7, 3.8))
-for column, row in ((column, row) for column in range(10) for row in range(5)):
-    picture = train.inputs[rows[column][row]]
+shown_classes = min(10, len(train.classes))
+fig, axes = plt.subplots(5, shown_classes, figsize=(0.7 * shown_classes, 3.8))
+for column, row in ((column, row) for column in range(shown_classes) for row in range(5)):
+    picture = train.inputs[5 * column + row]  # class after class
     axes[row, column].imshow(picture[0] if isinstance(picture, torch.Tensor) else plt.imread(picture), cmap="gray")
     axes[row, column].axis("off")
 fig.suptitle(f"5 labelled examples of each class ({', '.join(train.classes[:10])})", fontsize=9)
-show(fig, "Fifty small pictures: five labelled examples of each of ten classes.")
+show(fig, f"Small pictures: five labelled examples of each of {shown_classes} classes.")
 
 # %% [markdown]
 # ## Exercise 2.1: take off the head
@@ -725,7 +725,7 @@ print(f"{count} texts in {time.perf_counter() - started:.1f} s")
 # to a test text? No label was used for this, and no training.
 
 # %% tags=["demo"]
-for row in (0, 200, 330):
+for row in [int(share * len(test_texts.inputs)) for share in (0, 0.56, 0.92)]:
     similarity = embeddings["train"] @ embeddings["test"][row]
     print(f"{test_texts.inputs[row][:100]}")
     for near in similarity.topk(2).indices.tolist():
@@ -755,7 +755,7 @@ kept = recorded("docstrings")
 shown = dict(text_curves)
 for way in ("from scratch", "fine-tuned"):
     shown[f"{way} (recorded)"] = {number: kept[number][way] for number in kept}
-show(*accuracy_figure(shown, "texts per topic", chance=1 / 6))
+show(*accuracy_figure(shown, "texts per topic", chance=1 / len(test_texts.classes)))
 for number in (5, 50):
     known = set(" ".join(profile.texts("train", labels_per_class=number).inputs).lower().split())
     words = " ".join(test_texts.inputs).lower().split()
@@ -781,7 +781,7 @@ topics = torch.cat([train_texts.labels, validation_texts.labels, test_texts.labe
 at_random = []
 for draw in range(3):
     order = torch.randperm(len(topics), generator=torch.Generator().manual_seed(draw))
-    held_out, pool = order[:360], order[360:]
+    held_out, pool = order[: len(test_texts.labels)], order[len(test_texts.labels) :]
     rows = torch.cat([pool[topics[pool] == topic][:50] for topic in range(len(test_texts.classes))])
     with one_thread():
         probe = linear_probe(everything[rows], topics[rows], len(test_texts.classes), 1e-3)
