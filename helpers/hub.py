@@ -57,7 +57,7 @@ REASONS = {
     "ConnectError": "there is no connection",
     "LocalEntryNotFoundError": "the cache does not hold all of it",
 }
-INSTEAD = 'or go on without it: profile = "embedded" needs no network.'
+INSTEAD = 'or go on without it: the profile "embedded" needs no network.'
 
 
 class DownloadFailed(OSError):
@@ -169,7 +169,7 @@ def oxford_pets() -> Path:
     """The folder of the Oxford-IIIT Pets, with `images/` and `annotations/`, fetched by torchvision (800 MB) if missing.
 
     Raises:
-        DownloadFailed: it is not to be had, or only a part of it is there.
+        DownloadFailed: it is not to be had.
     """
     import torch
     from torchvision.datasets import OxfordIIITPet

@@ -1,4 +1,4 @@
-"""What a chapter runs on: `profile = "embedded"` needs no network, `profile = "hub"` downloads larger models and data.
+"""What a chapter runs on: "embedded" needs no network, "hub" downloads larger models and data.
 
 | profile  | images                            | texts                                          |
 |----------|-----------------------------------|------------------------------------------------|

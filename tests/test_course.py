@@ -177,7 +177,7 @@ def test_the_hub_variant_is_one_variable_and_stops_at_its_first_download_with_wh
     assert error.value.ename == "DownloadFailed"
     assert re.fullmatch(
         r"could not get resnet18-f37072fd.pth from https://\S+: WARMSTART_OFFLINE is set, and the cache does not hold it. "
-        r'Put the file at \S+, or go on without it: profile = "embedded" needs no network.',
+        r'Put the file at \S+, or go on without it: the profile "embedded" needs no network.',
         error.value.evalue,
     )
 

@@ -185,7 +185,7 @@ def test_pets_that_cannot_be_had_say_what_to_do(tmp_path, monkeypatch):
         pets()
     assert str(error.value) == (
         "could not get the Oxford-IIIT Pets from www.robots.ox.ac.uk: WARMSTART_OFFLINE is set, and they are not there. "
-        f'Put them into {tmp_path}/datasets/oxford-iiit-pet, or go on without it: profile = "embedded" needs no network.'
+        f'Put them into {tmp_path}/datasets/oxford-iiit-pet, or go on without it: the profile "embedded" needs no network.'
     )
     assert not (tmp_path / "datasets").exists()
 

@@ -6,7 +6,6 @@ what fails before its 45 MB matter. Hugging Face's side: a tiny BERT, behind a s
 """
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -32,7 +31,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 RESNET = "resnet18-f37072fd.pth"
 COMMIT = "c0ffee" + "0" * 34
-INSTEAD = 'or go on without it: profile = "embedded" needs no network.'
+INSTEAD = 'or go on without it: the profile "embedded" needs no network.'
 CHILD = """
 import json, os, sys
 from pathlib import Path
@@ -388,8 +387,6 @@ def outputs(folder):
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     """The files of a tiny BERT as its author saved them, and what it computes."""
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
     home = tmp_path_factory.mktemp("bert")
     make = """
 from transformers import AutoTokenizer, BertConfig, BertModel
@@ -531,7 +528,6 @@ print(json.dumps([outcome(hub.huggingface_folder, name) for name in names]))
 
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "inf", "nan"])
 def test_a_time_out_that_is_none_is_told_in_one_sentence(monkeypatch, value):
-    pytest.importorskip("huggingface_hub")
     monkeypatch.setenv("WARMSTART_TIMEOUT", value)
     with pytest.raises(ValueError) as error:
         huggingface_folder("tiny/bert")
