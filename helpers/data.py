@@ -2,6 +2,7 @@
 
     letters(count, seed)                            rendered letters: what glyphnet was pre-trained on
     digits(split, labels_per_class, draw)           real handwritten digits
+    printed_digits(count, seed)                     digits rendered as the letters are: another domain, the same classes
     docstrings(split, labels_per_class, draw)       what the standard library's functions say of themselves, by topic
     image_folder(folder, split, ...)                your own photographs
     text_table(file, split, ...)                    your own texts
@@ -38,6 +39,7 @@ FONTS = (
 )
 # Capitals, and the small letters that are not just smaller capitals: once a glyph fills the image, c and C are one shape.
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abdefghijklmnqrty"
+DIGITS = "0123456789"
 
 
 class Examples(NamedTuple):
@@ -62,13 +64,22 @@ def letters(count: int, seed: int = 0) -> Examples:
     Returns:
         Examples of 43 classes: 26 capitals and 17 small letters. No digit is among them.
     """
-    expect.whole_number("count", count, advice="Ask for, say, letters(1000).")
-    generator = torch.Generator().manual_seed(expect.whole_number("seed", seed, least=0))
-    glyphs = _glyphs()  # (fonts, classes, 64, 64)
-    fonts = torch.randint(len(FONTS), (count,), generator=generator)
-    labels = torch.randint(len(LETTERS), (count,), generator=generator)
-    images = [_distort(glyphs[fonts[part], labels[part]][:, None], generator) for part in torch.arange(count).split(4096)]
-    return Examples(torch.cat(images), labels, tuple(LETTERS))
+    return _rendered(LETTERS, count, seed, "letters")
+
+
+def printed_digits(count: int, seed: int = 0) -> Examples:
+    """Draw `count` digits as `letters` draws letters: the classes of `digits` in another domain.
+
+    For measuring what a model that learned from handwriting does out of its distribution. glyphnet has seen neither.
+
+    Args:
+        count: how many, at least 1.
+        seed: the same seed draws the same digits, whatever was drawn before.
+
+    Returns:
+        Examples of 10 classes, "0" to "9".
+    """
+    return _rendered(DIGITS, count, seed, "printed_digits")
 
 
 def digits(split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
@@ -86,7 +97,7 @@ def digits(split: str = "train", labels_per_class: int | None = None, draw: int 
     """
     images, labels = _digits()
     rows = _choose(_digit_splits(), labels, split, labels_per_class, draw)
-    return Examples(images[rows], labels[rows], tuple("0123456789"))
+    return Examples(images[rows], labels[rows], tuple(DIGITS))
 
 
 def docstrings(split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
@@ -263,17 +274,27 @@ def _docstrings() -> tuple[list[str], Tensor, dict[str, Tensor], tuple[str, ...]
     return [row.text for row in rows], labels, splits, classes
 
 
+def _rendered(characters: str, count: int, seed: int, name: str) -> Examples:
+    expect.whole_number("count", count, advice=f"Ask for, say, {name}(1000).")
+    generator = torch.Generator().manual_seed(expect.whole_number("seed", seed, least=0))
+    glyphs = _glyphs(characters)  # (fonts, classes, 64, 64)
+    fonts = torch.randint(len(FONTS), (count,), generator=generator)
+    labels = torch.randint(len(characters), (count,), generator=generator)
+    images = [_distort(glyphs[fonts[part], labels[part]][:, None], generator) for part in torch.arange(count).split(4096)]
+    return Examples(torch.cat(images), labels, tuple(characters))
+
+
 @cache
-def _glyphs() -> Tensor:
-    """Every letter in every font, cropped, centred, filling 44 of 64 pixels: (fonts, classes, 64, 64)."""
+def _glyphs(characters: str) -> Tensor:
+    """Every character in every font, cropped, centred, filling 44 of 64 pixels: (fonts, classes, 64, 64)."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return torch.stack([torch.stack([_render(letter, folder / f"{font}.ttf") for letter in LETTERS]) for font in FONTS])
+    return torch.stack([torch.stack([_render(one, folder / f"{font}.ttf") for one in characters]) for font in FONTS])
 
 
-def _render(letter: str, font_file: Path, canvas: int = 64, fill: int = 44) -> Tensor:
+def _render(character: str, font_file: Path, canvas: int = 64, fill: int = 44) -> Tensor:
     font = ImageFont.truetype(str(font_file), 64)
     large = Image.new("L", (160, 160))
-    ImageDraw.Draw(large).text((40, 40), letter, font=font, fill=255)
+    ImageDraw.Draw(large).text((40, 40), character, font=font, fill=255)
     glyph = large.crop(large.getbbox())
     scale = fill / max(glyph.size)
     glyph = glyph.resize([max(1, round(side * scale)) for side in glyph.size], Image.Resampling.BILINEAR)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.data import LETTERS, digits, docstrings, image_folder, letters, pets, text_table
+from helpers.data import LETTERS, digits, docstrings, image_folder, letters, pets, printed_digits, text_table
 from helpers.docstrings import ALIKE, LIST, TOPICS, listed
 
 
@@ -28,6 +28,16 @@ def test_same_seed_draws_the_same_letters_whatever_was_drawn_before():
     again = letters(20, seed=5)
     assert torch.equal(first.inputs, again.inputs) and torch.equal(first.labels, again.labels)
     assert not torch.equal(first.inputs, letters(20, seed=6).inputs)
+
+
+def test_printed_digits_have_the_classes_of_the_handwritten_ones_and_are_drawn_as_letters_are():
+    drawn, again = printed_digits(300, seed=2), printed_digits(300, seed=2)
+    assert drawn.inputs.shape == (300, 1, 32, 32) and drawn.inputs.dtype == torch.float32
+    assert drawn.classes == digits("test").classes and set(drawn.labels.tolist()) == set(range(10))
+    assert 0 <= drawn.inputs.min() and drawn.inputs.max() <= 1
+    assert torch.equal(drawn.inputs, again.inputs) and not torch.equal(drawn.inputs, printed_digits(300, seed=3).inputs)
+    with pytest.raises(ValueError, match=r"^count must be a whole number of at least 1, got 0. Ask for, say, printed_digits\(1000\).$"):
+        printed_digits(0)
 
 
 def test_drawing_letters_leaves_the_global_random_state_alone():
