@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-fast grade course lint clean
+.PHONY: help lab test test-fast grade course lint bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ course: .venv/installed  ## write everything that is generated: notebooks, relea
 
 lint: .venv/installed  ## check style and formatting
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: .venv/installed  ## compare speed with peers' and write benchmarks/results.md, on an idle machine
+	$(BIN)/python -m benchmarks
 
 clean:  ## remove the environment and all caches
 	rm -rf .venv .pytest_cache .ruff_cache build artefacts *.egg-info

@@ -185,7 +185,7 @@ def _seeds() -> tuple[int, ...]:
 
 
 def _is_reference(thing: Any, reference: Any) -> bool:
-    """Whether `thing` is the reference, a wrapper of it, or a function or class that calls it by name."""
+    """Whether `thing` is the reference, a wrapper or subclass of it, or a function or class that calls or borrows from it."""
     for _ in range(10):  # wrappers inside wrappers; an object may also claim to wrap itself
         if thing is reference:
             return True
@@ -196,6 +196,8 @@ def _is_reference(thing: Any, reference: Any) -> bool:
         elif inspect.isfunction(thing) and hasattr(thing, "__wrapped__"):
             thing = thing.__wrapped__
     if inspect.isclass(thing):
+        if inspect.isclass(reference) and (issubclass(thing, reference) or _methods(thing) & _methods(reference)):
+            return True
         return any(_is_reference(part, reference) for part in vars(thing).values() if isinstance(part, FunctionType))
     if not isinstance(thing, FunctionType):
         return False
@@ -208,6 +210,10 @@ def _is_reference(thing: Any, reference: Any) -> bool:
         modules = [value for value in reached if isinstance(value, ModuleType)]
         reached += [vars(module).get(name) for module in modules for name in names]
     return any(value is reference for value in reached)
+
+
+def _methods(cls: type) -> set[CodeType]:
+    return {part.__code__ for part in vars(cls).values() if isinstance(part, FunctionType)}
 
 
 def _names(code: CodeType) -> tuple[set[str], set[str]]:

@@ -20,7 +20,7 @@ from grader.golden import load
 from grader.observe import observe
 from grader.verdict import Table, Verdict, judge
 
-FEWER_SEEDS = 3  # where one verdict takes longer than SLOW seconds
+FEWER_SEEDS = 3  # where one verdict takes longer than SLOW seconds of the CPU
 SLOW = 0.2
 
 
@@ -119,9 +119,9 @@ def _wrong_verdicts(
 ) -> Iterator[str]:
     seed, tried = 0, seeds
     while seed < tried:
-        started = time.perf_counter()
+        started = time.process_time()  # a busy machine must not mean fewer seeds
         verdict = verdict_on(exercise, subject, seed, table)
-        if seed == 0 and time.perf_counter() - started > SLOW:
+        if seed == 0 and time.process_time() - started > SLOW:
             tried = min(seeds, FEWER_SEEDS)
         named = set(verdict.named)
         agrees = bool(named) and named <= names if some else named == names and not verdict.unexplained
@@ -150,7 +150,9 @@ def _alike_pairs(pairs: dict[str, tuple[Subject, Subject]]) -> Iterator[str]:
 
 def _tree(subject: Subject) -> ast.AST:
     code = subject if inspect.isfunction(subject) or inspect.isclass(subject) else type(subject)
-    return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(code))))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(code))))
+    tree.body[0].decorator_list = []  # `@misconception(...)` says nothing of what is done
+    return tree
 
 
 def _shape(subject: Subject) -> str:

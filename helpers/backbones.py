@@ -252,12 +252,16 @@ def text_backbone(name: str | Path = MINILM, pretrained: bool = True, max_length
 def stages(model: nn.Module) -> tuple[str, ...]:
     """The modules that a network consists of from input to output, by name.
 
-    Its children with parameters; a child that only holds others (`features`, `encoder`, `layers`, ...) counts as those.
-    Normalisation between two stages belongs to the one before it, and has no name here.
+    Its children with parameters; a child that only holds others (`features`, `encoder`, `layers`, ...) or that has an
+    attribute `stages`, as every backbone here, counts as those. Normalisation between two stages belongs to the one
+    before it, and has no name here. A backbone's own `stages` come without a head; if it still has one, that follows.
     """
-    names = []
+    own = _own_stages(model)
+    names = list(own)
     for name, child in model.named_children():
-        if name in _HOLDERS:
+        if any(f"{stage}.".startswith(f"{name}.") for stage in own):
+            continue
+        if name in _HOLDERS or _own_stages(child):
             names += [f"{name}.{inner}" for inner in stages(child)]
         else:
             layers = [
@@ -326,6 +330,12 @@ def _no_progress() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _own_stages(model: nn.Module) -> tuple[str, ...]:
+    """The attribute `stages`; in some networks of others that is a module, which does not count."""
+    own = getattr(model, "stages", ())
+    return own if isinstance(own, tuple) else ()
 
 
 def _last_linear(model: nn.Module) -> str:

@@ -3,6 +3,7 @@
     letters(count, seed)                            rendered letters: what glyphnet was pre-trained on
     digits(split, labels_per_class, draw)           real handwritten digits
     printed_digits(count, seed)                     digits rendered as the letters are: another domain, the same classes
+    jitter(examples, copies, seed)                  copies of images, each shifted, turned and stretched at random
     docstrings(split, labels_per_class, draw)       what the standard library's functions say of themselves, by topic
     image_folder(folder, split, ...)                your own photographs
     text_table(file, split, ...)                    your own texts
@@ -98,6 +99,35 @@ def digits(split: str = "train", labels_per_class: int | None = None, draw: int 
     images, labels = _digits()
     rows = _choose(_digit_splits(), labels, split, labels_per_class, draw)
     return Examples(images[rows], labels[rows], tuple(DIGITS))
+
+
+def jitter(examples: Examples, copies: int, seed: int = 0) -> Examples:
+    """Augmentation ahead of training: copies of images, each turned by up to 11 degrees, slanted by up to 0.2, stretched by
+    0.87 to 1.11 and shifted by up to 5 % of the image, with the labels of their originals.
+
+    Args:
+        examples: their inputs are one tensor (n, channels, height, width).
+        copies: of each image, at least 1; the originals themselves are not among them.
+        seed: the same seed makes the same copies.
+
+    Returns:
+        copies * n examples.
+    """
+    expect.tensor("inputs", examples.inputs, ("n", "channels", "height", "width"))
+    expect.whole_number("copies", copies)
+    generator = torch.Generator().manual_seed(expect.whole_number("seed", seed, least=0))
+    images = examples.inputs.repeat(copies, 1, 1, 1)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(len(images), generator=generator)
+
+    angle, slant, zoom = uniform(-0.2, 0.2), uniform(-0.2, 0.2), uniform(0.9, 1.15)  # radians; shear; above 1 is smaller
+    rows = [
+        torch.stack([zoom * angle.cos(), zoom * (slant - angle.sin()), uniform(-0.1, 0.1)], 1),
+        torch.stack([zoom * angle.sin(), zoom * angle.cos(), uniform(-0.1, 0.1)], 1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return examples._replace(inputs=F.grid_sample(images, grid, align_corners=False), labels=examples.labels.repeat(copies))
 
 
 def docstrings(split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:

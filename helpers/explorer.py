@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from matplotlib.figure import Figure
 
-from helpers.figures import image, plot_accuracy, style
+from helpers.figures import image, plot_accuracy, plot_draws
 from helpers.transfer import TASKS, recorded
 
 
@@ -35,16 +35,8 @@ def transfer_figure(task: str, labels_per_class: int, arms: Collection[str]) -> 
         left, {arm: {labels: by[arm] for labels, by in results.items()} for arm in shown}, "examples per class", numbers
     )
     left.axvline(labels_per_class, color="0.6", linewidth=1, linestyle=":", zorder=0)
-    for place, arm in enumerate(shown):
-        draws = results[labels_per_class][arm]
-        right.plot(draws, [place] * len(draws), linestyle="", alpha=0.6, **style(numbers[arm]))
-        mean = statistics.mean(draws)
-        right.plot([mean] * 2, [place - 0.3, place + 0.3], color=style(numbers[arm])["color"], linewidth=3)
-        right.annotate(f"{mean:.3f}", (mean, place + 0.34), ha="center", va="bottom", fontsize=9)
-    right.set_yticks(range(len(shown)), shown)
-    right.set(
-        xlim=(0, 1), ylim=(-0.6, max(len(shown), 1) - 0.2), xlabel=f"accuracy, {labels_per_class} per class: dots are draws"
-    )
+    plot_draws(right, {arm: results[labels_per_class][arm] for arm in shown}, numbers)
+    right.set(xlim=(0, 1), xlabel=f"accuracy, {labels_per_class} per class: dots are draws")
     if not shown:
         left.text(0.5, 0.5, "choose a strategy", ha="center", transform=left.transAxes)
     means = ", ".join(f"{arm} {statistics.mean(results[labels_per_class][arm]):.3f}" for arm in shown) or "no strategy chosen"

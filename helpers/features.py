@@ -29,14 +29,6 @@ from tqdm.auto import tqdm
 from helpers import expect
 
 
-def freeze(model: nn.Module) -> nn.Module:
-    """Stop every parameter of `model` from training and put every module into eval mode, in place; return the model.
-
-    A later `model.train()` undoes the second half: BatchNorm statistics would move again.
-    """
-    return expect.module("model", model).requires_grad_(False).eval()
-
-
 def drop_head(model: nn.Module, name: str = "fc") -> nn.Module:
     """A copy of `model` that ends where the layer `name` would begin: inputs -> features, (n, in_features).
 

@@ -62,6 +62,40 @@ def accuracy_figure(
     return fig, f"Accuracy against labelled {per}, mean and standard deviation over draws: {'; '.join(lines)}."
 
 
+def plot_draws(ax: Axes, results: Mapping[str, Sequence[float]], numbers: Mapping[str, int] | None = None) -> None:
+    """One row for each name: a dot for each draw, a bar at their mean with its value above it.
+
+    Args:
+        ax: where to draw; rows go from bottom to top.
+        results: {name: one value per draw}.
+        numbers: {name: number for `style`}; None counts from 0.
+    """
+    numbers = numbers or {name: number for number, name in enumerate(results)}
+    for place, (name, draws) in enumerate(results.items()):
+        ax.plot(draws, [place] * len(draws), linestyle="", alpha=0.6, **style(numbers[name]))
+        mean = statistics.mean(draws)
+        ax.plot([mean] * 2, [place - 0.3, place + 0.3], color=style(numbers[name])["color"], linewidth=3)
+        ax.annotate(f"{mean:.3f}", (mean, place + 0.34), ha="center", va="bottom", fontsize=9)
+    ax.set_yticks(range(len(results)), list(results))
+    ax.set_ylim(-0.6, max(len(results), 1) - 0.2)
+
+
+def draws_figure(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[Figure, str]:
+    """`plot_draws` for several measures of the same names side by side, the first name on top; and its text alternative."""
+    fig = Figure(figsize=(9, 0.7 + 0.5 * max(map(len, panels.values()))), layout="constrained")
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (title, results) in zip(axes, panels.items(), strict=True):
+        numbers = {name: number for number, name in enumerate(results)}
+        plot_draws(ax, dict(reversed(results.items())), numbers)
+        ax.set_xlabel(title)
+        ax.margins(x=0.15)
+    lines = [
+        f"{title}: " + ", ".join(f"{name} {statistics.mean(draws):.3f}" for name, draws in results.items())
+        for title, results in panels.items()
+    ]
+    return fig, f"Dots are draws, bars their means. {'. '.join(lines)}."
+
+
 def show(fig: Figure, alt: str) -> None:
     """Display a figure in the notebook with `alt` as its text alternative, and close it.
 

@@ -19,6 +19,7 @@ from torch import nn
 from helpers.backbones import glyphnet, image_backbone, text_backbone
 from helpers.data import Examples, digits, docstrings, pets
 from helpers.features import drop_head
+from helpers.strategies import letters_kept, printed
 
 
 class Profile(NamedTuple):
@@ -28,10 +29,12 @@ class Profile(NamedTuple):
     images: Callable[..., Examples]  # (split, labels_per_class, draw)
     text_backbone: Callable[[], nn.Module]
     texts: Callable[..., Examples]
+    outside: Callable[[], Examples] | None = None  # the classes of the images in another domain
+    source: Callable[[nn.Module], float] | None = None  # accuracy of the image backbone on what it was trained on
 
 
 PROFILES = {
-    "embedded": Profile(lambda: drop_head(glyphnet()), digits, text_backbone, docstrings),
+    "embedded": Profile(lambda: drop_head(glyphnet()), digits, text_backbone, docstrings, printed, letters_kept),
     "hub": Profile(
         partial(image_backbone, "ResNet18_Weights.IMAGENET1K_V1"),
         pets,

@@ -7,19 +7,25 @@ Source of the optimizer: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regul
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from helpers import expect
 from helpers.data import Examples
 from helpers.features import extract, take
+
+if TYPE_CHECKING:
+    from helpers.finetune import EarlyStopping  # which imports this module
 
 
 def seed_everything(seed: int) -> None:
@@ -72,8 +78,8 @@ class History:
     """What a run of `fit` leaves behind: one entry per step, plus accuracies where they were measured."""
 
     loss: list[float] = field(default_factory=list)
-    lr: list[float] = field(default_factory=list)
-    accuracy: dict[int, float] = field(default_factory=dict)  # step -> accuracy on the validation examples
+    lr: list[float] = field(default_factory=list)  # the highest of all groups
+    accuracy: dict[int, float] = field(default_factory=dict)  # steps made -> accuracy on the validation examples
     seconds: float = 0.0
 
     def plot(self, ax) -> None:
@@ -98,27 +104,39 @@ def fit(
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = True,
+    groups: Iterable[dict] | None = None,
+    before_step: Callable[[int, Optimizer, LRScheduler], None] | None = None,
+    every: int | None = None,
+    early_stopping: "EarlyStopping | None" = None,
 ) -> History:
     """Train the parameters of `model` that require gradients, in place.
 
     AdamW on random batches without replacement within an epoch; the learning rate rises over the first tenth of the
-    steps and falls to zero along a cosine. A module whose own parameters are all frozen stays in eval mode,
-    so the statistics of a frozen BatchNorm do not move; every other module is in train mode.
+    steps and falls to zero along a cosine. Modules are in the modes of `train_mode`, so the statistics of a frozen
+    BatchNorm do not move.
 
     Args:
         model: maps n inputs to (n, classes) logits. Moved to `device`; afterwards it is back on its own device
             and in the train and eval modes it came with.
         train: what to learn from.
         steps: updates to make, at least 1.
-        lr: the highest learning rate.
+        lr: the highest learning rate; with `groups`, that of groups without their own.
         batch_size: examples per step; at most all of `train`.
         validation: measured after the last step, if given.
         device: None takes `best_device()`.
         seed: of the batches and of dropout; the global random states are left as `seed_everything` makes them.
         progress: show a progress bar.
+        groups: of parameters, for the optimizer, as `helpers.finetune.parameter_groups` makes them; the schedule
+            multiplies each group's own learning rate. None makes one of all that require gradients, with `lr` and
+            `weight_decay`.
+        before_step: called before every step with its number, from 0, the optimizer and the scheduler, such as
+            `helpers.finetune.GradualUnfreezing`.
+        every: measure `validation` after each so many steps too.
+        early_stopping: of this model. It is told each accuracy measured and may end the run; the model is left in
+            its best state.
 
     Raises:
-        ValueError: nothing to train, no steps, or no examples.
+        ValueError: nothing to train, no steps, no examples, or arguments that do not fit each other.
     """
     parameters = [parameter for parameter in expect.module("model", model).parameters() if parameter.requires_grad]
     if not parameters:
@@ -131,12 +149,14 @@ def fit(
     expect.whole_number("steps", steps)
     expect.whole_number("batch_size", batch_size)
     expect.positive("lr", lr, advice="1e-3 is where to start with AdamW.")
+    groups = [{"params": parameters}] if groups is None else _check_groups(model, groups)
+    _check_measuring(model, validation, every, early_stopping)
     device = torch.device(device or best_device())
     home = parameters[0].device
     modes = {module: module.training for module in model.modules()}
     seed_everything(seed)
     model.to(device)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
     warmup = max(1, steps // 10)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -145,21 +165,28 @@ def fit(
     history = History()
     started = time.perf_counter()
     try:
-        _train_mode(model)
+        train_mode(model)
         batches = _batches(len(train.labels), batch_size)
         bar = tqdm(range(steps), desc="training", disable=not progress, leave=False)
-        for _ in bar:
+        for step in bar:
+            if before_step is not None:
+                before_step(step, optimizer, scheduler)
             rows = next(batches)
             loss = F.cross_entropy(model(take(train.inputs, rows, device)), train.labels[rows].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             history.loss.append(loss.item())
-            history.lr.append(scheduler.get_last_lr()[0])
+            history.lr.append(max(scheduler.get_last_lr()))
             scheduler.step()
             bar.set_postfix(loss=f"{history.loss[-1]:.3f}", refresh=False)
-        if validation is not None:
-            history.accuracy[steps] = evaluate(model, validation)
+            done = step + 1
+            if validation is not None and (done == steps or (every is not None and done % every == 0)):
+                history.accuracy[done] = evaluate(model, validation)
+                if early_stopping is not None and early_stopping.step(history.accuracy[done]):
+                    break
+        if early_stopping is not None:
+            early_stopping.restore()
     finally:
         model.to(home)
         for module, training in modes.items():
@@ -168,12 +195,64 @@ def fit(
     return history
 
 
-def _train_mode(model: nn.Module) -> None:
+def train_mode(model: nn.Module) -> None:
+    """Put `model` into train mode, in place, and what is frozen in it into eval mode: see `frozen_modules`.
+
+    A part that is wholly frozen then computes what it computes in eval mode: its BatchNorm uses the stored statistics
+    and keeps them, its dropout is off. So training a head on a frozen backbone is training it on `extract`ed features.
+    """
     model.train()
-    for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        if own and not any(parameter.requires_grad for parameter in own):
-            module.training = False
+    for module in frozen_modules(model):
+        module.training = False
+
+
+def frozen_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules of `model` that have nothing to train.
+
+    A module with parameters of its own is frozen when all of these are. One without follows what it holds: it is
+    frozen when all parameters inside are. One without any inside (dropout, BatchNorm with affine=False) follows the
+    nearest module around it that has some, and a module used in two places is frozen when both say so.
+    """
+    training: set[nn.Module] = set()
+    _collect_training(model, True, training)
+    return set(model.modules()) - training
+
+
+def _collect_training(module: nn.Module, training: bool, found: set[nn.Module]) -> None:
+    """Add the modules in `module` that are not frozen; `training` is what the nearest one around with parameters says."""
+    own = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
+    inside = [parameter.requires_grad for parameter in module.parameters()]
+    training = any(inside) if inside else training
+    if training and (any(own) or not own):
+        found.add(module)
+    for child in module.children():
+        _collect_training(child, training, found)
+
+
+def _check_groups(model: nn.Module, groups: Iterable[dict]) -> list[dict]:
+    """Copies, because an optimizer writes into the groups that it is given."""
+    groups = list(groups)
+    for group in groups:
+        if not isinstance(group, dict) or "params" not in group:
+            raise ValueError(f'groups must be dicts with "params", got {expect.describe(group)}. See parameter_groups.')
+    groups = [dict(group, params=list(group["params"])) for group in groups]
+    known = {id(parameter) for parameter in model.parameters()}
+    strangers = sum(id(parameter) not in known for group in groups for parameter in group["params"])
+    if strangers or not groups:
+        got = f"{strangers} that are not in it" if groups else "no group"
+        raise ValueError(f"groups must hold parameters of the model, got {got}. Make them after its modules have changed.")
+    return groups
+
+
+def _check_measuring(model: nn.Module, validation, every: int | None, early_stopping: "EarlyStopping | None") -> None:
+    if every is not None:
+        expect.whole_number("every", every)
+    if validation is None and (every is not None or early_stopping is not None):
+        raise ValueError("every and early_stopping need something to measure, got no validation. Pass validation=examples.")
+    if early_stopping is not None and every is None:
+        raise ValueError("early_stopping must know when to measure, got no `every`. Pass every=20, say.")
+    if early_stopping is not None and early_stopping.model is not model:
+        raise ValueError("early_stopping must be of the model that trains, got one of another: EarlyStopping(model, patience).")
 
 
 def _batches(count: int, batch_size: int):

@@ -1,5 +1,6 @@
 import hashlib
 import importlib.util
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,25 @@ def test_stages_are_in_order_and_leave_out_the_head(name):
     assert all(headless.get_submodule(stage) for stage in stages(headless))
 
 
+def test_a_backbone_counts_as_its_own_stages_and_the_head_follows(resnet_backbone):
+    assert stages(glyphnet(classes=10)) == (*glyphnet().stages, "fc")
+    assert stages(drop_head(glyphnet())) == glyphnet().stages
+    assert stages(resnet_backbone) == resnet_backbone.stages
+    named = nn.Sequential(OrderedDict(backbone=drop_head(glyphnet()), head=nn.Linear(128, 3)))
+    assert stages(named) == ("backbone.conv1", *(f"backbone.layer{number}" for number in range(1, 5)), "head")
+    assert stages(nn.Sequential(resnet_backbone, nn.ReLU(), nn.Linear(512, 3))) == (
+        *(f"0.{stage}" for stage in resnet_backbone.stages),
+        "2",
+    )
+    assert stages(nn.ModuleDict({"encoder": glyphnet()}))[-1] == "encoder.fc"
+
+
+def test_a_module_called_stages_is_no_list_of_names():
+    network = nn.Sequential(OrderedDict(stem=nn.Linear(2, 2), stages=nn.Sequential(nn.Linear(2, 2))))
+    assert stages(network) == ("stem", "stages")
+    assert stages(nn.Sequential(network, nn.Linear(2, 2))) == ("0", "1")
+
+
 def test_a_network_without_a_linear_head_is_refused():
     with pytest.raises(ValueError) as error:
         ImageBackbone(nn.Sequential(nn.Conv2d(3, 4, 1)), ViT_B_16_Weights.DEFAULT)
@@ -198,7 +218,7 @@ def test_minilm_agrees_with_sentence_transformers():
 def test_a_text_backbone_knows_itself():
     backbone = text_backbone(max_length=8)
     assert backbone.width == 384 and len(backbone.stages) == 7 and backbone.stages[0] == "encoder.model.embeddings"
-    assert all(backbone.get_submodule(stage) for stage in backbone.stages)
+    assert all(backbone.get_submodule(stage) for stage in backbone.stages) and stages(backbone) == backbone.stages
     assert "cut to 8 tokens" in backbone.preprocessing
     assert backbone.preprocess(["a " * 50])["input_ids"].shape == (1, 8)
     assert text_backbone(max_length=9).preprocessing != backbone.preprocessing

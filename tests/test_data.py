@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.data import LETTERS, digits, docstrings, image_folder, letters, pets, printed_digits, text_table
+from helpers.data import LETTERS, digits, docstrings, image_folder, jitter, letters, pets, printed_digits, text_table
 from helpers.docstrings import ALIKE, LIST, TOPICS, listed
 
 
@@ -34,10 +34,24 @@ def test_printed_digits_have_the_classes_of_the_handwritten_ones_and_are_drawn_a
     drawn, again = printed_digits(300, seed=2), printed_digits(300, seed=2)
     assert drawn.inputs.shape == (300, 1, 32, 32) and drawn.inputs.dtype == torch.float32
     assert drawn.classes == digits("test").classes and set(drawn.labels.tolist()) == set(range(10))
-    assert 0 <= drawn.inputs.min() and drawn.inputs.max() <= 1
+    assert drawn.inputs.min() >= 0 and drawn.inputs.max() <= 1
     assert torch.equal(drawn.inputs, again.inputs) and not torch.equal(drawn.inputs, printed_digits(300, seed=3).inputs)
-    with pytest.raises(ValueError, match=r"^count must be a whole number of at least 1, got 0. Ask for, say, printed_digits\(1000\).$"):
+    with pytest.raises(
+        ValueError, match=r"^count must be a whole number of at least 1, got 0. Ask for, say, printed_digits\(1000\).$"
+    ):
         printed_digits(0)
+
+
+def test_jitter_makes_copies_that_differ_a_little_and_keep_their_labels():
+    some = digits("train", labels_per_class=2)
+    many, again = jitter(some, copies=3, seed=1), jitter(some, copies=3, seed=1)
+    assert many.inputs.shape == (60, 1, 32, 32) and torch.equal(many.labels, some.labels.repeat(3))
+    assert torch.equal(many.inputs, again.inputs) and not torch.equal(many.inputs, jitter(some, 3, seed=2).inputs)
+    distance = torch.cdist(many.inputs.flatten(1), some.inputs.flatten(1))
+    own = distance[torch.arange(60), torch.arange(20).repeat(3)]
+    assert (own > 0.1).all() and own.mean() < 0.8 * distance.mean()
+    with pytest.raises(TypeError, match=r"^inputs must be a tensor of shape \(n, channels, height, width\), got a list.$"):
+        jitter(docstrings("train", labels_per_class=2), copies=2)
 
 
 def test_drawing_letters_leaves_the_global_random_state_alone():

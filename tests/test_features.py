@@ -13,7 +13,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import helpers.features
 from helpers.backbones import glyphnet
 from helpers.data import digits
-from helpers.features import cached_features, drop_head, eval_mode, extract, freeze, linear_probe
+from helpers.features import cached_features, drop_head, eval_mode, extract, linear_probe
 
 
 def snapshot(model):
@@ -93,14 +93,6 @@ def test_extract_takes_lists_in_their_order():
     texts = ["a" * n for n in (3, 1, 4, 1, 5)]
     assert extract(Lengths(), texts, batch_size=2)[:, 0].tolist() == [3, 1, 4, 1, 5]
     assert extract(Lengths(), tuple(texts)).device.type == "cpu"
-
-
-def test_freeze_stops_parameters_and_buffers(digits_net):
-    assert freeze(digits_net) is digits_net
-    before = snapshot(digits_net)
-    digits_net(torch.randn(6, 1, 8, 8))
-    assert_unchanged(digits_net, before)
-    assert not any(p.requires_grad for p in digits_net.parameters())
 
 
 def test_eval_mode_restores_mixed_modes(digits_net):
@@ -359,7 +351,7 @@ NET = nn.Sequential(nn.Linear(3, 2))
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: freeze([1]), TypeError, "model must be an nn.Module, got a list. Pass the model itself."),
+        (lambda: drop_head([1]), TypeError, "model must be an nn.Module, got a list. Pass the model itself."),
         (lambda: drop_head(None), TypeError, "model must be an nn.Module, got None. Pass the model itself."),
         (lambda: extract({}, torch.randn(2, 3)), TypeError, "model must be an nn.Module, got a dict. Pass the model itself."),
         (lambda: linear_probe([[1.0]], [0]), TypeError, "features must be a tensor of shape (n, width), got a list."),

@@ -1,0 +1,469 @@
+"""Exercise 4.2: parameter groups for an optimizer, with lower learning rates nearer to the stem."""
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, misconception
+from helpers import expect
+from helpers.finetune import parameter_groups
+
+
+def _linear(width: int, layers: int = 1) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+
+
+def _named(**modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(modules))
+
+
+class _Scaled(nn.Linear):
+    """A head whose logits are multiplied by a trained number without dimensions, as in CLIP."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__(width, classes)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, width) -> (n, classes)
+        return self.scale * super().forward(x)
+
+
+class _Tied(nn.Module):
+    """A language model in small: the weight of its head is that of the embedding of its words."""
+
+    def __init__(self, words: int, width: int) -> None:
+        super().__init__()
+        self.embed = nn.ModuleDict({"words": nn.Embedding(words, width), "places": nn.Embedding(8, width)})
+        self.body = nn.Linear(width, width)
+        self.head = nn.Linear(width, words)
+        self.head.weight = self.embed["words"].weight
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (n, length) of at most 8 words -> (n, length, words)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.head(torch.tanh(self.body(self.embed["words"](tokens) + self.embed["places"](places))))
+
+
+class _Groups(Experiment):
+    """What the experiments on parameter groups share: numbers at random, and a subject asked through a real AdamW."""
+
+    def network(self, trial: Trial, width: int) -> tuple[nn.Module, tuple[str, ...]]:
+        """A model, and the names of its stages."""
+        raise NotImplementedError
+
+    def draw(self, trial: Trial) -> dict:
+        model, stages = self.network(trial, width=trial.integer(2, 5))
+        return {
+            "model": model,
+            "lr": trial.integer(1, 9) / 1000,
+            "factor": 2.2 + trial.integer(0, 10) / 20,  # where no multiple of it is one of its powers
+            "weight_decay": trial.integer(2, 9) / 100,
+            "stages": stages,
+        }
+
+    def measure(self, subject, inputs):
+        return _seen(_listed(_answer(subject, inputs)), inputs)
+
+
+class LrPerStage(_Groups):
+    """The learning rate of the k-th stage from the end is lr / factor**k."""
+
+    points = 2
+
+    def network(self, trial, width):
+        blocks = nn.Sequential(OrderedDict({"1": _linear(width, 2), "10": _linear(width, 2)}))
+        model = _named(embed=_linear(width), blocks=blocks, fc=_linear(width))
+        return model, ("embed", "blocks.1", "blocks.10", "fc")
+
+    def facts(self, raw, inputs):
+        powers = _powers(raw, inputs, inputs["stages"])
+        own = "all" if raw["own"] else "not all"
+        return {
+            "powers of the factor that divide lr, from stem to head": powers,
+            "groups with `lr` and `weight_decay` of their own": own if powers == [3, 2, 1, 0] else None,
+        }
+
+
+class BetweenTheNames(_Groups):
+    """A stage goes on until the next begins, and what comes before the first belongs to the first."""
+
+    points = 2
+
+    def network(self, trial, width):
+        model = _named(
+            **{"conv1": nn.Conv2d(1, width, 3, bias=False), "bn1": nn.BatchNorm2d(width)},
+            **{"layer1": _linear(width), "layer2": _linear(width), "norm": nn.LayerNorm(width), "fc": nn.Linear(width, 3)},
+        )
+        return model, ("layer1", "layer2", "fc")
+
+    def facts(self, raw, inputs):
+        around = {"as the stage before it": "layer2.0.weight", "as the stage after it": "fc.weight"}
+        return {
+            "what comes before the first stage": _like(raw, ("conv1", "bn1"), {"as the first stage": "layer1.0.weight"}),
+            "what comes between two stages": _like(raw, ("norm",), around),
+        }
+
+
+class WeightDecay(_Groups):
+    """Parameters with at most one dimension have no weight decay; all others have it."""
+
+    points = 2
+
+    def network(self, trial, width):
+        downsample = _named(**{"0": nn.Conv2d(width, 2 * width, 1, bias=False), "1": nn.BatchNorm2d(2 * width)})
+        block = _named(conv1=nn.Conv2d(width, width, 3), bn1=nn.BatchNorm2d(width), downsample=downsample)
+        stem = _named(conv1=nn.Conv2d(1, width, 3), bn1=nn.BatchNorm2d(width))
+        return _named(stem=stem, layer1=block, fc=_Scaled(2 * width, 3)), ("stem", "layer1", "fc")
+
+    def facts(self, raw, inputs):
+        decay, kinds = raw["weight_decay"], {}
+        for name, parameter in inputs["model"].named_parameters():
+            if parameter.ndim > 1:
+                kinds.setdefault("weights with two dimensions or more", set()).add(decay.get(name))
+            elif name.endswith(".bias"):
+                kinds.setdefault("biases", set()).add(decay.get(name))
+            elif parameter.ndim == 0:
+                kinds.setdefault("a parameter without dimensions", set()).add(decay.get(name))
+            else:
+                called = "bn1" if "bn1" in name else "downsample.1"
+                kinds.setdefault(f"weights of a BatchNorm called `{called}`", set()).add(decay.get(name))
+        return {f"weight decay of {kind}": _decay(found, inputs["weight_decay"]) for kind, found in kinds.items()}
+
+
+class FrozenStage(_Groups):
+    """Frozen parameters are in no group, and a frozen stage still counts as a stage."""
+
+    points = 2
+
+    def network(self, trial, width):
+        model = _named(stem=_linear(width, 2), layer1=_linear(width), layer2=_linear(width), fc=_linear(width))
+        model.layer1.requires_grad_(False)
+        model.stem[0].bias.requires_grad_(False)
+        return model, ("stem", "layer1", "layer2", "fc")
+
+    def facts(self, raw, inputs):
+        frozen = [name for name, parameter in inputs["model"].named_parameters() if not parameter.requires_grad]
+        return {
+            "frozen parameters in a group": "none" if raw["lr"].keys().isdisjoint(frozen) else "some",
+            "powers of the factor that divide lr, in the stages that train": _powers(raw, inputs, ("stem", "layer2", "fc")),
+        }
+
+
+class SharedWeight(_Groups):
+    """A weight that two modules share is in one group, that of the stage which lists it first."""
+
+    def network(self, trial, width):
+        return _Tied(trial.integer(6, 9), width), ("embed", "body", "head")
+
+    def measure(self, subject, inputs):
+        groups = _listed(_answer(subject, inputs))
+        shared = inputs["model"].head.weight
+        times = sum(parameter is shared for group in groups for parameter in _parameters(group))
+        return {"times": times, "seen": _seen(groups, inputs) if times == 1 else None}
+
+    def facts(self, raw, inputs):
+        places = {"that of the stage `embed`": "embed.places.weight", "that of the stage `head`": "head.bias"}
+        return {
+            "times that the shared weight is in a group": raw["times"] if raw["times"] < 2 else "more than once",
+            "its learning rate": _like(raw["seen"], ("embed.words",), places) if raw["seen"] else None,
+        }
+
+
+def _answer(subject, inputs: dict) -> object:
+    return subject(*(inputs[name] for name in ("model", "lr", "factor", "weight_decay", "stages")))
+
+
+def _seen(groups: list[dict], inputs: dict) -> dict:
+    """What each parameter has in an AdamW made from the groups: {"lr": name -> number, "weight_decay": name -> number}.
+
+    Beside them "own": whether each group brings both; "unread": whether a group has a number under a key unknown to AdamW.
+    """
+    times = Counter(id(parameter) for group in groups for parameter in _parameters(group))
+    names = {id(parameter): name for name, parameter in inputs["model"].named_parameters()}
+    if foreign := times.keys() - names.keys():
+        raise WrongReturn(f"the groups must hold the model's own parameters, got {len(foreign)} tensors that are others.")
+    if twice := [names[key] for key, count in times.items() if count > 1]:
+        rest = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+        raise WrongReturn(f"each parameter must be in one group, once, as AdamW wants it; {twice[0]}{rest} came more often.")
+    own = all({"lr", "weight_decay"} <= group.keys() for group in groups)
+    try:
+        optimizer = torch.optim.AdamW(groups, lr=inputs["lr"], weight_decay=inputs["weight_decay"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise WrongReturn(f"torch.optim.AdamW does not take the groups: {' '.join(str(error).split())}") from None
+    seen = {
+        key: {names[id(parameter)]: float(group[key]) for group in optimizer.param_groups for parameter in group["params"]}
+        for key in ("lr", "weight_decay")
+    }
+    read = optimizer.defaults.keys() | {"params", "param_names"}
+    unread = [value for group in groups for key, value in group.items() if key not in read and isinstance(value, int | float)]
+    return seen | {"own": own, "unread": bool(unread)}
+
+
+def _listed(value: object) -> list[dict]:
+    """The groups, with their parameters in a list each, whatever was returned them in."""
+    if isinstance(value, str | dict | Tensor) or not isinstance(value, Iterable):
+        question = " Is there a return?" if value is None else ""
+        raise WrongReturn(f"parameter_groups must return a list of dicts, got {expect.describe(value)}.{question}")
+    groups = []
+    for group in value:
+        if not isinstance(group, dict) or "params" not in group:
+            came = "one without" if isinstance(group, dict) else expect.describe(group)
+            raise WrongReturn(f"every group must be a dict with the key 'params', got {came}.")
+        params = group["params"]
+        if not isinstance(params, Iterable):
+            raise WrongReturn(f"'params' must be a list of parameters, got {expect.describe(params)}.")
+        ordered = params if isinstance(params, set) else [params] if isinstance(params, Tensor) else list(params)
+        groups.append({**group, "params": ordered})  # a set stays one: AdamW refuses it
+        for parameter in _parameters(groups[-1]):
+            if not isinstance(parameter, Tensor):
+                raise WrongReturn(f"'params' must be a list of parameters, got a list with {expect.describe(parameter)}.")
+    return groups
+
+
+def _parameters(group: dict) -> Iterator[Tensor]:
+    for item in group["params"]:
+        yield item[1] if isinstance(item, tuple) else item  # AdamW also takes pairs (name, parameter)
+
+
+def _powers(raw: dict, inputs: dict, stages: tuple[str, ...]) -> Fact:
+    powers = [_power(raw["lr"], inputs, stage) for stage in stages]
+    return "all 0; a key that AdamW does not read holds numbers" if raw["unread"] and set(powers) == {0} else powers
+
+
+def _power(lr: dict[str, float], inputs: dict, stage: str) -> Fact:
+    """k, if all that is trainable in a stage has lr / factor**k."""
+    inside = ((name, parameter) for name, parameter in inputs["model"].named_parameters() if name.startswith(stage + "."))
+    found = [lr.get(name) for name, parameter in inside if parameter.requires_grad]
+    if None in found:
+        return "in no group" if set(found) == {None} else "in part in no group"
+    if not _alike(found):
+        return "several"
+    if found[0] <= 0:
+        return "no whole power"
+    power = math.log(inputs["lr"] / found[0], inputs["factor"])
+    return round(power) if abs(power - round(power)) < 1e-3 else "no whole power"
+
+
+def _like(raw: dict, modules: tuple[str, ...], places: dict[str, str]) -> str | None:
+    """Which of the places, each given by one of its parameters, has the learning rate of these modules."""
+    lr = raw["lr"]
+    found = [number for name, number in lr.items() if name.rpartition(".")[0] in modules]
+    if not found:
+        return "in no group"
+    if _alike(list(lr.values())):  # that of every place; why, `_powers` says
+        return None if raw["unread"] else "that of all others too"
+    return next((words for words, name in places.items() if name in lr and _alike([lr[name], *found])), "another")
+
+
+def _alike(numbers: list[float]) -> bool:
+    return all(math.isclose(number, numbers[0], rel_tol=1e-4) for number in numbers)
+
+
+def _decay(found: set[float | None], weight_decay: float) -> str:
+    if None in found:
+        return "in part in no group"
+    if all(decay == 0 for decay in found):
+        return "0"
+    return "weight_decay" if all(math.isclose(decay, weight_decay, rel_tol=1e-4) for decay in found) else "neither for all"
+
+
+def _staged(model: nn.Module, stages: tuple[str, ...]) -> Iterator[tuple[str, nn.Parameter, int]]:
+    """Every trainable parameter with its name and the number of its stage, counted from the stem."""
+    stage = 0
+    for name, parameter in model.named_parameters():
+        stage = next((i for i, begin in enumerate(stages) if name.startswith(begin + ".")), stage)
+        if parameter.requires_grad:
+            yield name, parameter, stage
+
+
+def _no_decay(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim <= 1
+
+
+def _grouped(rates: Iterable[tuple[str, nn.Parameter, float]], weight_decay: float, spared=_no_decay) -> list[dict]:
+    """One group for each pair of a learning rate and a weight decay."""
+    groups = {}
+    for name, parameter, lr in rates:
+        decay = 0.0 if spared(name, parameter) else weight_decay
+        groups.setdefault((lr, decay), []).append(parameter)
+    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+
+@misconception(
+    "forgotten stem",
+    hint="Some parameters are in no group, and AdamW will never move them. What comes in a network before its first block?",
+    source="seen in public teaching code: a recipe that lists layer1 to layer4 and fc; conv1 and bn1 are in no group",
+)
+def forgotten_stem(model, lr, factor, weight_decay, stages):
+    names = [name for name, _ in model.named_parameters()]
+    begin = next(i for i, name in enumerate(names) if name.startswith(stages[0] + "."))
+    rates = (
+        (name, parameter, lr / factor ** (len(stages) - 1 - stage))
+        for name, parameter, stage in _staged(model, stages)
+        if names.index(name) >= begin
+    )
+    return _grouped(rates, weight_decay)
+
+
+@misconception(
+    "only what the stages hold",
+    hint="Count the parameters in your groups, and those of the model. Which of them are inside none of the named modules?",
+    source="seen in public teaching code: a group each for conv1, layer1 to layer4 and fc; bn1 is in none",
+)
+def only_what_the_stages_hold(model, lr, factor, weight_decay, stages):
+    inside = tuple(stage + "." for stage in stages)
+    rates = (
+        (name, parameter, lr / factor ** (len(stages) - 1 - stage))
+        for name, parameter, stage in _staged(model, stages)
+        if name.startswith(inside)
+    )
+    return _grouped(rates, weight_decay)
+
+
+@misconception(
+    "order turned round",
+    hint="The stem has the highest learning rate, the head the lowest. Which of the two is new, and has the most to learn?",
+    source="a line of reasoning: stages are listed from stem to head, and enumerate counts from the first",
+)
+def order_turned_round(model, lr, factor, weight_decay, stages):
+    return _grouped(((name, p, lr / factor**stage) for name, p, stage in _staged(model, stages)), weight_decay)
+
+
+@misconception(
+    "factor times depth",
+    hint="The learning rate should fall by the same ratio at each step. Divide each stage's by the next: what do you see?",
+    source="seen in public training code: lr / 2, lr / 4, lr / 6, lr / 8 from layer4 down to layer1",
+)
+def factor_times_depth(model, lr, factor, weight_decay, stages):
+    depths = ((name, parameter, len(stages) - 1 - stage) for name, parameter, stage in _staged(model, stages))
+    return _grouped(((name, parameter, lr / (factor * k if k else 1)) for name, parameter, k in depths), weight_decay)
+
+
+@misconception(
+    "beginning of a stage's name",
+    hint="`blocks.10` gets the learning rate of `blocks.1`. Where in a parameter's name does the name of its stage end?",
+    source="a line of reasoning: the first stage that the parameter's name starts with is the one, as for layer1 to layer4",
+)
+def beginning_of_a_stages_name(model, lr, factor, weight_decay, stages):
+    rates, stage = [], 0
+    for name, parameter in model.named_parameters():
+        stage = next((i for i, begin in enumerate(stages) if name.startswith(begin)), stage)
+        if parameter.requires_grad:
+            rates.append((name, parameter, lr / factor ** (len(stages) - 1 - stage)))
+    return _grouped(rates, weight_decay)
+
+
+@misconception(
+    "lr_scale",
+    hint="Every parameter has the same learning rate in the optimizer. Which keys of a group does AdamW read?",
+    source="timm, pull request 2532: groups with lr_scale, which torch's optimizers and schedulers do not look at",
+)
+def lr_scale(model, lr, factor, weight_decay, stages):
+    depths = ((name, parameter, len(stages) - 1 - stage) for name, parameter, stage in _staged(model, stages))
+    groups = _grouped(((name, parameter, factor**-k) for name, parameter, k in depths), weight_decay)
+    return [{**group, "lr": lr, "lr_scale": group["lr"]} for group in groups]
+
+
+@misconception(
+    "head divided too",
+    hint="The ratios are right, and all of it is too low. What is the first stage from the end divided by?",
+    source="a line of reasoning: counting stages from 1; or lr /= factor before the first group and not after it",
+)
+def head_divided_too(model, lr, factor, weight_decay, stages):
+    rates = ((name, p, lr / factor ** (len(stages) - stage)) for name, p, stage in _staged(model, stages))
+    return _grouped(rates, weight_decay)
+
+
+@misconception(
+    "depth per parameter",
+    hint="Within one stage, weight and bias differ in their learning rates. What counts a step down in your loop?",
+    source="a line of reasoning: the learning rate is divided inside the loop over named_parameters()",
+)
+def depth_per_parameter(model, lr, factor, weight_decay, stages):
+    trainable = list(_staged(model, stages))
+    rates = ((name, parameter, lr / factor**k) for k, (name, parameter, _) in enumerate(reversed(trainable)))
+    return _grouped(rates, weight_decay)
+
+
+@misconception(
+    "depth among trainable stages",
+    hint="With one stage frozen, those below it learn faster. Should freezing one stage change the rate of another?",
+    source="timm, issue 2691: with frozen parameters in a model, the depths that its groups go by are shifted",
+)
+def depth_among_trainable_stages(model, lr, factor, weight_decay, stages):
+    staged = list(_staged(model, stages))
+    depth = {stage: k for k, stage in enumerate(sorted({stage for _, _, stage in staged}, reverse=True))}
+    return _grouped(((name, parameter, lr / factor ** depth[stage]) for name, parameter, stage in staged), weight_decay)
+
+
+@misconception(
+    "decay on everything",
+    hint="Biases and the weights of normalisation are pulled to 0 as well. What does a BatchNorm do whose weight is 0?",
+    source="torch.optim.AdamW(model.parameters(), weight_decay=...), in most teaching code",
+)
+def decay_on_everything(model, lr, factor, weight_decay, stages):
+    depths = ((name, parameter, len(stages) - 1 - stage) for name, parameter, stage in _staged(model, stages))
+    rates = ((name, parameter, lr / factor**k) for name, parameter, k in depths)
+    return _grouped(rates, weight_decay, spared=lambda name, parameter: False)
+
+
+@misconception(
+    "norms by the letters bn",
+    hint="One BatchNorm is called `downsample.1`. What have all parameters without decay in common, whatever their names?",
+    source="seen in public training code: no decay if 'bn' in name or 'bias' in name",
+)
+def norms_by_the_letters_bn(model, lr, factor, weight_decay, stages):
+    depths = ((name, parameter, len(stages) - 1 - stage) for name, parameter, stage in _staged(model, stages))
+    rates = ((name, parameter, lr / factor**k) for name, parameter, k in depths)
+    return _grouped(rates, weight_decay, spared=lambda name, parameter: "bn" in name or "bias" in name)
+
+
+@misconception(
+    "frozen parameters put in",
+    hint="Some parameters of the optimizer have requires_grad=False. Does an optimizer ask for that, or only for gradients?",
+    source="seen in public teaching code: optimizers made from model.parameters() of a half-frozen model",
+)
+def frozen_parameters_put_in(model, lr, factor, weight_decay, stages):
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(True)
+    staged = list(_staged(model, stages))
+    for parameter, flag in flags.items():
+        parameter.requires_grad_(flag)
+    rates = ((name, parameter, lr / factor ** (len(stages) - 1 - stage)) for name, parameter, stage in staged)
+    return _grouped(rates, weight_decay)
+
+
+@misconception(
+    "a parameter twice",
+    hint="AdamW refuses a parameter that it meets twice. By what can one tell that two names stand for the same one?",
+    source="torch's own error: some parameters appear in more than one parameter group; with tied weights, stage by stage",
+)
+def a_parameter_twice(model, lr, factor, weight_decay, stages):
+    rates, stage = [], 0
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        stage = next((i for i, begin in enumerate(stages) if name.startswith(begin + ".")), stage)
+        if parameter.requires_grad:
+            rates.append((name, parameter, lr / factor ** (len(stages) - 1 - stage)))
+    return _grouped(rates, weight_decay)
+
+
+EXERCISE = Exercise(
+    number="4.2",
+    name="parameter_groups",
+    reference=parameter_groups,
+    experiments=(LrPerStage(), BetweenTheNames(), WeightDecay(), FrozenStage(), SharedWeight()),
+    misconceptions=(
+        *(forgotten_stem, only_what_the_stages_hold, order_turned_round, factor_times_depth, beginning_of_a_stages_name),
+        *(lr_scale, head_divided_too, depth_per_parameter, depth_among_trainable_stages, decay_on_everything),
+        *(norms_by_the_letters_bn, frozen_parameters_put_in, a_parameter_twice),
+    ),
+    hints=(
+        "An optimizer moves what it was given, at the rate it was given. Is every trainable parameter there, and just once?",
+        "Make an AdamW from your groups and print, for every parameter of the model, its name, learning rate and weight decay: "
+        "for a network with layers before the first stage and between two, with a frozen stage, with a shared weight.",
+        "Go through named_parameters() once, from stem to head, and remember the number of the stage you are in. "
+        "With n stages, stage i has lr / factor**(n - 1 - i); frozen parameters are left out, and no decay goes to ndim <= 1.",
+    ),
+)

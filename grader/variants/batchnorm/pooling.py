@@ -1,0 +1,238 @@
+"""Exercise 5.5 in other styles."""
+
+import math
+from functools import reduce
+
+import numpy as np
+import torch
+
+
+def sums_in_float64(batches):
+    count, total, squares = 0, 0, 0
+    for batch in batches:
+        over = [axis for axis in range(batch.ndim) if axis != 1]
+        wide = batch.to(torch.float64)
+        count += batch.numel() // batch.shape[1]
+        total = total + wide.sum(over)
+        squares = squares + (wide * wide).sum(over)
+    mean = total / count
+    return mean.float(), ((squares - count * mean**2) / (count - 1)).float()
+
+
+def deviations_from_the_first_value(batches):
+    origin, n = None, 0
+    for batch in batches:
+        values = torch.movedim(batch, 1, -1).reshape(-1, batch.size(1))
+        if origin is None:
+            origin = values[0].clone()  # near enough to the mean, and float32 is fine from there
+            linear, square = torch.zeros_like(origin), torch.zeros_like(origin)
+        deviation = values - origin
+        linear += deviation.sum(dim=0)
+        square += deviation.pow(2).sum(dim=0)
+        n += values.size(0)
+    return [origin + linear / n, (square - linear.pow(2) / n) / (n - 1)]
+
+
+class Welford:
+    """One value of each channel after the other, in float32."""
+
+    def __call__(self, batches):
+        n = 0
+        for batch in batches:
+            for value in batch.swapaxes(0, 1).flatten(1).unbind(1):
+                n += 1
+                if n == 1:
+                    mean, m2 = value.clone(), torch.zeros_like(value)
+                else:
+                    delta = value - mean
+                    mean = mean + delta / n
+                    m2 = torch.addcmul(m2, delta, value - mean)
+        return mean, m2.div(n - 1)
+
+
+welford = Welford()
+
+
+def summaries_first_and_then_all_at_once(batches):
+    counts, means, variances = [], [], []
+    for batch in batches:
+        var, mean = torch.var_mean(batch.double(), dim=(0, *range(2, batch.dim())), unbiased=False)
+        counts.append(math.prod(batch.shape) / batch.shape[1])
+        means.append(mean)
+        variances.append(var)
+    weights = torch.tensor(counts, dtype=torch.double).unsqueeze(1)
+    means, variances, n = torch.stack(means), torch.stack(variances), weights.sum()
+    mean = (weights * means).sum(0) / n
+    within, between = (weights * variances).sum(0), (weights * (means - mean) ** 2).sum(0)
+    return torch.stack([mean, (within + between) / (n - 1)])
+
+
+def in_numpy(batches):
+    def describe(batch):
+        rows = np.moveaxis(np.asarray(batch, dtype=np.float64), 1, 0).reshape(batch.shape[1], -1)
+        return rows.shape[1], np.average(rows, 1), np.var(rows, 1) * rows.shape[1]
+
+    def join(one, other):
+        a, m, s = one
+        b, k, t = other
+        return a + b, (a * m + b * k) / (a + b), s + t + np.square(m - k) * a * b / (a + b)
+
+    n, mean, squares = reduce(join, map(describe, batches))
+    return torch.from_numpy(mean).float(), torch.from_numpy(squares / (n - 1)).float()
+
+
+def float32_all_the_way(batches):
+    n, mean, squares = 0, None, None
+    for batch in batches:
+        rows = batch.transpose(1, 0).reshape(batch.shape[1], -1)
+        k, m = rows.shape[1], rows.mean(-1, keepdim=True)
+        s = torch.linalg.vector_norm(rows - m, dim=-1) ** 2
+        m = m.squeeze(-1)
+        if n:
+            d = m - mean
+            squares = squares + s + d * d * (n * k / (n + k))
+            mean = mean + d * (k / (n + k))
+        else:
+            mean, squares = m, s
+        n += k
+    return mean, squares / (n - 1)
+
+
+def _rows(batch):
+    return batch.double().movedim(1, 0).flatten(1)
+
+
+def running_mean_of_means(batches):
+    mean, n, total, squares = 0, 0, 0, 0
+    for i, rows in enumerate(map(_rows, batches), 1):
+        mean = mean + (rows.mean(1) - mean) / i
+        n, total, squares = n + rows.size(1), total + rows.sum(1), squares + rows.square().sum(1)
+    return mean.float(), ((squares - total**2 / n) / (n - 1)).float()
+
+
+def pooled_within_batches(batches):
+    n, total, squares = 0, 0, 0
+    for rows in map(_rows, batches):
+        n += rows.size(1)
+        total = total + rows.sum(1)
+        squares = squares + (rows - rows.mean(1, True)).pow(2).sum(1)  # around each batch's own mean
+    return (total / n).float(), (squares / n).float()
+
+
+def moments_averaged(batches):
+    counts, firsts, seconds = [], [], []
+    for batch in batches:
+        over = (0, *range(2, batch.ndim))
+        counts.append(batch.numel() / batch.shape[1])
+        firsts.append(batch.mean(over))
+        seconds.append(torch.mean(batch**2, over))
+    counts = torch.tensor(counts)
+    first, second = (torch.einsum("b,bc->c", counts, torch.stack(m)) / counts.sum() for m in (firsts, seconds))
+    return first, torch.clamp(second - first.square(), min=0) * counts.sum() / (counts.sum() - 1)
+
+
+def moving_from_the_first_batch(batches):
+    mean = None
+    for rows in map(_rows, batches):
+        now = torch.stack([rows.mean(1), rows.var(1, correction=0)])
+        mean = now if mean is None else torch.lerp(mean, now, 0.1)
+    return mean.float().unbind()
+
+
+def overwritten_each_time(batches):
+    result = None
+    for batch in batches:
+        x = batch.flatten(2) if batch.ndim > 2 else batch.unsqueeze(2)
+        result = x.mean((0, 2)), torch.var(x, (0, 2))
+    return result
+
+
+def numpy_without_ddof(batches):
+    n, mean, squares = 0, 0.0, 0.0
+    for batch in batches:
+        values = np.moveaxis(batch.numpy().astype("float64"), 1, -1).reshape(-1, batch.shape[1])
+        joint = (n * mean + values.sum(0)) / (n + len(values))
+        squares = squares + n * (mean - joint) ** 2 + ((values - joint) ** 2).sum(0)
+        n, mean = n + len(values), joint
+    return torch.tensor(mean).float(), torch.tensor(squares / n).float()
+
+
+def every_number_alike(batches):
+    n = total = squares = 0
+    for batch in batches:
+        n += batch.numel()
+        total += batch.double().sum()
+        squares += batch.double().square().sum()
+    mean, width = total / n, batch.size(1)
+    return mean.float().repeat(width), ((squares - n * mean**2) / (n - 1)).float().repeat(width)
+
+
+def second_loop_finds_nothing(batches):
+    rows = torch.cat([_rows(batch) for batch in batches], 1)
+    mean, n = rows.mean(1, keepdim=True), rows.shape[1]
+    deviations = [(_rows(batch) - mean).pow(2).sum(1) for batch in batches]
+    squares = sum(deviations, start=torch.zeros(len(mean)))
+    return mean.flatten().float(), (squares / (n - 1)).float()
+
+
+def kept_in_a_list(batches):
+    batches = list(batches)
+    n = sum(batch.numel() for batch in batches) / batches[0].size(1)
+    mean = sum(_rows(batch).sum(1) for batch in batches) / n
+    squares = sum((_rows(batch) - mean.unsqueeze(1)).square().sum(1) for batch in batches)
+    return mean.float(), squares.div(n - 1).float()
+
+
+def standard_deviations_of_single_values(batches):
+    n = 0
+    for rows in map(_rows, batches):
+        k, m, s = rows.size(1), rows.mean(1), rows.std(1) ** 2 * (rows.size(1) - 1)
+        if n == 0:
+            n, mean, squares = k, m, s
+            continue
+        squares = squares + s + (m - mean).square() * n * k / (n + k)
+        mean = (n * mean + k * m) / (n + k)
+        n += k
+    return mean.float(), (squares / (n - 1)).float()
+
+
+def both_averaged(batches):
+    pairs = [(rows.mean(1), rows.var(1, correction=0)) for rows in map(_rows, batches)]
+    means, variances = zip(*pairs, strict=True)
+    return sum(means).float() / len(means), sum(variances).float() / len(variances)
+
+
+def textbook_with_n_and_all_in_memory(batches):
+    rows = torch.cat([b.movedim(1, 0).flatten(1) for b in [*batches]], 1).double()
+    return rows.mean(1).float(), rows.var(1, correction=0).float()
+
+
+def float32_squares_divided_by_n(batches):
+    n, total, squares = 0, 0, 0
+    for batch in batches:
+        rows = batch.movedim(1, 0).flatten(1)
+        n, total, squares = n + rows.size(1), total + rows.sum(1), squares + (rows * rows).sum(1)
+    return total / n, squares / n - (total / n) ** 2
+
+
+RIGHT = [
+    *(sums_in_float64, deviations_from_the_first_value, welford, summaries_first_and_then_all_at_once),
+    *(in_numpy, float32_all_the_way),
+]
+AGAIN = {
+    "mean of the batches' means": running_mean_of_means,
+    "spread between batches lost": pooled_within_batches,
+    "difference of two large numbers": moments_averaged,
+    "moving average": moving_from_the_first_batch,
+    "last batch only": overwritten_each_time,
+    "divided by n": numpy_without_ddof,
+    "channels pooled too": every_number_alike,
+    "read twice": second_loop_finds_nothing,
+    "all batches kept": kept_in_a_list,
+    "variance of a single value": standard_deviations_of_single_values,
+}
+BOTH = [
+    ({"mean of the batches' means", "spread between batches lost"}, both_averaged),
+    ({"divided by n", "all batches kept"}, textbook_with_n_and_all_in_memory),
+    ({"difference of two large numbers", "divided by n"}, float32_squares_divided_by_n),
+]

@@ -1,0 +1,241 @@
+"""Exercise 4.4 in other styles."""
+
+import copy
+import operator
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.nn import functional as F
+
+from helpers.features import drop_head, eval_mode, extract, linear_probe
+
+
+def by_copying_values(model, head, inputs, labels, penalty):
+    layer = model.get_submodule(head)
+    probe = linear_probe(extract(drop_head(model, head), inputs), labels, layer.out_features, penalty)
+    with torch.no_grad():
+        layer.weight.copy_(probe.weight)
+        layer.bias.copy_(probe.bias)
+
+
+def with_a_hook(model, head, inputs, labels, penalty):
+    layer = operator.attrgetter(head)(model) if head.isidentifier() else model.get_submodule(head)
+    table = []
+    handle = layer.register_forward_pre_hook(lambda _, args: table.append(args[0].detach()))
+    with eval_mode(model):
+        for batch in inputs.split(7):
+            model(batch)
+    handle.remove()
+    new = linear_probe(torch.cat(table), labels, layer.weight.shape[0], penalty)
+    layer.weight.data, layer.bias.data = new.weight.data, new.bias.data
+
+
+def trained_in_place(model, head, inputs, labels, penalty):
+    layer = dict(model.named_modules())[head]
+    was = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    backbone = drop_head(model, head)
+    with torch.no_grad():
+        features = backbone(inputs)
+    for name, module in model.named_modules():
+        module.training = was[name]
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=300, tolerance_change=1e-10, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        value = F.cross_entropy(layer(features), labels) + 0.5 * penalty * (layer.weight**2).sum()
+        value.backward()
+        return value
+
+    optimizer.step(objective)
+
+
+def by_gradient_descent(model, head, inputs, labels, penalty):
+    twin = copy.deepcopy(model)
+    twin.train(False)
+    layer, parts = twin.get_submodule(head), {}
+    layer.forward = lambda features: parts.setdefault("features", features)
+    twin(inputs)
+    features = parts["features"].detach()
+    weight = torch.randn(layer.weight.shape).mul_(0.01).requires_grad_()
+    bias = torch.zeros(layer.out_features, requires_grad=True)
+    groups = [{"params": [weight], "weight_decay": penalty}, {"params": [bias]}]
+    optimizer = torch.optim.SGD(groups, lr=0.5, momentum=0.9, nesterov=True)
+    for _ in range(400):
+        weight.grad, bias.grad = torch.autograd.grad(F.cross_entropy(features @ weight.T + bias, labels), (weight, bias))
+        optimizer.step()
+    own = model.get_submodule(head)
+    torch.nn.utils.vector_to_parameters(torch.cat([weight.flatten(), bias]).detach(), own.parameters())
+
+
+def by_scikit_learn(model, head, inputs, labels, penalty):
+    features = extract(drop_head(model, head), inputs, batch_size=8).numpy()
+    found = LogisticRegression(C=1 / (penalty * len(labels)), tol=1e-8, max_iter=2000).fit(features, labels.numpy())
+    layer = model.get_submodule(head)
+    weight, bias = np.zeros(tuple(layer.weight.shape)), np.full(layer.out_features, -30.0)
+    weight[found.classes_], bias[found.classes_] = found.coef_, found.intercept_
+    model.load_state_dict({f"{head}.weight": torch.tensor(weight), f"{head}.bias": torch.tensor(bias)}, strict=False)
+
+
+def identity_for_a_moment(model, head, inputs, labels, penalty):
+    *path, last = head.split(".")
+    parent = model.get_submodule(".".join(path))
+    layer = getattr(parent, last)
+    modes = [(module, module.training) for module in model.modules()]
+    setattr(parent, last, nn.Identity())
+    try:
+        model.eval()
+        with torch.inference_mode():
+            features = model(inputs)
+    finally:
+        setattr(parent, last, layer)
+        for module, mode in modes:
+            module.training = mode
+    probe = linear_probe(features.clone(), labels, layer.out_features, penalty)
+    for mine, theirs in zip(layer.parameters(), probe.parameters(), strict=True):
+        mine.data[:] = theirs.data
+
+
+def batches_in_train_mode(model, head, inputs, labels, penalty):
+    backbone = drop_head(model, head).train()
+    table = torch.cat([backbone(batch).detach() for batch in inputs.chunk(3)])
+    layer = model.get_submodule(head)
+    layer.load_state_dict(linear_probe(table, labels, layer.out_features, penalty).state_dict())
+
+
+def no_grad_in_place_of_eval(model, head, inputs, labels, penalty):
+    layer, kept = model.get_submodule(head), {}
+    layer.register_forward_hook(lambda module, args, output: kept.update(x=args[0]))
+    with torch.no_grad():
+        for rows in torch.arange(len(inputs)).split(10):
+            model(inputs[rows])
+            kept.setdefault("all", []).append(kept["x"])
+        new = linear_probe(torch.cat(kept["all"]), labels, layer.out_features, penalty)
+        layer.weight.copy_(new.weight)
+        layer.bias.copy_(new.bias)
+
+
+def weight_alone(model, head, inputs, labels, penalty):
+    layer = model.get_submodule(head)
+    layer.weight.data = linear_probe(extract(drop_head(model, head), inputs), labels, layer.out_features, penalty).weight.data
+
+
+def put_in_its_place(model, head, inputs, labels, penalty):
+    parent, _, name = head.rpartition(".")
+    features = extract(drop_head(model, head), inputs)
+    classes = getattr(model.get_submodule(parent), name).out_features
+    setattr(model.get_submodule(parent), name, linear_probe(features, labels, classes, penalty))
+
+
+def assigned_by_load_state_dict(model, head, inputs, labels, penalty):
+    layer = model.get_submodule(head)
+    new = linear_probe(extract(drop_head(model, head), inputs), labels, layer.out_features, penalty)
+    layer.load_state_dict(new.state_dict(), assign=True)
+
+
+def logits_by_hand(model, head, inputs, labels, penalty):
+    layer = model.get_submodule(head)
+    with torch.no_grad():
+        table = layer(extract(drop_head(model, head), inputs))
+        probe = linear_probe(table, labels, layer.out_features, penalty)
+        for one, other in zip(layer.parameters(), probe.parameters(), strict=True):
+            one.copy_(other)
+
+
+def copied_into_a_copy(model, head, inputs, labels, penalty):
+    clone = copy.deepcopy(model)
+    probe = linear_probe(extract(drop_head(clone, head), inputs), labels, clone.get_submodule(head).out_features, penalty)
+    clone.get_submodule(head).load_state_dict(probe.state_dict())
+
+
+def frozen_one_by_one(model, head, inputs, labels, penalty):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith(head)
+    layer = model.get_submodule(head)
+    layer.load_state_dict(
+        linear_probe(extract(drop_head(model, head), inputs), labels, layer.out_features, penalty).state_dict()
+    )
+
+
+def eval_for_the_hook(model, head, inputs, labels, penalty):
+    layer, seen = model.get_submodule(head), []
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    model.eval()(inputs)
+    hook.remove()
+    with torch.no_grad():
+        probe = linear_probe(seen[0], labels, layer.out_features, penalty)
+        layer.weight[:], layer.bias[:] = probe.weight, probe.bias
+
+
+def a_short_warm_up(model, head, inputs, labels, penalty):
+    layer = model.get_submodule(head)
+    features = extract(drop_head(model, head), inputs)
+    adam = torch.optim.AdamW(layer.parameters(), lr=0.01, weight_decay=penalty)
+    for rows in torch.randperm(len(labels)).split(8):
+        adam.zero_grad()
+        F.nll_loss(layer(features[rows]).log_softmax(1), labels[rows]).backward()
+        adam.step()
+
+
+def a_penalty_of_its_own(model, head, inputs, labels, penalty):
+    layer, features = model.get_submodule(head), extract(drop_head(model, head), inputs)
+    found = linear_probe(features, labels, penalty=0.2, classes=layer.out_features)
+    with torch.no_grad():
+        layer.weight.copy_(found.weight), layer.bias.copy_(found.bias)
+
+
+def fc_wherever_there_is_one(model, head, inputs, labels, penalty):
+    layer = model.fc if hasattr(model, "fc") else model.get_submodule(head)
+    name = next(key for key, module in model.named_modules() if module is layer)
+    probe = linear_probe(extract(drop_head(model, name), inputs), labels, layer.out_features, penalty)
+    with torch.no_grad():
+        layer.weight.copy_(probe.weight)
+        layer.bias.copy_(probe.bias)
+
+
+def replaced_with_fewer_outputs(model, head, inputs, labels, penalty):
+    model.set_submodule(head, linear_probe(extract(drop_head(model, head), inputs), labels, penalty=penalty))
+
+
+def replaced_and_left_in_eval_mode(model, head, inputs, labels, penalty):
+    model.eval()
+    classes = model.get_submodule(head).out_features
+    model.set_submodule(head, linear_probe(extract(drop_head(model, head), inputs), labels, classes, penalty))
+
+
+def train_mode_and_no_penalty(model, head, inputs, labels, penalty):
+    layer = model.get_submodule(head)
+    layer.load_state_dict(linear_probe(drop_head(model, head)(inputs), labels, layer.out_features).state_dict())
+
+
+def fc_replaced(model, head, inputs, labels, penalty):
+    model.fc = linear_probe(extract(drop_head(model, "fc"), inputs), labels, model.fc.out_features, penalty)
+
+
+RIGHT = [
+    *(by_copying_values, with_a_hook, trained_in_place, by_gradient_descent, by_scikit_learn, identity_for_a_moment),
+]
+AGAIN = {
+    "features in train mode": batches_in_train_mode,
+    "the model itself run in train mode": no_grad_in_place_of_eval,
+    "bias forgotten": weight_alone,
+    "layer replaced": put_in_its_place,
+    "parameters replaced": assigned_by_load_state_dict,
+    "probe on the logits": logits_by_hand,
+    "nothing copied": copied_into_a_copy,
+    "backbone left frozen": frozen_one_by_one,
+    "left in eval mode": eval_for_the_hook,
+    "not at the optimum": a_short_warm_up,
+    "penalty ignored": a_penalty_of_its_own,
+    "always fc": fc_wherever_there_is_one,
+}
+BOTH = [
+    ({"layer replaced", "classes counted from the labels"}, replaced_with_fewer_outputs),
+    ({"layer replaced", "left in eval mode"}, replaced_and_left_in_eval_mode),
+    ({"features in train mode", "penalty ignored"}, train_mode_and_no_penalty),
+    ({"layer replaced", "always fc"}, fc_replaced),
+]

@@ -1,0 +1,192 @@
+"""Ways to spend the same labels and the same steps on a pre-trained network, and what each costs.
+
+    head only            the backbone is frozen
+    last k stages        the head and that many stages before it train; `last stage` is k = 1
+    everything           all stages train, from a random head
+    discriminative       the same, each stage with a learning rate 2.6 times lower than the next (ULMFiT)
+    gradual unfreezing   the head first, then one stage more at equal intervals
+    LP-FT                the head starts as the linear probe, then everything trains
+
+Every strategy gets the same labelled examples, the same number of steps, and the best of three learning rates on the same
+validation examples (of equals the lowest). What is measured of the chosen model:
+
+    inside       accuracy on the task's test examples
+    outside      accuracy in another domain with the same classes; for digits, printed ones
+    source       accuracy on what the backbone was trained on (letters), with the head it had there: less is forgetting
+
+Training takes long, so results are kept in `strategies.json`, written by `python -m helpers.strategies`.
+
+Sources: Howard & Ruder 2018 (ULMFiT); Kumar et al. 2022 (LP-FT).
+"""
+
+import json
+import platform
+from collections import OrderedDict
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from helpers.backbones import glyphnet, stages
+from helpers.data import Examples, letters, printed_digits
+from helpers.features import extract
+from helpers.files import write_text
+from helpers.finetune import GradualUnfreezing, lp_ft, parameter_groups, train_only, unfreeze
+from helpers.training import accuracy, evaluate, fit, seed_everything
+from helpers.transfer import TASKS
+
+FIVE = ("head only", "last stage", "everything", "gradual unfreezing", "LP-FT")
+LEARNING_RATES = {"digits": (1e-3, 3e-3, 1e-2), "docstrings": (5e-5, 1.5e-4, 5e-4)}
+HEAD_LEARNING_RATES = (3e-3, 1e-2, 3e-2)  # of a head alone, which takes higher ones
+DRAWS = {"digits": 5, "docstrings": 3}
+LABELS = {"digits": (2, 10, 50), "docstrings": (10,)}
+RECORD = Path(__file__).with_suffix(".json")
+
+
+class Scores(NamedTuple):
+    """What one run left: accuracies from 0 to 1, None where there is nothing to measure it on."""
+
+    lr: float
+    validation: float
+    inside: float
+    outside: float | None
+    source: float | None
+    trainable: int  # parameters that trained at the end
+
+
+def strategies(task: str) -> tuple[str, ...]:
+    """The names of all strategies for a task: how many stages there are to unfreeze depends on its backbone."""
+    depths = len(TASKS[_known(task)].backbone(True).stages)
+    return ("head only", *(_last(k) for k in range(1, depths)), "everything", "discriminative", *FIVE[3:])
+
+
+def classifier(backbone: nn.Module, classes: int, seed: int = 0) -> nn.Sequential:
+    """The backbone itself, not a copy, with a new head: `model.backbone` and `model.head`.
+
+    Args:
+        backbone: one of `helpers.backbones`, without a head.
+        classes: outputs of the head.
+        seed: of the head; the global random states are left as `seed_everything` makes them.
+    """
+    seed_everything(seed)
+    return nn.Sequential(OrderedDict(backbone=backbone, head=nn.Linear(backbone.width, classes)))
+
+
+def train(strategy: str, model: nn.Sequential, examples: Examples, lr: float, steps: int, batch_size: int, seed: int) -> None:
+    """Train `model`, as `classifier` makes it, in place."""
+    names, settings = stages(model), {"steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "progress": False}
+    if strategy == "LP-FT":
+        lp_ft(model, "head", examples, penalty=1e-2, **settings)
+    elif strategy == "gradual unfreezing":
+        schedule = GradualUnfreezing(model, lr, steps, factor=1, weight_decay=1e-4)
+        fit(model, examples, groups=schedule.groups, before_step=schedule, **settings)
+    elif strategy == "discriminative":
+        unfreeze(model)
+        fit(model, examples, groups=parameter_groups(model, lr, weight_decay=1e-4), **settings)
+    else:
+        depths = {_last(k): k for k in range(1, len(names) - 1)} | {"head only": 0, "everything": len(names) - 1}
+        if strategy not in depths:
+            raise ValueError(f"strategy must be one of {', '.join(map(repr, [*depths, *FIVE[3:]]))}, got {strategy!r}.")
+        train_only(model, names[-1 - depths[strategy] :])
+        fit(model, examples, **settings)
+
+
+def run(task: str, strategy: str, labels_per_class: int, draw: int, lr: float) -> Scores:
+    """Train once with one learning rate, and measure.
+
+    Args:
+        task: "digits" or "docstrings".
+        strategy: one of `strategies(task)`.
+        labels_per_class: how many labelled examples of each class; `draw` says which, and seeds the head and training.
+        lr: the highest learning rate of any stage.
+    """
+    known = TASKS[_known(task)]
+    examples = known.examples("train", labels_per_class, draw)
+    model = classifier(known.backbone(True), len(examples.classes), seed=draw)
+    train(strategy, model, examples, lr, known.steps, known.batch_size, seed=draw)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    outside = source = None
+    if task == "digits":
+        outside, source = evaluate(model, printed()), letters_kept(model.backbone)
+    scores = (evaluate(model, known.examples(split)) for split in ("validation", "test"))
+    return Scores(lr, *scores, outside, source, trainable)
+
+
+def measure(task: str, strategy: str, labels_per_class: int, draw: int) -> Scores:
+    """`run` with each of three learning rates; the scores of the one that is best on validation."""
+    rates = HEAD_LEARNING_RATES if strategy == "head only" else LEARNING_RATES[task]
+    runs = [run(task, strategy, labels_per_class, draw, lr) for lr in rates]
+    return max(runs, key=lambda scores: scores.validation)  # the first of equals: the lowest learning rate
+
+
+@cache
+def printed() -> Examples:
+    """Digits of another domain: 1,000 rendered ones."""
+    return printed_digits(1000, seed=1)
+
+
+def letters_kept(backbone: nn.Module) -> float:
+    """Accuracy on 1,000 letters of a backbone that once was glyphnet's, with the head that glyphnet had for them.
+
+    0.98 before fine-tuning; what is missing afterwards was forgotten. The letters are not those of pre-training.
+    """
+    drawn = _letters()
+    return accuracy(extract(nn.Sequential(backbone, glyphnet().fc), drawn.inputs), drawn.labels)
+
+
+def recorded(task: str) -> dict[int, dict[str, list[Scores]]]:
+    """Kept results of a task: {labels per class: {strategy: scores of each draw}}, as `measure` gives them."""
+    kept = json.loads(RECORD.read_text(encoding="utf-8"))[_known(task)]["scores"]
+    return {int(n): {name: [Scores(*s) for s in draws] for name, draws in by.items()} for n, by in kept.items()}
+
+
+def record(task: str, processes: int = 1) -> dict:
+    """Measure every strategy of a task: what `recorded` gives, with the machine and the versions."""
+    names = strategies(task)
+    cells = [(task, name, n, draw) for n in LABELS[task] for name in names for draw in range(DRAWS[task])]
+    with ProcessPoolExecutor(processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        values = dict(zip(cells, pool.map(_measure_cell, cells), strict=True))
+    return {
+        "scores": {
+            str(n): {name: [values[task, name, n, draw] for draw in range(DRAWS[task])] for name in names} for n in LABELS[task]
+        },
+        "steps": TASKS[task].steps,
+        "learning_rates": LEARNING_RATES[task],
+        "head_learning_rates": HEAD_LEARNING_RATES,
+        "machine": f"{platform.machine()} CPU, one thread",
+        "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
+        "date": date.today().isoformat(),
+    }
+
+
+def _known(task: str) -> str:
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(map(repr, TASKS))}, got {task!r}.")
+    return task
+
+
+def _last(k: int) -> str:
+    return "last stage" if k == 1 else f"last {k} stages"
+
+
+@cache
+def _letters() -> Examples:
+    return letters(1000, seed=12345)  # other letters than those of pre-training, whose seed is in the card
+
+
+def _measure_cell(cell: tuple[str, str, int, int]) -> list[float | None]:
+    torch.set_num_threads(1)
+    scores = measure(*cell)
+    kept = [scores.lr, *(round(value, 4) if isinstance(value, float) else value for value in scores[1:])]
+    print(*cell, *kept, flush=True)
+    return kept
+
+
+if __name__ == "__main__":
+    tasks = {task: record(task) for task in TASKS}
+    write_text(RECORD, json.dumps(tasks, indent=1) + "\n")

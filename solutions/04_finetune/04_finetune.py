@@ -1,0 +1,687 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04 · Fine-tuning
+#
+# A linear probe leaves the network as it is. Fine-tuning goes on training it: some of it or all of it, with one learning
+# rate or many, at once or stage by stage. Each way spends the same labels and the same steps differently. This chapter measures what each
+# buys, on images like those it trained on, on images of another kind, and in what the network forgets.
+#
+# | | |
+# |---|---|
+# | you need | chapters 00 and 02; no GPU, no network |
+# | time | three hours for you; TODO SECONDS for two CPU cores (measured; without a GPU) |
+# | exercises | 6 |
+#
+# Afterwards you can
+#
+# - say which parameters train, and prove it,
+# - give each stage a learning rate of its own, and read back from the optimizer whether it has it,
+# - unfreeze in the middle of training without losing what the optimizer knows,
+# - start fine-tuning where a linear probe ended, and say when that helps,
+# - see a network learn its examples by heart, and stop it in time,
+# - find a learning rate without spoiling the network.
+#
+# Words in *italics* at their first use are in the [glossary](../../docs/glossary.md).
+
+# %%
+import copy
+import time
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from grader import check, continue_with, hint, progress, quiz
+from helpers.features import drop_head, extract, linear_probe
+
+# %% [markdown]
+# ## One hundred images, three questions
+#
+# The network is `glyphnet`, trained on rendered letters. The task is handwritten digits, with **10 labelled examples of each**. Fine-tuning
+# all of the network on these 100 images should beat the linear probe on new handwritten digits. We ask two more questions.
+# What does the fine-tuned network make of **printed** digits, the same ten classes in another domain, of which it saw none? And
+# does it still know its **letters**, if we give it back the head it had for them?
+#
+# **Predict before you run.** What fraction does each of these get right, after fine-tuning *everything*? Before it, a linear probe gets
+# 0.95 of the handwritten digits and 0.84 of the printed ones, and the network knows 0.98 of the letters.
+
+# %% tags=["demo"]
+from helpers.predict import predict
+
+guess = predict(handwritten=None, printed=None, letters=None)  # from 0.0 to 1.0
+
+# %% [markdown]
+# As in chapter 02, one variable decides what the chapter runs on: `"hub"` takes `resnet18` and photographs of cats and dogs.
+# Printed digits and letters belong to `"embedded"`; with another profile those two columns stay empty.
+
+# %% tags=["demo"]
+import helpers.profiles
+from helpers.backbones import stages
+from helpers.strategies import classifier
+from helpers.training import accuracy, evaluate, fit, seed_everything
+
+profile = helpers.profiles.choose("embedded")
+train = [profile.images("train", labels_per_class=10, draw=draw) for draw in range(3)]
+validation, test = profile.images("validation"), profile.images("test")
+
+
+def fresh(draw=0):
+    """The pre-trained backbone with a new, random head: model.backbone, model.head."""
+    return classifier(profile.image_backbone(), len(test.classes), seed=draw)
+
+
+print("stages from stem to head:", ", ".join(stages(fresh())))
+print(f"images: {len(train[0].labels)} to train on, {len(validation.labels)} to choose on, {len(test.labels)} to test on")
+
+# %% tags=["demo"]
+import matplotlib.pyplot as plt
+
+from helpers.figures import draws_figure, plot_draws, show, style
+
+if profile.outside:
+    other = profile.outside()
+    fig, axes = plt.subplots(2, 10, figsize=(7, 1.8))
+    for row, (examples, title) in enumerate(((test, "handwritten"), (other, "printed"))):
+        for label in range(10):
+            axes[row, label].imshow(examples.inputs[examples.labels == label][0][0], cmap="gray")
+            axes[row, label].axis("off")
+        axes[row, 0].set_title(title, fontsize=9, loc="left")
+    show(fig, "Ten handwritten digits above ten printed ones, bent, slanted and blurred.")
+
+# %% [markdown]
+# # Part 1: what trains, and how fast
+
+# %% [markdown]
+# ## Exercise 4.1: exactly these parts
+#
+# Which parameters train is one flag on each *parameter*, `requires_grad`. A module has no such flag. Python lets you set an
+# attribute of that name on it all the same, without a word, and nothing trains. A strategy ("the head", "the last stage and
+# the head", "all") is a list of parts; what a function makes of it must not depend on what somebody froze before.
+#
+# **Exercise 4.1** (20 min, ●●○). Write `train_only(model, names)`.
+#
+# - `model` is any `nn.Module`. `names` is a list of names of modules or parameters, as `model.named_modules()` and
+#   `model.named_parameters()` spell them: `"fc"`, `"layer1.0"`, `"fc.bias"`. A name stands for that one module, with
+#   everything inside, or for that one parameter: `"blocks.1"` is neither `"blocks.10"` nor `"decoder.blocks.1"`.
+# - Afterwards `requires_grad` is True for exactly the parameters in those parts, and False for all others, normalisation
+#   included, whatever it was before.
+# - A weight that two modules share is one parameter. It trains if either of the two is named, although `named_parameters()`
+#   lists it under its first name alone.
+# - Values, buffers and the mode of every module stay as they were.
+# - Return the list of the names of the trainable parameters, in the order of `model.named_parameters()`.
+# - If the model has no module or parameter of one of the names, raise a `ValueError`, with every flag still as it was.
+
+
+# %%
+def train_only(model, names):
+    ### BEGIN SOLUTION
+    parts = dict(model.named_modules()) | dict(model.named_parameters())
+    unknown = [name for name in names if name not in parts]
+    if unknown:  # before anything has changed
+        raise ValueError(f"not in the model: {unknown}")
+    model.requires_grad_(False)
+    for name in names:
+        parts[name].requires_grad_(True)  # modules and parameters both have this method
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ### END SOLUTION
+
+
+# %%
+check("4.1", train_only)
+
+# %%
+train_only = continue_with("4.1")
+
+# %% [markdown]
+# ### How much is "the last stage"?
+#
+# Stages differ in size. `report` counts, with the bytes that gradients and AdamW's two moments take.
+
+# %% tags=["demo"]
+from helpers.finetune import report
+
+model = fresh()
+names = stages(model)
+for way, parts in (("head only", names[-1:]), ("last stage", names[-2:]), ("everything", names)):
+    train_only(model, list(parts))
+    print(f"--- {way}\n{report(model)}\n")
+
+# %% [markdown]
+# Three quarters of `glyphnet` are in its last stage: "the last stage only" trains nearly all of it. Networks that double
+# their channels from stage to stage are all like that. Count parameters, not stages.
+#
+# And the attribute that does nothing:
+
+# %% tags=["demo"]
+model.requires_grad_(False)
+model.head.requires_grad = True  # a module, not a parameter
+print("trainable parameters:", sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
+try:
+    F.cross_entropy(model(test.inputs[:8]), test.labels[:8]).backward()
+except RuntimeError as error:
+    print("RuntimeError:", error)
+
+# %% [markdown]
+# With everything frozen, torch complains. Had one other parameter been trainable, it would have said nothing.
+
+# %% [markdown]
+# ## Exercise 4.2: a learning rate for each stage
+#
+# A new head has everything to learn; the first *stages* of a pre-trained network may have little to learn and much to lose.
+# *Discriminative learning rates* give each stage a rate of its own: that of the head, divided by a factor once for every
+# stage on the way down to it. Howard & Ruder (2018) took 2.6.
+#
+# An optimizer holds its parameters in *groups*, each a dict with its own settings. What is in no group is never moved, however
+# large its gradient, and a key that the optimizer does not know changes nothing. Neither is an error.
+#
+# **Exercise 4.2** (25 min, ●●○). Write `parameter_groups(model, lr, factor, weight_decay, stages)`.
+#
+# - `stages` is a tuple of names of modules, from stem to head, such as `("layer1", "layer2", "fc")` or, inside other modules,
+#   `("embed", "blocks.1", "blocks.10", "fc")`. A stage goes on until the next begins, in the order of
+#   `model.named_parameters()`. What comes before the first belongs to the first.
+# - Return a list of dicts that `torch.optim.AdamW` takes, each with `"params"`, `"lr"` and `"weight_decay"`. How many there are
+#   and in which order is up to you.
+# - Every trainable parameter is in exactly one of them, frozen ones in none. A weight that two modules share is one parameter,
+#   and belongs to the stage where `named_parameters()` lists it.
+# - The k-th stage from the end, the last being k = 0, has the learning rate `lr / factor**k`. A stage counts even if all of it
+#   is frozen: of `stem`, `layer1`, `layer2` and `fc` with `layer1` frozen, `stem` has k = 3.
+# - Parameters with at most one dimension have weight decay 0, whatever they are called: biases, all that normalisation has,
+#   single numbers. All others have `weight_decay`.
+
+
+# %%
+def parameter_groups(model, lr, factor, weight_decay, stages):
+    ### BEGIN SOLUTION
+    groups = []
+    stage = 0
+    for name, parameter in model.named_parameters():
+        for i, begin in enumerate(stages):
+            if name.startswith(begin + "."):  # the dot, because blocks.10 is not in blocks.1
+                stage = i
+        if parameter.requires_grad:
+            k = len(stages) - 1 - stage
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups.append({"params": [parameter], "lr": lr / factor**k, "weight_decay": decay})
+    return groups
+    ### END SOLUTION
+
+
+# %%
+check("4.2", parameter_groups)
+
+# %%
+parameter_groups = continue_with("4.2")
+
+# %% [markdown]
+# ### Read it back
+#
+# An optimizer does what its groups say, not what we meant. Three recipes that can be found in many places; only the optimizer
+# knows what each comes to. `lr_scale` is a key of another library's schedulers; torch's optimizers carry it along and never look.
+
+# %% tags=["demo"]
+from helpers.strategies import FIVE
+
+backbone_stages = [name for name in names if name != "head"]
+recipes = {"parameter_groups": lambda model: parameter_groups(model, 1e-2, 2.6, 0.01, names)}
+recipes["layers and head"] = lambda model: [
+    {"params": model.get_submodule(name).parameters(), "lr": 1e-2 / 2.6**k} for k, name in enumerate(reversed(names[1:]))
+]
+recipes["lr_scale"] = lambda model: [
+    {"params": list(model.get_submodule(name).parameters()), "lr_scale": 2.6**-k} for k, name in enumerate(reversed(names))
+]
+for recipe, make in recipes.items():
+    model = fresh().train()
+    optimizer = torch.optim.AdamW(make(model), lr=1e-2)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    shown = []
+    for name in names:
+        inside = [rates.get(id(parameter), 0) for parameter in model.get_submodule(name).parameters()]
+        shown.append(f"{name.removeprefix('backbone.')} {max(inside):.5f}")
+    lost = [name for name, parameter in model.named_parameters() if id(parameter) not in rates]
+    print(f"{recipe}: " + "  ".join(shown))
+    print(f"    in no group: {', '.join(lost) or 'none'}")
+
+# %% [markdown]
+# The second recipe is the popular one: it names the layers and the head, and forgets the stem. With the norm between `conv1`
+# and `layer1` that is easy to do in any ResNet. Nothing warns: the stem has gradients, and nobody steps it.
+#
+# Real learning rates survive a *schedule*, since torch's schedulers multiply what each group starts with:
+
+# %% tags=["demo"]
+model = fresh()
+groups = parameter_groups(model, 1e-2, 2.6, 0.01, names)
+rates = {}
+history = fit(
+    model, train[0], steps=60, lr=1e-2, groups=groups, progress=False,
+    before_step=lambda step, optimizer, scheduler: rates.setdefault(step, sorted({g["lr"] for g in optimizer.param_groups})),
+)
+fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
+for k, name in enumerate(names):
+    ax.plot(list(rates), [row[k] for row in rates.values()], label=name.removeprefix("backbone."), markevery=8, markersize=4, **style(k))
+ax.set(yscale="log", xlabel="step", ylabel="learning rate")
+ax.legend(frameon=False, fontsize=8, ncols=2, loc="lower center")
+show(fig, "Six learning rates, one per stage, rising over the first tenth of the steps and falling along a cosine, always a factor 2.6 apart.")
+
+# %% [markdown]
+# ## Exercise 4.3: unfreeze, and tell the optimizer
+#
+# *Gradual unfreezing* trains the head first and lets one stage after the other join in. So in the middle of training
+# parameters change sides. A parameter trains if two parties agree: `requires_grad` decides whether it gets a gradient, the
+# optimizer whether it is stepped. An optimizer holds the parameters that it was given, and nobody tells it of others.
+# Building a new one is no way out: the old one holds the momentum, or Adam's moments, of what has trained so far, and a
+# schedule holds the old one.
+#
+# **Exercise 4.3** (20 min, ●●○). Write `unfreeze_into(optimizer, parameters, lr)`.
+#
+# - `optimizer` is any optimizer of torch in the middle of training, with one or several groups. It stays the same object,
+#   and is changed in place. Nothing need be returned.
+# - `parameters` is any iterable of `nn.Parameter`: a list, or a generator such as `model.layer4.parameters()`. A parameter
+#   may come twice. Some may be in the optimizer already; those may be frozen or not.
+# - Afterwards all of `parameters` are trainable.
+# - Those that the optimizer did not have are now in it, each once, with learning rate `lr`; their other settings are the
+#   optimizer's defaults. Two parameters of equal value are still two parameters.
+# - Those that it had stay in their group and keep its learning rate. Everything else stays too: groups, learning rates, what
+#   the optimizer remembers, the values of all parameters, gradients that wait for the next step.
+# - If nothing is new, no group is added, not even an empty one.
+
+
+# %%
+def unfreeze_into(optimizer, parameters, lr):
+    ### BEGIN SOLUTION
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    new = []
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+        if id(parameter) not in known:
+            known.add(id(parameter))
+            new.append(parameter)
+    if new:
+        optimizer.add_param_group({"params": new, "lr": lr})
+    ### END SOLUTION
+
+
+# %%
+check("4.3", unfreeze_into)
+
+# %%
+unfreeze_into = continue_with("4.3")
+
+# %% [markdown]
+# ### What a new optimizer forgets, and what a schedule misses
+#
+# A head trains for 30 steps. Then the last stage joins, in two ways. AdamW divides each gradient by its own running size; a new
+# optimizer knows none yet.
+
+# %% tags=["demo"]
+def after_thirty_steps():
+    model = fresh()
+    train_only(model, ["head"])
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=3e-3)
+    features = extract(model.backbone, train[0].inputs)
+    for _ in range(30):
+        loss = F.cross_entropy(model.head(features), train[0].labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model, optimizer
+
+
+last = names[-2]
+for way in ("unfreeze_into", "a new optimizer"):
+    model, optimizer = after_thirty_steps()
+    if way == "unfreeze_into":
+        unfreeze_into(optimizer, model.get_submodule(last).parameters(), 3e-4)
+    else:
+        model.get_submodule(last).requires_grad_(True)
+        optimizer = torch.optim.AdamW([{"params": model.head.parameters()}, {"params": model.get_submodule(last).parameters(), "lr": 3e-4}], lr=3e-3)
+    remembered = optimizer.state.get(model.head.weight, {})
+    before = model.head.weight.detach().clone()
+    F.cross_entropy(model.eval()(train[0].inputs), train[0].labels).backward()
+    optimizer.step()
+    moved = (model.head.weight - before).abs().mean()
+    print(f"{way:<16} steps remembered of the head: {int(remembered.get('step', 0)):>2}   its next step: {moved:.5f} per weight")
+
+# %% [markdown]
+# Adam's very first step moves every weight by the whole learning rate, however small its gradient: that is what the head goes
+# through again.
+#
+# A scheduler keeps a list of the learning rates that the groups started with. `add_param_group` does not tell it:
+
+# %% tags=["demo"]
+model, optimizer = after_thirty_steps()
+scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+for _ in range(5):
+    optimizer.step()
+    scheduler.step()
+unfreeze_into(optimizer, model.get_submodule(last).parameters(), 3e-4)
+try:
+    optimizer.step()
+    scheduler.step()
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+print("learning rates:", [f"{group['lr']:.6f}" for group in optimizer.param_groups], "known to the scheduler:", len(scheduler.base_lrs))
+
+# %% [markdown]
+# The reference does both: `helpers.finetune.unfreeze_into(..., scheduler=scheduler)` lets the new group follow the schedule
+# as if it had been there from the start. `GradualUnfreezing` does that for one stage after the other, from head to stem, as
+# Howard & Ruder (2018) did for a language model, epoch by epoch.
+
+# %% tags=["demo"]
+from helpers.finetune import GradualUnfreezing
+
+model = fresh()
+schedule = GradualUnfreezing(model, lr=1e-2, steps=60)
+rates = []
+
+
+def watch(step, optimizer, scheduler):
+    schedule(step, optimizer, scheduler)
+    now = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    rates.append([now.get(name, float("nan")) for name in names])
+
+
+fit(model, train[0], steps=60, lr=1e-2, groups=schedule.groups, before_step=watch, progress=False)
+fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
+for k, name in enumerate(names):
+    ax.plot([row[k] for row in rates], label=name.removeprefix("backbone."), markevery=8, markersize=4, **style(k))
+ax.set(yscale="log", xlabel="step", ylabel="learning rate")
+ax.legend(frameon=False, fontsize=8, ncols=2, loc="lower left")
+show(fig, "Six learning rates, one per stage; the head's begins at step 0, and every ten steps the stage before joins on the same schedule.")
+
+# %% [markdown]
+# # Part 2: where to start
+
+TODO 4.4
+
+# %% [markdown]
+# ### What a random head does to the backbone
+#
+# Before the first step, how large is the gradient that the head sends into the backbone? And after 300 steps, how far have the features
+# moved, of images like those trained on and of the others?
+
+# %% tags=["demo"]
+STEPS, BATCH = 300, 32
+probed = fresh()
+probe_head(probed, "head", train[0].inputs, train[0].labels, 1e-2)
+for start, model in (("random head", fresh()), ("head from the probe", probed)):
+    loss = F.cross_entropy(model.eval()(train[0].inputs), train[0].labels)
+    gradients = torch.autograd.grad(loss, list(model.backbone.parameters()))
+    norm = sum(gradient.square().sum() for gradient in gradients).sqrt()
+    print(f"{start:<20} loss {loss:.3f}   gradient into the backbone {norm:.3f}")
+
+# %% [markdown]
+# ## The same budget, five ways
+#
+# Now the question of the beginning. 100 images, 300 steps of 32, one learning rate of three for each way and draw, chosen on
+# validation (it was chosen in a recorded run, see below; here the chosen one runs again). Three draws of the images.
+#
+# - **head only**: the backbone is frozen.
+# - **last stage**: that stage and the head train.
+# - **everything**: all stages train, from a random head.
+# - **gradual unfreezing**: head first, one stage more every 50 steps.
+# - **LP-FT**: the probe's head first, then everything (Kumar et al. 2022).
+
+# %% tags=["demo"]
+from helpers.strategies import Scores, recorded
+
+kept = recorded("digits")[10]
+
+
+def spend(way, draw):
+    model, lr = fresh(draw), kept[way][draw].lr
+    settings = {"steps": STEPS, "lr": lr, "batch_size": BATCH, "seed": draw, "progress": False}
+    if way == "head only":
+        train_only(model, ["head"])
+    elif way == "last stage":
+        train_only(model, list(names[-2:]))
+    elif way == "gradual unfreezing":
+        schedule = GradualUnfreezing(model, lr, STEPS, factor=1, weight_decay=1e-4)
+        settings |= {"groups": schedule.groups, "before_step": schedule}
+    elif way == "LP-FT":
+        probe_head(model, "head", train[draw].inputs, train[draw].labels, 1e-2)
+    started = time.perf_counter()
+    fit(model, train[draw], **settings)
+    seconds = time.perf_counter() - started
+    outside = evaluate(model, other) if profile.outside else float("nan")
+    source = profile.source(model.backbone) if profile.source else float("nan")
+    return {"inside": evaluate(model, test), "outside": outside, "source": source, "seconds": seconds}
+
+
+results = {way: [spend(way, draw) for draw in range(3)] for way in FIVE}
+print(f"{'':<20}{'handwritten':>16}{'printed':>18}{'letters':>18}{'seconds':>10}")
+for way, runs in results.items():
+    columns = torch.tensor([[run[key] for key in ("inside", "outside", "source", "seconds")] for run in runs])
+    mean, std = columns.mean(0), columns.std(0)
+    print(f"{way:<20}" + "".join(f"{mean[k]:>10.3f} ± {std[k]:.3f}" for k in range(3)) + f"{mean[3]:>10.1f}")
+
+# %% tags=["demo"]
+guess.beside({"handwritten": [run["inside"] for run in results["everything"]], "printed": [run["outside"] for run in results["everything"]], "letters": [run["source"] for run in results["everything"]]})
+show(*draws_figure({title: {way: [run[key] for run in runs] for way, runs in results.items()} for title, key in (("handwritten (trained on)", "inside"), ("printed (another domain)", "outside"), ("letters (forgetting)", "source"))}))
+
+# %% [markdown]
+# TODO FIVE_TEXT
+
+# %% tags=["demo"]
+TODO PAIRED
+
+# %% [markdown]
+# TODO PAIRED_TEXT
+#
+# ### Which strategy when
+#
+# The table that courses like to give as wisdom, here as measurement: recorded runs (5 draws each, best of three learning rates on
+# validation), with 2, 10 and 50 labelled images per class.
+
+# %% tags=["demo"]
+TODO TABLE
+
+# %% [markdown]
+# TODO TABLE_TEXT
+#
+# # Part 3: how far, and how fast
+
+# %% [markdown]
+# ## Exercise 4.5: stop in time, and go back to the best
+#
+# With few examples a network that trains long enough learns them by heart, and its score on validation examples falls again.
+# *Early stopping* watches that score: it ends training when the score has not improved for a while, and puts back the
+# weights that had the best one. The second half goes wrong more often than the first, and without an error:
+# what was kept as the best may be something else.
+#
+# **Exercise 4.5** (25 min, ●●○). Write a class `EarlyStopping(model, patience)` with two methods.
+#
+# - `patience` is a whole number, at least 1. `model` is any `nn.Module`; others hold it and its parameters too.
+# - `step(score)` is called after each validation. A score is a number, larger is better; it may be negative (minus a loss), or
+#   NaN, which is never better. `step` returns True once the last `patience` scores brought none above the best before
+#   them, else False. A score equal to the best is not above it. What `step` returns after it has said True is not asked.
+# - `restore()` puts the model's parameters **and buffers** (all that `state_dict` holds) back to what they were at the best
+#   score, in place: the optimizer holds the model's `nn.Parameter` objects, and must still be able to train them.
+# - After `restore()` training may go on, and `restore()` may be called again: the best is still the best. It is called only
+#   after at least one score that is a number.
+
+
+# %%
+class EarlyStopping:
+    def __init__(self, model, patience):
+        ### BEGIN SOLUTION
+        self.model, self.patience = model, patience
+        self.best, self.waited, self.state = float("-inf"), 0, None
+        ### END SOLUTION
+
+    def step(self, score):
+        ### BEGIN SOLUTION
+        if score > self.best:  # False for NaN
+            self.best, self.waited = score, 0
+            self.state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        else:
+            self.waited += 1
+        return self.waited >= self.patience
+        ### END SOLUTION
+
+    def restore(self):
+        ### BEGIN SOLUTION
+        self.model.load_state_dict(self.state)
+        ### END SOLUTION
+
+
+# %%
+check("4.5", EarlyStopping)
+
+# %%
+EarlyStopping = continue_with("4.5")
+
+# %% [markdown]
+# ### Overfitting, made visible
+#
+# On the 100 clean images overfitting hardly shows: the training loss goes to zero, and the accuracy on new digits stays where it
+# is. So let us have data as they are when labelling was cheap: 20 images per class, and **three labels in ten are wrong**. A
+# network that learns these by heart learns the errors too.
+
+# %% tags=["demo"]
+def with_errors(examples, share, seed):
+    """The same examples with that share of the labels replaced by wrong ones."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(examples.labels), generator=generator)[: int(share * len(examples.labels))]
+    labels, classes = examples.labels.clone(), len(examples.classes)
+    labels[rows] = (labels[rows] + torch.randint(1, classes, (len(rows),), generator=generator)) % classes
+    return examples._replace(labels=labels)
+
+
+careless = [with_errors(profile.images("train", labels_per_class=20, draw=draw), 0.3, draw) for draw in range(3)]
+
+
+def learn(examples, draw, lr=1e-3, weight_decay=1e-4, patience=None):
+    model = fresh(draw)
+    stopping = None if patience is None else EarlyStopping(model, patience)
+    history = fit(
+        model, examples, steps=STEPS, lr=lr, weight_decay=weight_decay, batch_size=BATCH, seed=draw, progress=False,
+        validation=validation, every=20, early_stopping=stopping,
+    )
+    return model, history
+
+
+runs = [learn(examples, draw) for draw, examples in enumerate(careless)]
+fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
+for draw, (_, history) in enumerate(runs):
+    ax.plot(*zip(*history.accuracy.items()), label=f"validation, draw {draw}", markersize=4, **style(draw))
+ax.set(xlabel="step", ylabel="accuracy", ylim=(0, 1))
+loss = ax.twinx()
+loss.plot(runs[0][1].loss, color="0.75", linewidth=0.8)
+loss.set_ylabel("training loss of draw 0, grey (nats)", color="0.5")
+ax.legend(frameon=False, loc="lower right")
+show(fig, "Validation accuracy rises within 40 steps and then falls while the training loss goes to zero.")
+
+# %% [markdown]
+# ### Five cures, one draw after the other
+#
+# Each is used alone, on the same three draws. *Augmentation* trains on 30 copies of each image, shifted, turned and stretched a little.
+# The probe is the frozen backbone with a penalised head: few parameters that cannot learn 60 errors by heart.
+
+# %% tags=["demo"]
+from helpers.data import jitter
+
+PLAIN = "none"
+cures = {
+    PLAIN: lambda examples, draw: runs[draw][0],
+    "lower learning rate": lambda examples, draw: learn(examples, draw, lr=1e-4)[0],
+    "weight decay 0.3": lambda examples, draw: learn(examples, draw, weight_decay=0.3)[0],
+    "early stopping": lambda examples, draw: learn(examples, draw, patience=3)[0],
+}
+if isinstance(test.inputs, torch.Tensor):
+    cures["augmentation"] = lambda examples, draw: learn(jitter(examples, copies=30, seed=draw), draw)[0]
+    cures["augmentation, stopped"] = lambda examples, draw: learn(jitter(examples, copies=30, seed=draw), draw, patience=3)[0]
+
+
+def probe(examples, draw):
+    model = fresh(draw)
+    probe_head(model, "head", examples.inputs, examples.labels, 1.0)
+    return model
+
+
+cures["frozen, penalty 1"] = probe
+cured = {name: [evaluate(cure(examples, draw), test) for draw, examples in enumerate(careless)] for name, cure in cures.items()}
+show(*draws_figure({"accuracy on test images": cured}))
+
+# %% [markdown]
+# TODO CURES_TEXT
+
+TODO 4.6
+
+# %% tags=["demo"]
+model = fresh()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+generator = torch.Generator().manual_seed(0)
+batches = []
+for _ in range(60):
+    rows = torch.randint(len(train[0].labels), (BATCH,), generator=generator)
+    batches.append((train[0].inputs[rows], train[0].labels[rows]))
+before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+lrs, losses = find_lr(model, optimizer, batches, 1e-6, 10.0)
+same = all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+print(f"{len(lrs)} of {len(batches)} batches used; the model is as it was: {same}; optimizer at lr {optimizer.param_groups[0]['lr']}")
+fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
+ax.plot(lrs, losses, markersize=4, **style(0))
+ax.set(xscale="log", xlabel="learning rate of this one batch", ylabel="loss before the step (nats)")
+show(fig, "The loss against the learning rate: flat, then falling, then rising steeply.")
+
+# %% [markdown]
+# The usual rule takes the learning rate where the loss falls fastest. Is it any good? Three tries, each with three draws and 150 steps:
+
+# %% tags=["demo"]
+from helpers.finetune import LearningRates
+
+suggested = LearningRates(lrs, losses).suggestion
+tries = {}
+for factor in (1 / 30, 1, 30):
+    models = [fresh(draw) for draw in range(3)]
+    for draw, model in enumerate(models):
+        fit(model, train[draw], steps=150, lr=suggested * factor, batch_size=BATCH, seed=draw, progress=False)
+    tries[f"{suggested * factor:.1e}"] = models
+panels = {"test images": {name: [evaluate(model, test) for model in models] for name, models in tries.items()}}
+if profile.source:
+    panels["letters (forgetting)"] = {name: [profile.source(model.backbone) for model in models] for name, models in tries.items()}
+print(f"suggested learning rate: {suggested:.1e}")
+show(*draws_figure(panels))
+
+# %% [markdown]
+# TODO LR_TEXT
+#
+# # At the end
+#
+# ## Turn the knobs
+#
+# How much of a real backbone trains at each depth, what that takes, and what it brought in recorded runs.
+
+# %% tags=["demo"]
+from helpers.explorer import explore_freezing
+
+explore_freezing()
+
+# %% [markdown]
+# ## Quiz
+#
+# Click on a choice to see whether it is right, and why. The order of the choices changes each time.
+
+# %% tags=["demo"]
+quiz("finetune")
+
+# %% tags=["demo"]
+progress()
+
+# %% [markdown]
+# ## Common mistakes
+
+# %% [markdown]
+# ## Takeaways
+#
+TODO TAKEAWAYS

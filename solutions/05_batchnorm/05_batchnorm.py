@@ -1,0 +1,715 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 05 · BatchNorm
+#
+# Most convolutional networks that one can download hold dozens of BatchNorms, and each holds two vectors that no optimizer knows
+# of: the mean and the variance of the data it was trained on. They move in every forward pass in train mode, they stay behind when
+# everything else is adapted, and "frozen" means one thing to one library and another to the next. This chapter counts what moves,
+# measures what wrong statistics cost, and wins it back without a single label.
+#
+# | | |
+# |---|---|
+# | you need | chapters 00 and 02; no GPU, no network |
+# | time | three hours for you; TODO SECONDS for two CPU cores (measured; without a GPU) |
+# | exercises | 6 |
+#
+# Afterwards you can
+#
+# - write BatchNorm in plain arithmetic, both of its modes,
+# - count what moves in a network that is said to be frozen,
+# - tell four meanings of "frozen" apart, by experiment and not by hearsay,
+# - freeze BatchNorms so that `model.train()` does not undo it, and undo it yourself,
+# - pool statistics over batches of any sizes without losing digits,
+# - adapt a network to other data by new statistics alone, and say when that fails.
+#
+# Words in *italics* at their first use are in the [glossary](../../docs/glossary.md).
+
+# %%
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from grader import check, continue_with, hint, progress, quiz
+
+# %% [markdown]
+# ## Grey paper
+#
+# `glyphnet` was trained on black ink on white paper, or rather on ones on zeros. With a linear probe on 10 labelled digits per class, it
+# reads 95 of 100 handwritten digits. Now the same digits come from another scanner: the paper is light grey, 0.3 instead of 0, and the ink is as
+# dark as before. You and I hardly notice.
+#
+# **Predict before you run.** What fraction of the digits on grey paper does it get right? And what fraction if all weights stay
+# as they are, no label is used, and only the BatchNorms' running statistics are measured again on the grey images?
+
+# %% tags=["demo"]
+from helpers.predict import predict
+
+guess = predict(grey=None, recomputed=None)  # from 0.0 to 1.0; guessing at random gets 0.1
+
+# %% tags=["demo"]
+import helpers.profiles
+from helpers.features import extract
+from helpers.finetune import probe_head
+from helpers.strategies import classifier
+from helpers.training import accuracy, evaluate, seed_everything
+
+profile = helpers.profiles.choose("embedded")
+train = [profile.images("train", labels_per_class=10, draw=draw) for draw in range(3)]
+test = profile.images("test")
+
+
+def grey(examples, paper=0.3):
+    """The same images on grey paper: 0 becomes `paper`, 1 stays 1."""
+    return examples._replace(inputs=paper + (1 - paper) * examples.inputs)
+
+
+def fresh(draw=0):
+    """The pre-trained backbone with a new, random head: model.backbone, model.head."""
+    return classifier(profile.image_backbone(), len(test.classes), seed=draw)
+
+
+def probed(draw=0):
+    """The same with a linear probe as its head."""
+    model = fresh(draw)
+    probe_head(model, "head", train[draw].inputs, train[draw].labels, 1e-2)
+    return model.eval()
+
+
+norms = [name for name, module in fresh().named_modules() if isinstance(module, nn.BatchNorm2d)]
+print(f"{len(norms)} BatchNorms, the first is {norms[0]}")
+
+# %% tags=["demo"]
+import matplotlib.pyplot as plt
+
+from helpers.figures import draws_figure, plot_draws, show, style
+
+fig, axes = plt.subplots(2, 10, figsize=(7, 1.8))
+for row, examples in enumerate((test, grey(test))):
+    for column in range(10):
+        axes[row, column].imshow(1 - examples.inputs[column][0], cmap="gray", vmin=0, vmax=1)
+        axes[row, column].axis("off")
+show(fig, "Ten handwritten digits, black ink on white paper, and below the same on light grey paper.")
+
+# %% [markdown]
+# (Ink is drawn black here. In the data ink is 1 and paper is 0.)
+#
+# # Part 1: what a BatchNorm does
+
+# %% [markdown]
+# ## Exercise 5.1: the layer by hand
+#
+# For each channel, a BatchNorm takes away a mean and divides by a standard deviation:
+#
+#     y = (x - mean) / sqrt(var + eps) * weight + bias
+#
+# In train mode, mean and variance are those of the batch, taken over everything but the channels. On the way, the layer moves
+# its *running statistics* a little towards them. In eval mode it reads the running statistics, and moves nothing. Two details
+# are easy to get wrong. A variance can be divided by n (*biased*) or by n - 1 (*unbiased*): torch uses both, for different
+# things. And `momentum` does not mean in every framework what it means in torch.
+#
+# **Exercise 5.1** (20 min, ●●○). Write `batch_norm(x, layer)`.
+#
+# - `layer` is an `nn.BatchNorm1d`, `2d` or `3d` that keeps running statistics, with any `eps` and with a number as `momentum`.
+#   With `affine=False` its `weight` and `bias` are None.
+# - `x` is `(n, channels)` or `(n, channels, ...)`, with any number of axes after the channels. In train mode it has at least
+#   two values per channel.
+# - Return what `layer(x)` returns, in the mode that `layer.training` says.
+# - Do to `running_mean`, `running_var` and `num_batches_tracked` what `layer(x)` would do. In place or with new tensors is
+#   the same to the check, but they keep their shapes and carry no graph.
+# - Gradients are those of the layer: they reach `weight`, `bias` and `x`, the latter through mean and variance too.
+# - Use plain arithmetic, neither `layer(x)` nor `F.batch_norm`. The check looks at results only, so this is a request.
+
+
+# %%
+def batch_norm(x, layer):
+    ### BEGIN SOLUTION
+    others = [axis for axis in range(x.ndim) if axis != 1]
+
+    def column(values):
+        return values.view(-1, *[1] * (x.ndim - 2))  # (channels, 1, ...): broadcasts along the channels
+
+    mean, var = layer.running_mean, layer.running_var
+    if layer.training:
+        mean, var = x.mean(others), x.var(others, correction=0)
+        with torch.no_grad():
+            unbiased = x.var(others, correction=1)
+            layer.running_mean.copy_((1 - layer.momentum) * layer.running_mean + layer.momentum * mean)
+            layer.running_var.copy_((1 - layer.momentum) * layer.running_var + layer.momentum * unbiased)
+            layer.num_batches_tracked += 1
+    y = (x - column(mean)) / torch.sqrt(column(var) + layer.eps)
+    return y if layer.weight is None else y * column(layer.weight) + column(layer.bias)
+    ### END SOLUTION
+
+
+# %%
+check("5.1", batch_norm)
+
+# %%
+batch_norm = continue_with("5.1")
+
+# %% [markdown]
+# ### Three sets of statistics
+#
+# The same layer, the first of the network. What it stored when it learned letters; what digits are; what grey digits are. Distances are in units of the
+# stored standard deviation of each channel, averaged over channels (root mean square).
+
+# %% tags=["demo"]
+from helpers.batchnorm import drift
+
+model = probed()
+for name, examples in (("handwritten", test), ("grey paper", grey(test))):
+    found = drift(model, [examples.inputs])
+    print(f"{name:<12} " + "  ".join(f"{layer.name.removeprefix('backbone.')} {layer.mean_shift:.2f}" for layer in found))
+
+# %% [markdown]
+# TODO DRIFT_TEXT
+
+# %% [markdown]
+# ## Exercise 5.2: count what moves
+#
+# `requires_grad` says what an optimizer may move. Whether a network is frozen is another question: did anything in it
+# change? A *buffer* changes without a gradient, without an optimizer, and under `no_grad`. So look at the values.
+#
+# **Exercise 5.2** (20 min, ●●○). Write `moved(model, action)`: call `action()`, and list what that changed in the model.
+#
+# - `action` takes no arguments; it is called exactly once: a forward pass, a step of training, whatever a caller wants to
+#   know about. What it did to the model stays.
+# - Return a list of names, first of parameters, then of buffers, each in the model's order (`named_parameters()`,
+#   `named_buffers()`). The names are those of everything whose values are others than before, and of nothing else.
+# - All parameters count, trainable or not, and all buffers: also those of whole numbers, and those that are not
+#   *persistent*, which a state dict leaves out.
+# - Any change counts, be it in the last digit. A number that becomes NaN has changed; a NaN that stays NaN has not.
+# - An action may write into a tensor, or put a new tensor under its name. Either way the values decide: the same values
+#   again are no change.
+
+
+# %%
+def moved(model, action):
+    ### BEGIN SOLUTION
+    def tensors():
+        return [*model.named_parameters(), *model.named_buffers()]
+
+    before = {name: tensor.detach().clone() for name, tensor in tensors()}
+    action()
+    names = []
+    for name, tensor in tensors():
+        same = (tensor == before[name]) | (tensor.isnan() & before[name].isnan())
+        if not same.all():
+            names.append(name)
+    return names
+    ### END SOLUTION
+
+
+# %%
+check("5.2", moved)
+
+# %%
+moved = continue_with("5.2")
+
+# %% [markdown]
+# ### The frozen network
+#
+# The recipe of a thousand tutorials: freeze all parameters, call `model.train()` at the start of each epoch, train the head. Three batches, without
+# even an optimizer. What moves in ours, and in a ResNet-18?
+
+# %% tags=["demo"]
+from torchvision.models import resnet18
+
+
+def three_batches(model, images):
+    def action():
+        model.train()
+        with torch.no_grad():
+            for batch in images.split(4)[:3]:
+                model(batch)
+
+    return action
+
+
+for network, images in (("glyphnet", test.inputs), ("ResNet-18", torch.rand(12, 3, 64, 64))):
+    model = fresh() if network == "glyphnet" else resnet18()
+    model.requires_grad_(False)
+    names = moved(model, three_batches(model, images))
+    buffers, parameters = len(list(model.named_buffers())), len(list(model.named_parameters()))
+    kinds = {kind: sum(name.endswith(kind) for name in names) for kind in ("running_mean", "running_var", "num_batches_tracked")}
+    print(f"{network}: {len(names)} of {buffers} buffers moved, of {parameters} parameters none: {kinds}")
+
+# %% [markdown]
+# All of them: 40 of 40 statistics of the ResNet, and every counter. (Our network has two buffers more, the mean and std of its
+# own preprocessing; those are no BatchNorm's.) The network that was said to be frozen is another one after three batches. What that does:
+
+# %% tags=["demo"]
+before, after = [], []
+for draw in range(3):
+    model = probed(draw)
+    before.append(evaluate(model, test))
+    model.requires_grad_(False).train()
+    with torch.no_grad():
+        for batch in grey(test).inputs.split(4)[:50]:
+            model(batch)
+    after.append(evaluate(model, test))
+show(*draws_figure({"accuracy on white paper": {"before": before, "after 50 grey batches": after}}))
+
+# %% [markdown]
+# TODO FROZEN_TEXT
+#
+# # Part 2: what "frozen" means
+
+# %% [markdown]
+# ## Exercise 5.3: four things called frozen
+#
+# A BatchNorm has two trainable parameters, two running statistics, and a choice of what to divide by. "Frozen" has been said
+# of each of them, in papers, in libraries, and in two versions of Keras for different things. Each can be had without the
+# others:
+#
+# | frozen | in training |
+# |---|---|
+# | affine | weight and bias get no gradient |
+# | statistics | `running_mean` and `running_var` do not move |
+# | normalisation | the layer normalises with the stored statistics, not with those of the batch |
+# | all | train mode computes what eval mode computes, and nothing moves |
+#
+# Before you fine-tune somebody's network, you want to know which of them it is. Documentation, flags and settings may
+# tell. An experiment does.
+#
+# **Exercise 5.3** (25 min, ●●●). Write `what_is_frozen(layer, x)`.
+#
+# - Return `{"affine": ..., "statistics": ..., "normalisation": ...}`, three bools: what of this layer is frozen **in
+#   training**, that is, after `layer.train()`, whatever mode you find it in.
+# - `layer` is a BatchNorm, or a subclass that somebody wrote. It has the attributes `weight`, `bias`, `running_mean`,
+#   `running_var` and `eps`; a `copy.deepcopy` of it behaves as it does. How it was frozen, if it was, is not said: flags,
+#   settings, a hook, a `train` or a `forward` of its own. Its attributes may say one thing and its `forward` do another.
+# - In eval mode it normalises with the stored statistics, as every BatchNorm does.
+# - `x` is a batch, `(n, channels)` or `(n, channels, height, width)` with `n >= 6`. Its mean and variance are far from the
+#   stored ones.
+# - Gradients left over from earlier say nothing. If all is frozen, the output has no graph, and `backward()` would raise.
+# - Leave the layer as you found it: parameters, statistics and their counter, mode, gradients, `requires_grad`.
+
+
+# %%
+def what_is_frozen(layer, x):
+    ### BEGIN SOLUTION
+    tested = copy.deepcopy(layer).train()
+    tested.zero_grad()
+    stored = [tested.running_mean.clone(), tested.running_var.clone()]
+    half = len(x) // 2
+    output = tested(x)
+    moving = not (torch.equal(tested.running_mean, stored[0]) and torch.equal(tested.running_var, stored[1]))
+    in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1]))
+    if output.requires_grad:
+        output.square().sum().backward()
+    return {
+        "affine": tested.weight.grad is None and tested.bias.grad is None,
+        "statistics": not moving,
+        "normalisation": torch.allclose(output[:half], in_other_company[:half], atol=1e-4),
+    }
+    ### END SOLUTION
+
+
+# %%
+check("5.3", what_is_frozen)
+
+# %%
+what_is_frozen = continue_with("5.3")
+
+# %% [markdown]
+# ### Recipes, put to the experiment
+#
+# What people write when they mean "frozen", and what their layer then does in training. Keras is here too, as PyTorch: before TensorFlow
+# 2, `trainable = False` stopped the weights and the moving averages of a BatchNorm, and it went on normalising with the batch;
+# since then it normalises with the stored statistics.
+
+# %% tags=["demo"]
+from helpers.batchnorm import freeze as reference_freeze
+
+recipes = {
+    "nothing": lambda layer: None,
+    "requires_grad_(False)": lambda layer: layer.requires_grad_(False),
+    "eval(), once": lambda layer: layer.eval(),
+    "momentum = 0": lambda layer: setattr(layer, "momentum", 0.0),
+    "track_running_stats = False": lambda layer: setattr(layer, "track_running_stats", False),
+    "Keras before TensorFlow 2": lambda layer: reference_freeze(layer, "affine", "statistics"),
+    "Keras since": lambda layer: reference_freeze(layer),
+    "freeze: affine": lambda layer: reference_freeze(layer, "affine"),
+    "freeze: statistics": lambda layer: reference_freeze(layer, "statistics"),
+    "freeze: normalisation": lambda layer: reference_freeze(layer, "normalisation"),
+}
+print(f"{'':<28} affine  statistics  normalisation")
+for recipe, apply in recipes.items():
+    layer = nn.BatchNorm2d(4)
+    layer(torch.randn(64, 4, 5, 5))  # no longer new: it has seen data
+    apply(layer)
+    x = 3 + 2 * torch.randn(8, 4, 5, 5)
+    found = what_is_frozen(layer, x)
+    print(f"{recipe:<28} {'frozen' if found['affine'] else '-':<7} {'frozen' if found['statistics'] else '-':<11} {'frozen' if found['normalisation'] else '-'}")
+
+# %% [markdown]
+# Read the third row again: one `eval()` freezes nothing, because the question is what happens in training, and training begins with `train()`.
+#
+# ### What each meaning costs
+#
+# The target is grey paper now, for training and for testing; 100 labelled images. The head trains for 300 steps under each meaning. Two
+# numbers: what you see **while training** (train mode, batches of 32, with the labels known), and what you get **afterwards**, in eval mode.
+
+# %% tags=["demo"]
+def train_under(apply, draw, images, steps=300, batch_size=32, lr=1e-2):
+    """Train the head while the BatchNorms are frozen as `apply` does; accuracy in train mode and in eval mode."""
+    model = fresh(draw)
+    apply(model)
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=lr)
+    generator = torch.Generator().manual_seed(draw)
+    labels = train[draw].labels
+    for _ in range(steps // 10):
+        model.train()  # as loops do, at the start of an epoch
+        for _ in range(10):
+            rows = torch.randperm(len(labels), generator=generator)[:batch_size]
+            loss = F.cross_entropy(model(images(train[draw]).inputs[rows]), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    seen = copy.deepcopy(model).train()
+    with torch.no_grad():
+        logits = torch.cat([seen(batch) for batch in images(test).inputs.split(batch_size)])
+    return accuracy(logits, test.labels), evaluate(model, images(test))
+
+
+meanings = {
+    "nothing frozen": lambda model: None,
+    "statistics (Keras before TF 2)": lambda model: reference_freeze(model, "affine", "statistics"),
+    "all (Keras since)": lambda model: reference_freeze(model),
+}
+outcome = {name: [train_under(apply, draw, grey) for draw in range(3)] for name, apply in meanings.items()}
+panels = {"while training, batches of 32": 0, "afterwards, in eval mode": 1}
+show(*draws_figure({title: {name: [run[k] for run in runs] for name, runs in outcome.items()} for title, k in panels.items()}))
+
+# %% [markdown]
+# TODO MEANING_TEXT
+
+# %% [markdown]
+# ## Exercise 5.4: a freeze that lasts
+#
+# A loop of training begins each epoch with `model.train()`. That walks through all modules and sets each one's mode, so a
+# BatchNorm that was put into eval mode is back in train mode, without a word. What keeps a layer frozen has to survive
+# that, and has to be undone when the network is to be trained as a whole.
+#
+# **Exercise 5.4** (30 min, ●●●). Write `freeze(model)`.
+#
+# - From then on, at once and whatever `train()` or `eval()` is called, on the model or on any part of it, every BatchNorm
+#   normalises with its stored statistics: the model computes in train mode what it computes in eval mode, as far as its
+#   BatchNorms go, `eps` included. Their running statistics do not move, and weight and bias get no gradient.
+# - Every BatchNorm: 1d, 2d, 3d, `nn.SyncBatchNorm`, subclasses, with and without weight and bias, at any depth and under any
+#   name, also one object that stands in two places, also a `model` that is a BatchNorm itself. Each stores statistics.
+# - All else goes on as before: dropout follows `train()` and `eval()`, other norms and other parameters train (unless they
+#   were frozen before), and no other model notices.
+# - Return a function `undo` without arguments. Right after `undo()` each BatchNorm is in the mode it had before `freeze`, and
+#   follows `model.train()` again; its statistics move at the pace they did; a weight that was frozen before stays frozen, the
+#   others train. What the rest of the model has learned in between is kept.
+
+
+# %%
+def freeze(model):
+    ### BEGIN SOLUTION
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    modes = {norm: norm.training for norm in norms}
+    flags = {parameter: parameter.requires_grad for norm in norms for parameter in norm.parameters()}
+    for norm in norms:
+        norm.eval()
+        norm.train = lambda mode=True, norm=norm: norm  # this object's own, in front of its class's
+    for parameter in flags:
+        parameter.requires_grad_(False)
+
+    def undo():
+        for norm, mode in modes.items():
+            del norm.train
+            norm.train(mode)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+    return undo
+    ### END SOLUTION
+
+
+# %%
+check("5.4", freeze)
+
+# %%
+freeze = continue_with("5.4")
+
+# %% [markdown]
+# ### Small batches
+#
+# Photographs are large and memory is small, so fine-tuning often runs with batches of 2. A mean over 2 images is a poor mean. The head is
+# trained with different batch sizes on white paper, for as many images in total, with and without your `freeze`.
+
+# %% tags=["demo"]
+small = {}
+for batch_size in (32, 8, 2):
+    for name, apply in (("train mode", lambda model: None), ("frozen", freeze)):
+        runs = [train_under(apply, draw, lambda examples: examples, steps=300, batch_size=batch_size, lr=1e-2 if batch_size > 2 else 2.5e-3) for draw in range(3)]
+        small[f"batches of {batch_size}, {name}"] = [run[1] for run in runs]
+show(*draws_figure({"accuracy afterwards, in eval mode": small}))
+
+# %% [markdown]
+# TODO SMALL_TEXT
+#
+# ### Gradient accumulation is not a large batch
+#
+# The usual advice for small memory: run 16 batches of 2, add up their gradients, then make one step. "The same as one batch of 32." Compare the two
+# gradients, as one vector over all parameters.
+
+# %% tags=["demo"]
+def gradient(model, images, labels, parts):
+    model.zero_grad()
+    for x, y in zip(images.chunk(parts), labels.chunk(parts)):
+        (F.cross_entropy(model(x), y) / parts).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+order = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:32]
+images, labels = train[0].inputs[order], train[0].labels[order]
+for name, apply in (("train mode", lambda model: None), ("frozen", freeze)):
+    for parts in (2, 4, 16):
+        model = probed().train()
+        apply(model)
+        whole, summed = gradient(model, images, labels, 1), gradient(model, images, labels, parts)
+        cosine = F.cosine_similarity(whole, summed, dim=0)
+        print(f"{name:<11} {parts:>2} parts of {32 // parts:>2}: off by {(summed - whole).norm() / whole.norm():.1e} of its length, cosine {cosine:.3f}")
+
+# %% [markdown]
+# TODO ACCUMULATE_TEXT
+#
+# # Part 3: new statistics
+
+# %% [markdown]
+# ## Exercise 5.5: many batches as one
+#
+# The statistics of a data set are wanted, and it comes in batches: the last one is short, and no computer holds them all.
+# The mean of the batches' means is not the mean, unless all are of one size. The mean of their variances is not the variance:
+# it forgets that their means differ. And E[x²] - E[x]² is right on paper, and in float32 a difference of two large numbers
+# that have lost what made them differ.
+#
+# **Exercise 5.5** (25 min, ●●●). Write `pooled_statistics(batches)`.
+#
+# - `batches` gives tensors of float32, `(n_i, channels)` or `(n_i, channels, ...)`, at least one, with at least two values per
+#   channel in all. Sizes may differ, except the number of channels: the sizes after it too. A batch may hold a single value per
+#   channel.
+# - `batches` may be a list, or a generator, which can be read once and has no length. Do not keep the batches: when a new one
+#   comes, memory holds a few at most.
+# - Return `(mean, var)`, each `(channels,)`: mean and unbiased variance of each channel over all values of all batches, every
+#   sample and position counting alike, as if they were a single batch. The cut and the order make no difference but rounding.
+# - With a mean of 100 and a standard deviation of 0.01, the variance is still right to 1 %.
+
+
+# %%
+def pooled_statistics(batches):
+    ### BEGIN SOLUTION
+    n, mean, squares = 0, 0.0, 0.0  # squares: the sum of squared deviations from the mean
+    for batch in batches:
+        values = batch.double().transpose(0, 1).flatten(1)  # (channels, values)
+        count, own = values.shape[1], values.mean(1)
+        shift = own - mean
+        squares = squares + (values - own[:, None]).square().sum(1) + shift**2 * n * count / (n + count)
+        mean = mean + shift * count / (n + count)
+        n += count
+    return mean.float(), (squares / (n - 1)).float()
+    ### END SOLUTION
+
+
+# %%
+check("5.5", pooled_statistics)
+
+# %%
+pooled_statistics = continue_with("5.5")
+
+# %% [markdown]
+# ### Where the short formula goes wrong
+#
+# The textbook formula E[x²] - E[x]², in float32, on numbers with standard deviation 0.01, the further from zero the worse:
+
+# %% tags=["demo"]
+for mean in (0, 1, 10, 100):
+    x = mean + 0.01 * torch.randn(10_000, 1, generator=torch.Generator().manual_seed(0))
+    short = ((x**2).mean() - x.mean() ** 2).item()
+    pooled = pooled_statistics(x.split(33))[1].item()
+    print(f"mean {mean:>3}:  E[x²]-E[x]² = {short:>12.3e}   pooled {pooled:.3e}   float64 {x.double().var().item():.3e}")
+
+# %% [markdown]
+# A negative variance under a square root is NaN. Libraries have shipped this.
+
+# %% [markdown]
+# ## Exercise 5.6: new statistics for every layer
+#
+# The network's weights are good, and its running statistics are those of other data. So measure them again: run the new data
+# through the network, without labels and without training, and store what each BatchNorm sees. The recipe that comes first to
+# mind, a few forward passes in train mode, does something else: it mixes the old statistics with a moving average that
+# prefers the last batches, and it has dropout on.
+#
+# **Exercise 5.6** (30 min, ●●●). Write `recompute_statistics(model, batches)`.
+#
+# - `model` is any network with BatchNorms: 1d, 2d or 3d, nested, of any name, with or without weight and bias. All of them
+#   keep running statistics, and each is called once in a forward pass. **Each module may be in train or in eval mode.**
+# - `batches` is a list of inputs for `model(batch)`, of different sizes, each with at least two values per channel.
+# - Run the batches through the model. Meanwhile every BatchNorm normalises with the statistics of its current batch, as in
+#   train mode, and all other modules work as in eval mode, so dropout is off.
+# - Afterwards, the `running_mean` and `running_var` of each BatchNorm are mean and unbiased variance of all inputs that it
+#   saw, as if they were one batch, also with a mean of 100 and a standard deviation of 0.01 (to 1 %). Nothing of the old
+#   statistics is left in them. They are plain tensors: no graph, no inference tensors.
+# - Everything else stays as it was: the mode of every module, `momentum`, parameters, `requires_grad`. What you do with
+#   `num_batches_tracked` is not asked for.
+# - You may use `pooled_statistics`. Return nothing.
+
+
+# %%
+def recompute_statistics(model, batches):
+    ### BEGIN SOLUTION
+    modes = {module: module.training for module in model.modules()}
+    layers = [module for module in modes if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))]
+    seen = {layer: [] for layer in layers}
+    hooks = [layer.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0])) for layer in layers]
+    try:
+        model.eval()
+        for layer in layers:
+            layer.train()
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    for layer in layers:  # only now: the passes have moved the buffers, which no layer in train mode reads
+        mean, var = pooled_statistics(seen[layer])
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(var)
+    ### END SOLUTION
+
+
+# %%
+check("5.6", recompute_statistics)
+
+# %%
+recompute_statistics = continue_with("5.6")
+
+# %% [markdown]
+# ### Won back
+#
+# The question of the beginning: nothing but new statistics, no label.
+
+# %% tags=["demo"]
+def adapted(model, images, batch_size=100):
+    model = copy.deepcopy(model)
+    recompute_statistics(model, list(images.split(batch_size)))
+    return model.eval()
+
+
+models = [probed(draw) for draw in range(3)]
+stored = [evaluate(model, grey(test)) for model in models]
+recomputed = [evaluate(adapted(model, grey(test).inputs), grey(test)) for model in models]
+guess.beside({"grey": stored, "recomputed": recomputed})
+
+# %% [markdown]
+# This is AdaBN (Li et al. 2016), on our data. When does it help, and when not?
+
+# %% tags=["demo"]
+generator = torch.Generator().manual_seed(0)
+noise = torch.randn(test.inputs.shape, generator=generator)
+shifts = {
+    "as they are": test,
+    "ink at a quarter": test._replace(inputs=0.25 * test.inputs),
+    "grey paper": grey(test),
+    "noise 0.2": test._replace(inputs=test.inputs + 0.2 * noise),
+    "inverted": test._replace(inputs=1 - test.inputs),
+}
+if profile.outside:
+    shifts["printed digits"] = profile.outside()
+panels = {"stored statistics": {}, "recomputed": {}}
+for name, examples in shifts.items():
+    panels["stored statistics"][name] = [evaluate(model, examples) for model in models]
+    panels["recomputed"][name] = [evaluate(adapted(model, examples.inputs), examples) for model in models]
+show(*draws_figure(panels))
+
+# %% [markdown]
+# TODO ADABN_TEXT
+#
+# ### How much data does it take, and of which classes?
+#
+# The statistics of a target are those of its classes in their proportions. What if the images at hand are few, or all of one class?
+
+# %% tags=["demo"]
+samples = {}
+for count in (10, 30, 100, 800):
+    rows = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(1))[:count]
+    samples[f"{count} images"] = [evaluate(adapted(model, grey(test).inputs[rows]), grey(test)) for model in models]
+only_ones = grey(test).inputs[test.labels == 1]
+samples[f"{len(only_ones)} images, all ones"] = [evaluate(adapted(model, only_ones), grey(test)) for model in models]
+show(*draws_figure({"accuracy on all grey test digits": samples}))
+
+# %% [markdown]
+# TODO SAMPLES_TEXT
+#
+# ### What one pass leaves over
+#
+# While the statistics are measured, each layer normalises with its batch. So what the deeper layers see depends a little on how the data
+# were cut. `passes="sequential"` of the reference measures layer after layer with the earlier ones already set, and does not
+# depend on the cut; it takes one pass per layer.
+
+# %% tags=["demo"]
+from helpers.batchnorm import recompute_statistics as reference_recompute
+
+last = models[0].get_submodule(norms[-1])
+for passes in ("one", "sequential"):
+    found = []
+    for batch_size in (2, 8, 32, 400):
+        model = copy.deepcopy(models[0])
+        reference_recompute(model, list(grey(test).inputs.split(batch_size)), passes=passes)
+        found.append((batch_size, model.get_submodule(norms[-1]).running_mean, evaluate(model, grey(test))))
+    print(f"passes={passes!r}: the last layer's means, against a cut into batches of 400, and accuracy")
+    for batch_size, mean, score in found:
+        print(f"    batches of {batch_size:>3}: off by {(mean - found[-1][1]).norm() / found[-1][1].norm():.1e}   {score:.3f}")
+
+# %% [markdown]
+# TODO PASSES_TEXT
+#
+# # At the end
+#
+# ## Turn the knobs
+#
+# The drift of every layer, live, for a shift of your choice.
+
+# %% tags=["demo"]
+from helpers.explorer import explore_drift
+
+explore_drift()
+
+# %% [markdown]
+# ## Quiz
+#
+# Click on a choice to see whether it is right, and why. The order of the choices changes each time.
+
+# %% tags=["demo"]
+quiz("batchnorm")
+
+# %% tags=["demo"]
+progress()
+
+# %% [markdown]
+# ## Common mistakes
+
+# %% [markdown]
+# ## Takeaways
+#
+TODO TAKEAWAYS

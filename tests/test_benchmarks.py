@@ -1,0 +1,74 @@
+import re
+
+import pytest
+
+from benchmarks import imports
+from benchmarks.__main__ import GROUPS, RESULTS, row
+from benchmarks.timing import Comparison, Timing, interleaved, timed
+
+
+class Clock:
+    """Tells the time that was set."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def taking(clock, seconds, log, name):
+    """A function that takes so long by `clock`, each call the next of `seconds`."""
+    durations = iter(seconds)
+
+    def run():
+        log.append(name)
+        clock.now += next(durations)
+
+    return timed(run, clock)
+
+
+def test_two_functions_take_turns_and_the_first_round_does_not_count():
+    clock, log = Clock(), []
+    timing = interleaved(taking(clock, [50, 2, 3], log, "ours"), taking(clock, [90, 1, 2], log, "peer"), rounds=2)
+    assert log == ["ours", "peer"] * 3
+    assert (timing.ours, timing.peer) == ([2, 3], [1, 2])
+
+
+def test_the_ratio_is_that_of_each_round_not_that_of_the_medians():
+    timing = Timing(ours=[1, 2, 30, 4, 5], peer=[1, 1, 10, 1, 1])  # the third round fell into a busy moment
+    assert timing.medians == (4, 1)
+    assert timing.ratio == (2, 3, 4)
+
+
+def test_the_quartiles_of_two_rounds_lie_between_them():
+    assert Timing([1.0, 2.0], [1.0, 1.0]).ratio == (1.25, 1.5, 1.75)
+
+
+@pytest.mark.parametrize(("target", "cells"), [(1.05, "at most 1.05 | yes"), (1.04, "at most 1.04 | no"), (None, " | ")])
+def test_a_row_says_whether_the_median_ratio_meets_the_target(target, cells):
+    comparison = Comparison("what", "ours", "peer", build=None, rounds=3, target=target)
+    timing = Timing([0.1, 0.105, 2.0], [0.1, 0.1, 1.0])
+    assert row(comparison, timing) == f"| what | ours: 105 ms | peer: 100 ms | 1.05 (1.02 to 1.52) | {cells} |"
+
+
+def test_the_results_list_every_comparison_that_there_is():
+    names = [comparison.what for comparisons in GROUPS.values() for comparison in comparisons]
+    assert len(names) == len(set(names))
+    assert re.findall(r"^\| (?!what |---)(.+?) \|", RESULTS.read_text(encoding="utf-8"), re.MULTILINE) == names
+
+
+def test_the_results_name_the_machine():
+    text = RESULTS.read_text(encoding="utf-8")
+    assert re.search(r"on \d+ \w+ \d{4}: .+, \d+ cores, \d+ threads, .+ Python 3\.\d+\.\d+, torch 2\.\d+", text)
+
+
+def test_every_module_of_helpers_has_its_import_timed(root):
+    modules = {f"helpers.{path.stem}" for path in (root / "helpers").glob("*.py")} - {"helpers.__init__"}
+    assert modules == set(imports.modules())
+
+
+def test_what_a_module_must_import_is_what_it_and_those_it_imports_name_of_others():
+    assert imports.required("helpers.expect") == ["from numbers import Integral, Real", "from torch import Tensor, nn"]
+    statements = imports.required("helpers.predict")
+    assert "import statistics" in statements and "from numbers import Integral, Real" in statements
+    assert not any("helpers" in statement for statement in statements)
