@@ -1,111 +1,194 @@
 """Explorers: turn a knob and see a measured number move. Where widgets do not run, they are figures.
 
-`explore_transfer()` shows kept results of `helpers.transfer`: nothing is trained when a knob is turned.
+    explore_transfer()    chapter 02: labels per class and strategy against accuracy; kept results of `helpers.transfer`
+    explore_freezing()    chapter 04: what trains, what it takes, and accuracy; kept results of `helpers.strategies`
+    explore_drift()       chapter 05: other images, what each BatchNorm sees, and accuracy; measured when a knob is turned
+
+Put one on the last line of a cell.
 """
 
-import statistics
 import threading
-from collections.abc import Collection
+from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from helpers.figures import image, plot_accuracy, plot_draws
+from helpers.explorer_figures import depths, drift_figure, freezing_figure, recorded_depths, transfer_figure
+from helpers.figures import image
+from helpers.shifts import KINDS, STATISTICS
 from helpers.transfer import TASKS, recorded
 
 
-def transfer_figure(task: str, labels_per_class: int, arms: Collection[str]) -> tuple[Figure, str]:
-    """Accuracy against labels per class, and every draw at one number of labels.
+class Explorer:
+    """Controls and the figure of their values; displays as a widget, or as static figures where there are none.
 
-    Args:
-        task: "digits" or "docstrings".
-        labels_per_class: the number that the right half shows; one of `recorded(task)`.
-        arms: which lines to draw, of `TASKS[task].arms`; with none, the figure asks for one.
+    JupyterLab runs the callbacks of different controls in threads of their own, so each waits until none else is at work,
+    in whichever explorer: they share models.
 
-    Returns:
-        The figure, and its text alternative.
-    """
-    results, known = recorded(task), TASKS[task].arms
-    if labels_per_class not in results:
-        raise ValueError(f"labels_per_class must be one of {sorted(results)} for {task}, got {labels_per_class!r}.")
-    shown = [arm for arm in known if arm in arms]
-    fig = Figure(figsize=(9, 3.4), layout="constrained")  # not pyplot's, whose current figure all threads share
-    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
-    numbers = {arm: number for number, arm in enumerate(known)}
-    plot_accuracy(
-        left, {arm: {labels: by[arm] for labels, by in results.items()} for arm in shown}, "examples per class", numbers
-    )
-    left.axvline(labels_per_class, color="0.6", linewidth=1, linestyle=":", zorder=0)
-    plot_draws(right, {arm: results[labels_per_class][arm] for arm in shown}, numbers)
-    right.set(xlim=(0, 1), xlabel=f"accuracy, {labels_per_class} per class: dots are draws")
-    if not shown:
-        left.text(0.5, 0.5, "choose a strategy", ha="center", transform=left.transAxes)
-    means = ", ".join(f"{arm} {statistics.mean(results[labels_per_class][arm]):.3f}" for arm in shown) or "no strategy chosen"
-    draws = len(next(iter(results[labels_per_class].values())))
-    fig.suptitle(f"{task}: recorded results, {draws} draws; bars are one standard deviation", fontsize=10)
-    return fig, f"Accuracy against labelled examples per class on {task}. With {labels_per_class} per class: {means}."
-
-
-class TransferExplorer:
-    """The controls and their figure; displays as a widget, or as a static figure of everything where there are none.
-
-    JupyterLab runs the callbacks of different controls in threads of their own, so each waits until none else is at work.
+    A subclass makes its controls, hands them to this `__init__` row by row, and says the rest.
     """
 
-    def __init__(self) -> None:
+    figure: Callable[..., tuple[Figure, str]]  # settings -> figure, text alternative
+    examples: tuple[tuple, ...]  # the settings of the static figures
+    _one_at_a_time = threading.RLock()
+
+    def __init__(self, *rows) -> None:
         import ipywidgets as widgets  # here: a figure needs no widgets
 
-        self._one_at_a_time = threading.RLock()
-        self.task = widgets.ToggleButtons(options=list(TASKS), description="task")
-        self.labels = widgets.SelectionSlider(options=sorted(recorded("digits")), description="labels")
-        self.arms = [widgets.Checkbox(value=True, description=arm, indent=False) for arm in TASKS["digits"].arms]
+        self._adapting, self._drawn = False, None
         self.picture = widgets.HTML()
-        self.widget = widgets.VBox([self.task, self.labels, widgets.HBox(self.arms), self.picture])
-        self.task.observe(self._change_task, "value")
-        for control in (self.labels, *self.arms):
-            control.observe(self._redraw, "value")
+        boxes = [widgets.HBox(row) if isinstance(row, list) else row for row in rows]
+        self.widget = widgets.VBox([*boxes, self.picture])
+        for row in rows:
+            for control in row if isinstance(row, list) else [row]:
+                control.observe(self._redraw, "value")
         self._redraw()
 
-    def _change_task(self, _: object) -> None:
-        with self._one_at_a_time:
-            self.labels.unobserve(self._redraw, "value")  # one new figure, not one for every knob that moves along
-            self.labels.options = sorted(recorded(self.task.value))
-            self.labels.observe(self._redraw, "value")
-            for box, arm in zip(self.arms, TASKS[self.task.value].arms, strict=True):
-                box.description = arm
-            self._redraw()
+    def settings(self) -> tuple | None:
+        """The arguments of `figure` for what the controls say now.
+
+        None if they do not go together: one has just changed, and its own callback is waiting to put the others right.
+        """
+        raise NotImplementedError
+
+    def adapt(self) -> None:
+        """Let controls offer what goes with the values of others; called before each drawing."""
 
     def _redraw(self, _: object = None) -> None:
         with self._one_at_a_time:
-            if self.labels.value not in recorded(self.task.value):
-                return  # the task has just changed, and its own callback is waiting to put the labels right
-            known = TASKS[self.task.value].arms
-            chosen = [arm for arm, box in zip(known, self.arms, strict=True) if box.value]
-            self.picture.value = image(*transfer_figure(self.task.value, self.labels.value, chosen))
+            if self._adapting:
+                return  # one new figure, not one for every knob that moves along
+            self._adapting = True
+            try:
+                self.adapt()
+            finally:
+                self._adapting = False
+            settings = self.settings()
+            if settings not in (None, self._drawn):
+                self.picture.value = image(*self.figure(*settings))
+                self._drawn = settings
 
     def _repr_mimebundle_(self, **options: object) -> dict:
-        return self.widget._repr_mimebundle_(**options) | static_transfer()
+        return self.widget._repr_mimebundle_(**options) | static(type(self))
 
 
-def static_transfer() -> dict[str, str]:
-    """Every arm of both tasks as a figure, for pages in which no kernel runs."""
-    pictures, texts = [], []
-    for task in TASKS:
-        fig, alt = transfer_figure(task, 5, TASKS[task].arms)
-        pictures.append(image(fig, alt))
-        texts.append(alt)
-    return {"text/html": "<br>".join(pictures), "text/plain": " ".join(texts)}
+def static(explorer: type[Explorer]) -> dict[str, str]:
+    """An explorer's examples as figures, for pages in which no kernel runs."""
+    with Explorer._one_at_a_time:
+        drawn = [explorer.figure(*settings) for settings in explorer.examples]
+    return {"text/html": "<br>".join(image(*one) for one in drawn), "text/plain": " ".join(alt for _, alt in drawn)}
 
 
 class StaticFigure:
-    """What `explore_transfer` gives where ipywidgets is not installed."""
+    """What an explorer is where ipywidgets is not installed."""
+
+    def __init__(self, explorer: type[Explorer]) -> None:
+        self.explorer = explorer
 
     def _repr_mimebundle_(self, **_: object) -> dict:
-        return static_transfer()
+        return static(self.explorer)
 
 
-def explore_transfer() -> TransferExplorer | StaticFigure:
-    """Labels per class and strategy against accuracy, on digits and docstrings; put it on the last line of a cell."""
+def _explore(explorer: type[Explorer]) -> Explorer | StaticFigure:
     try:
-        return TransferExplorer()
+        return explorer()
     except ImportError:
-        return StaticFigure()
+        return StaticFigure(explorer)
+
+
+def explore_transfer() -> Explorer | StaticFigure:
+    """Labels per class and strategy against accuracy, on digits and docstrings."""
+    return _explore(TransferExplorer)
+
+
+def explore_freezing() -> Explorer | StaticFigure:
+    """How many stages train: parameters and memory beside the recorded accuracy, of glyphnet and of MiniLM."""
+    return _explore(FreezingExplorer)
+
+
+def explore_drift() -> Explorer | StaticFigure:
+    """Digits on grey paper, in dim ink, inverted ...: the drift of each BatchNorm, and accuracy with both statistics."""
+    return _explore(DriftExplorer)
+
+
+class TransferExplorer(Explorer):
+    figure = staticmethod(transfer_figure)
+    examples = tuple((task, 5, known.arms) for task, known in TASKS.items())
+
+    def __init__(self) -> None:
+        import ipywidgets as widgets
+
+        self.task = widgets.ToggleButtons(options=list(TASKS), description="task")
+        self.labels = widgets.SelectionSlider(options=sorted(recorded("digits")), description="labels")
+        self.arms = [widgets.Checkbox(value=True, description=arm, indent=False) for arm in TASKS["digits"].arms]
+        super().__init__(self.task, self.labels, self.arms)
+
+    def adapt(self) -> None:
+        _offer(self.labels, sorted(recorded(self.task.value)))
+        for box, arm in zip(self.arms, TASKS[self.task.value].arms, strict=True):
+            box.description = arm
+
+    def settings(self) -> tuple | None:
+        task, labels = self.task.value, self.labels.value
+        chosen = tuple(arm for arm, box in zip(TASKS[task].arms, self.arms, strict=True) if box.value)
+        return (task, labels, chosen) if labels in recorded(task) else None
+
+
+class FreezingExplorer(Explorer):
+    figure = staticmethod(freezing_figure)
+    examples = tuple((task, 2, 10) for task in TASKS)
+
+    def __init__(self) -> None:
+        import ipywidgets as widgets
+
+        self.task = widgets.ToggleButtons(
+            options=[("glyphnet on digits", "digits"), ("all-MiniLM-L6-v2 on docstrings", "docstrings")],
+            description="backbone",
+            style={"button_width": "auto"},
+        )
+        self.depth = widgets.SelectionSlider(options=list(depths("digits")), description="train")
+        self.labels = widgets.ToggleButtons(description="labels", style={"button_width": "auto"})
+        super().__init__(self.task, self.depth, self.labels)
+
+    def adapt(self) -> None:
+        labels = list(recorded_depths(self.task.value))
+        _offer(self.depth, list(depths(self.task.value)))
+        _offer(self.labels, labels)
+        self.labels.layout.display = None if len(labels) > 1 else "none"
+
+    def settings(self) -> tuple | None:
+        task, strategy = self.task.value, self.depth.value
+        names = list(depths(task))
+        return (task, names.index(strategy), self.labels.value) if strategy in names else None
+
+
+class DriftExplorer(Explorer):
+    figure = staticmethod(drift_figure)
+    examples = (("grey paper", 0.3, "stored"), ("grey paper", 0.3, "recomputed"))
+
+    def __init__(self) -> None:
+        import ipywidgets as widgets
+
+        self.kind = widgets.ToggleButtons(
+            options=KINDS, value="grey paper", description="images", style={"button_width": "auto"}
+        )
+        strengths = [(f"{tenths / 10:.1f}", tenths / 10) for tenths in range(11)]
+        self.strength = widgets.SelectionSlider(
+            options=strengths, value=0.3, description="strength", continuous_update=False
+        )  # not while it is dragged: each position is measured
+        self.using = widgets.ToggleButtons(options=STATISTICS, description="statistics")
+        super().__init__(self.kind, self.strength, self.using)
+
+    def adapt(self) -> None:
+        self.strength.disabled = self.kind.value == KINDS[0]
+
+    def settings(self) -> tuple:
+        return self.kind.value, self.strength.value, self.using.value
+
+
+def _offer(control, options: list) -> None:
+    """Give a control other options; the value stays if it is among them."""
+    if list(control.options) != options:
+        value = control.value
+        control.options = options
+        if value in options:
+            control.value = value

@@ -102,6 +102,27 @@ def train_only(model: nn.Module, parts: nn.Module | str | Iterable[nn.Module | s
     return names
 
 
+def train_last(model: nn.Module, count: int, stages: Sequence[str] | None = None) -> list[str]:
+    """Make the last `count` stages trainable and freeze all others, in place. The head is a stage.
+
+    A list of the stages' names would do less: a norm between two of them, such as `bn1` after `conv1` in a ResNet, is
+    in neither module, and `train_only` would leave it frozen.
+
+    Args:
+        model: any model.
+        count: from 0, which freezes everything, to the number of stages, which freezes nothing.
+        stages: from stem to head; None takes `helpers.backbones.stages(model)`.
+
+    Returns:
+        The names of the parameters that are trainable now.
+    """
+    parts = list(_by_stage(model, stages).values())
+    expect.whole_number("count", count, least=0, most=len(parts), advice="That is how many stages there are.")
+    chosen = {id(parameter) for part in parts[len(parts) - count :] for parameter in part}
+    freeze(model)
+    return unfreeze(model, [name for name, parameter in model.named_parameters() if id(parameter) in chosen])
+
+
 class Report(NamedTuple):
     """How much of a model trains, and what that takes. `str(report)` is a table."""
 

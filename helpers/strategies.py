@@ -36,7 +36,7 @@ from helpers.backbones import glyphnet, stages
 from helpers.data import Examples, letters, printed_digits
 from helpers.features import extract
 from helpers.files import write_text
-from helpers.finetune import GradualUnfreezing, lp_ft, parameter_groups, train_only, unfreeze
+from helpers.finetune import GradualUnfreezing, lp_ft, parameter_groups, train_last, unfreeze
 from helpers.training import accuracy, evaluate, fit, seed_everything
 from helpers.transfer import TASKS
 
@@ -92,7 +92,7 @@ def train(strategy: str, model: nn.Sequential, examples: Examples, lr: float, st
         depths = {_last(k): k for k in range(1, len(names) - 1)} | {"head only": 0, "everything": len(names) - 1}
         if strategy not in depths:
             raise ValueError(f"strategy must be one of {', '.join(map(repr, [*depths, *FIVE[3:]]))}, got {strategy!r}.")
-        train_only(model, names[-1 - depths[strategy] :])
+        train_last(model, 1 + depths[strategy])
         fit(model, examples, **settings)
 
 

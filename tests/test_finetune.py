@@ -25,6 +25,7 @@ from helpers.finetune import (
     parameter_groups,
     probe_head,
     report,
+    train_last,
     train_only,
     unfreeze,
     unfreeze_into,
@@ -95,6 +96,19 @@ def same_parameters(one, other):
 
 
 # --- what trains --------------------------------------------------------------------------------------------------
+
+
+def test_train_last_counts_stages_and_takes_what_stands_between_them(tiny):
+    every = list(flags(tiny))
+    assert train_last(tiny, 1, STAGES) == trainable(tiny) == ["head.weight", "head.bias"]
+    assert train_last(tiny, 0, STAGES) == trainable(tiny) == []
+    assert train_last(tiny, 3, STAGES) == trainable(tiny) == every
+    assert "norm.weight" in every and "norm.weight" not in train_only(tiny, list(STAGES))
+    net = glyphnet()
+    assert train_last(net, 6) == [name for name, _ in net.named_parameters()]
+    assert {name.split(".")[0] for name in train_last(net, 2)} == {"layer4", "fc"}
+    with pytest.raises(ValueError, match=r"^count must be a whole number from 0 to 3, got 4. That is how many stages there are.$"):
+        train_last(tiny, 4, STAGES)
 
 
 def test_train_only_trains_exactly_the_parts(tiny):

@@ -167,7 +167,7 @@ class OptimizerGoesOn(Experiment):
     def measure(self, subject, inputs):
         model, points = inputs["model"], _points(inputs["inputs"])
         optimizer, layer = torch.optim.SGD(model.parameters(), lr=0.1), model.fc
-        subject(model, "fc", inputs["inputs"], inputs["labels"], 0.1)
+        subject(model, "fc", inputs["inputs"], inputs["labels"], 1.0)
         raw = {"new": _gives(model, "fc", points), "layer": layer(points).detach()}
         optimizer.zero_grad()
         loss = model(inputs["inputs"] + 1) @ inputs["step"]  # any loss will do; this one has a gradient everywhere
@@ -205,7 +205,7 @@ class EverythingElse(Experiment):
 
     def measure(self, subject, inputs):
         model = inputs["model"]
-        subject(model, "fc", inputs["inputs"], inputs["labels"], 0.1)
+        subject(model, "fc", inputs["inputs"], inputs["labels"], 1.0)
         return {
             "head": _gives(model, "fc", _points(inputs["inputs"])),
             "state": {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},

@@ -3,7 +3,6 @@
 import copy
 import io
 import math
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -129,7 +128,7 @@ def tensor_by_tensor(model, optimizer, batches, lowest, highest):
         optimizer.step()
     with torch.no_grad():
         for tensor, was in zip(tensors, before, strict=True):
-            tensor.set_(was) if tensor.ndim == 0 else tensor.copy_(was)
+            tensor.copy_(was)
             tensor.grad = None
     optimizer.state.clear()
     optimizer.state.update(state)
@@ -387,7 +386,7 @@ def both_kept_without_a_copy(model, optimizer, batches, lowest, highest):
     result = _loop(model, optimizer, batches, np.geomspace(lowest, highest, len(batches)))
     model.load_state_dict(kept[0])
     optimizer.load_state_dict(kept[1])
-    for (module, mode), _ in zip(zip(model.modules(), modes, strict=True), pairwise(range(len(modes) + 1)), strict=True):
+    for module, mode in zip(model.modules(), modes, strict=True):
         module.training = mode
     model.zero_grad()
     return result

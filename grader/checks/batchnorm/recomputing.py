@@ -1,0 +1,490 @@
+"""Exercise 5.6: the statistics of a network's BatchNorms, measured anew on other data."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from grader.checks.batchnorm.cuts import OTHER, known_means, known_variances, rows_of, uneven, which, which_far
+from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from helpers.batchnorm import recompute_statistics
+
+BEFORE = "as before"
+
+
+def _used(trial: Trial, norm: _BatchNorm) -> _BatchNorm:
+    """A layer with statistics, weight and bias that no fresh layer has."""
+    norm.running_mean.copy_(1 + trial.normal(norm.num_features).abs())
+    norm.running_var.copy_(0.2 + 0.3 * torch.rand(norm.num_features, generator=trial.generator))
+    norm.num_batches_tracked.fill_(trial.integer(5, 50))
+    if norm.affine:
+        norm.weight.data.copy_(1 + trial.normal(norm.num_features).abs())
+        norm.bias.data.copy_(trial.normal(norm.num_features))
+    return norm
+
+
+class AllBatchesAsOne(Experiment):
+    """The statistics are those of all batches as if they were one, also with a mean of 100 and a deviation of 0.01."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        channels = trial.integer(4, 6)
+        layers = OrderedDict(bn=_used(trial, nn.BatchNorm2d(channels)), flatten=nn.Flatten(), fc=nn.Linear(4 * channels, 3))
+        model = nn.Sequential(layers).eval()
+        far = uneven(trial, [(2, 2, 2), (4, 2, 2), (3, 2, 2), (12, 2, 2)], channels, offset=100.0, unit=0.002)
+        return {
+            "models": [model, copy.deepcopy(model)],
+            "far": far,
+            "near": [batch - 100 for batch in far],  # exact: the difference of two near float32 numbers
+        }
+
+    def measure(self, subject, inputs):
+        for model, batches in zip(inputs["models"], (inputs["far"], inputs["near"]), strict=True):
+            subject(model, batches)
+        far, near = (_statistics(model.bn) for model in inputs["models"])
+        return {"mean": far["mean"], "far": far["var"], "near": near["var"]}
+
+    def facts(self, raw, inputs):
+        norm = inputs["models"][0].bn
+        means = _or_before(norm.running_mean, known_means(inputs["far"], norm.running_mean))
+        words = {
+            name: which_far(raw[name], _or_before(norm.running_var, known_variances(inputs[name], norm.running_var)))
+            for name in ("far", "near")
+        }
+        return {
+            "running_mean is": which(raw["mean"], means, lambda values, wanted: (values - wanted).abs().max() < 1e-4),
+            "running_var is": words["far"],
+            "running_var of the same values less 100 is": words["near"],
+        }
+
+
+class DeeperLayers(Experiment):
+    """A deeper layer pools what it sees while those before it normalise with each batch's own statistics."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        channels, width = trial.integer(2, 3), trial.integer(4, 5)
+        layers = OrderedDict(
+            bn1=_used(trial, nn.BatchNorm2d(channels)),
+            conv=nn.Conv2d(channels, width, 1),
+            relu=nn.LeakyReLU(0.2),
+            bn2=_used(trial, nn.BatchNorm2d(width)),
+        )
+        return {
+            "model": nn.Sequential(layers).eval(),
+            "batches": uneven(trial, [(3, 2, 2), (9, 2, 2), (2, 2, 2)], channels),
+        }
+
+    def measure(self, subject, inputs):
+        subject(inputs["model"], inputs["batches"])
+        return _statistics(inputs["model"].bn2)
+
+    def facts(self, raw, inputs):
+        model, batches = copy.deepcopy(inputs["model"]).double(), [batch.double() for batch in inputs["batches"]]
+        first, norm = model.bn1, model.bn2
+
+        def seen(normalise: Callable[[Tensor], Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                return [model.relu(model.conv(normalise(batch))) for batch in batches]
+
+        rows = torch.cat([rows_of(batch) for batch in batches], 1)
+        ways = {
+            "with each batch's own statistics": lambda x: F.batch_norm(x, None, None, first.weight, first.bias, True),
+            "with the statistics stored before": first,
+            "with the new statistics": lambda x: F.batch_norm(x, rows.mean(1), rows.var(1), first.weight, first.bias),
+        }
+        best = {"those before it normalise": OTHER, "its running_mean is": OTHER, "its running_var is": OTHER}
+        for name, way in ways.items():
+            values = seen(way)
+            mean = which(raw["mean"], _or_before(norm.running_mean, known_means(values, norm.running_mean)))
+            var = which(raw["var"], _or_before(norm.running_var, known_variances(values, norm.running_var)))
+            found = {"those before it normalise": name, "its running_mean is": mean, "its running_var is": var}
+            if list(found.values()).count(OTHER) < list(best.values()).count(OTHER):
+                best = found
+        if best["its running_mean is"] == best["its running_var is"] == BEFORE:
+            best["those before it normalise"] = None
+        return best
+
+
+class _Kinds(nn.Module):
+    """BatchNorms of every kind, each with a part of the output of its own."""
+
+    def __init__(self, trial: Trial, channels: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm1d(channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn3 = nn.BatchNorm3d(channels)
+        self.bn_plain = nn.BatchNorm2d(channels, affine=False)
+        self.layer = nn.Sequential(OrderedDict(block=nn.ModuleList([nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(channels)))])))
+        self.downsample = nn.Sequential(nn.Identity(), nn.BatchNorm2d(channels))
+        for norm in self.modules():
+            if isinstance(norm, _BatchNorm):
+                _used(trial, norm)
+
+    def norms(self) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+        """Each BatchNorm with the shape, behind (n, channels), in which it sees the image."""
+        return {
+            "a BatchNorm2d": (self.bn2, (2, 4)),
+            "a BatchNorm1d": (self.bn1, (8,)),
+            "a BatchNorm3d": (self.bn3, (2, 2, 2)),
+            "one with affine=False": (self.bn_plain, (2, 4)),
+            "one inside another module": (self.layer.block[0], (2, 4)),
+            "one called downsample.1": (self.downsample, (2, 4)),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, channels, 2, 4) -> (n, norms, channels * 8)
+        return torch.stack(
+            [norm(x.unflatten(2, (2,)).reshape(*x.shape[:2], *to)).flatten(1) for norm, to in self.norms().values()], 1
+        )
+
+
+class EveryKind(Experiment):
+    """Every BatchNorm gets its statistics: 1d, 2d and 3d, nested, without weights, whatever its name."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        channels = trial.integer(2, 4)
+        batch, probe = 3 + 2 * trial.normal(20, channels, 2, 4), trial.normal(3, channels, 2, 4)
+        return {"model": _Kinds(trial, channels).eval(), "batch": batch, "probe": probe}
+
+    def measure(self, subject, inputs):
+        model = inputs["model"]
+        subject(model, [inputs["batch"]])
+        with torch.no_grad():
+            return {"outputs": model.eval()(inputs["probe"]).detach()}
+
+    def facts(self, raw, inputs):
+        model = inputs["model"]
+        rows = rows_of(inputs["batch"])
+        with torch.no_grad():
+            before = model(inputs["probe"]).double()
+            for norm in _norms(model):
+                norm.running_mean.copy_(rows.mean(1))
+                norm.running_var.copy_(rows.var(1))
+            right = model(inputs["probe"]).double()
+
+        def nearly(values: Tensor, wanted: Tensor) -> bool:  # whether, not how exactly: other experiments ask that
+            return (values - wanted).norm() < 0.02 * (right - before).norm()
+
+        found = {
+            name: which(raw["outputs"][:, i], {"recomputed": [right[:, i]], BEFORE: [before[:, i]]}, nearly)
+            for i, name in enumerate(model.norms())
+        }
+        return {name: None if word == OTHER else word for name, word in found.items()}  # neither: nothing to be said here
+
+
+class DropoutOff(Experiment):
+    """Dropout is off while the statistics are measured, in a model that comes in train mode."""
+
+    def draw(self, trial: Trial) -> dict:
+        channels = trial.integer(3, 5)
+        layers = OrderedDict(dropout=nn.Dropout(0.5), bn=_used(trial, nn.BatchNorm2d(channels)))
+        return {"model": nn.Sequential(layers), "batch": 30 + 3 * trial.normal(12, channels, 2, 2)}
+
+    def measure(self, subject, inputs):
+        subject(inputs["model"], [inputs["batch"]])
+        return _statistics(inputs["model"].bn)
+
+    def facts(self, raw, inputs):
+        times = raw["var"] / rows_of(inputs["batch"]).var(1)  # dropping half of numbers around 30 adds about 900 to it
+        return {"dropout was": "on" if times.min() > 4 else "off" if (times - 1).abs().max() < 0.1 else None}
+
+
+class _Mixed(Experiment):
+    """Draws a model some of whose modules are in train mode, some in eval mode, with one parameter frozen."""
+
+    def draw(self, trial: Trial) -> dict:
+        channels = trial.integer(3, 5)
+        layers = OrderedDict(
+            conv1=nn.Conv2d(channels, 4, 1),
+            bn1=_used(trial, nn.BatchNorm2d(4, momentum=0.3)),
+            dropout=nn.Dropout(0.2),
+            conv2=nn.Conv2d(4, 3, 1),
+            bn2=_used(trial, nn.BatchNorm2d(3)),
+        )
+        model = nn.Sequential(layers)
+        model.bn2.eval()
+        model.conv2.eval()
+        model.conv1.requires_grad_(False)
+        return {"model": model, "batches": uneven(trial, [(3, 2, 2), (5, 2, 2)], channels)}
+
+    def moved(self, model: nn.Module, before: nn.Module) -> str:
+        """Which BatchNorms have other statistics than before."""
+        moved = [
+            not (torch.equal(now.running_mean, then.running_mean) and torch.equal(now.running_var, then.running_var))
+            for now, then in ((model.bn1, before.bn1), (model.bn2, before.bn2))
+        ]
+        words = {(True, True): "both", (False, False): "none", (True, False): "only the one in train mode"}
+        return words.get(tuple(moved), "only the one in eval mode")
+
+
+class ModesKept(_Mixed):
+    """Each module keeps its mode, and the statistics are new whatever it is."""
+
+    points = 2
+
+    def measure(self, subject, inputs):
+        model = inputs["model"]
+        before = copy.deepcopy(model)
+        subject(model, inputs["batches"])
+        return {"modes": [module.training for module in model.modules()], "moved": self.moved(model, before)}
+
+    def facts(self, raw, inputs):
+        pairs = [(module.training, now) for module, now in zip(inputs["model"].modules(), raw["modes"], strict=True)]
+        return {
+            "BatchNorms with new statistics": raw["moved"],
+            "modules switched to train mode": "some" if (False, True) in pairs else "none",
+            "modules switched to eval mode": "some" if (True, False) in pairs else "none",
+        }
+
+
+class NothingElseChanges(_Mixed):
+    """Momentum, parameters and requires_grad stay as they were, and the statistics are plain tensors."""
+
+    def measure(self, subject, inputs):
+        model = inputs["model"]
+        before = copy.deepcopy(model)
+        subject(model, inputs["batches"])
+        momenta = [[norm.momentum, norm.track_running_stats] for norm in _norms(model)]
+        return {
+            "moved": self.moved(model, before),
+            "momenta": momenta == [[norm.momentum, norm.track_running_stats] for norm in _norms(before)],
+            "parameters": {name: parameter.detach().clone() for name, parameter in model.named_parameters()},
+            "flags": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+            "graph": any(buffer.requires_grad for buffer in model.buffers()),
+            "inference": any(buffer.is_inference() for buffer in model.buffers()),
+        }
+
+    def facts(self, raw, inputs):
+        parameters = dict(inputs["model"].named_parameters())
+        same = parameters.keys() == raw["parameters"].keys() and all(
+            torch.equal(parameters[name], now) for name, now in raw["parameters"].items()
+        )
+        flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        kind = "inference tensors, which no later training accepts" if raw["inference"] else "plain tensors"
+        kind = "tensors with a graph behind them" if raw["graph"] else kind
+        return {
+            "BatchNorms with new statistics": raw["moved"],
+            "momentum": "kept" if raw["momenta"] else "changed",
+            "parameters": "kept" if same else "changed",
+            "requires_grad": "kept" if flags == raw["flags"] else "changed",
+            "the statistics are": kind,
+        }
+
+
+def _norms(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def _statistics(norm: nn.Module) -> dict[str, Tensor]:
+    shape = (norm.num_features,)
+    return {
+        "mean": expect_tensor(norm.running_mean, shape, "running_mean").detach().clone(),
+        "var": expect_tensor(norm.running_var, shape, "running_var").detach().clone(),
+    }
+
+
+def _or_before(stored: Tensor, known: dict) -> dict:
+    return {BEFORE: [stored.double()]} | known
+
+
+Pool = Callable[[list[Tensor], _BatchNorm], tuple[Tensor, Tensor]]  # the inputs of a layer -> mean, var
+
+
+def _exactly(inputs: list[Tensor], norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    rows = torch.cat([rows_of(x) for x in inputs], 1)
+    return rows.mean(1), rows.var(1)
+
+
+def _recompute(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    pool: Pool = _exactly,
+    chosen: Callable[[str, nn.Module], bool] = lambda name, module: True,
+    batch_statistics: bool = True,
+    others_in_train_mode: bool = False,
+) -> None:
+    """Right if left alone; each of the misconceptions changes one thing."""
+    norms = [module for name, module in model.named_modules() if isinstance(module, _BatchNorm) and chosen(name, module)]
+    modes = {module: module.training for module in model.modules()}
+    kept = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in _norms(model)}
+    seen: dict[_BatchNorm, list[Tensor]] = {norm: [] for norm in norms}
+    model.train(others_in_train_mode)
+    for norm in norms:
+        norm.train(batch_statistics)
+    hooks = [norm.register_forward_pre_hook(lambda norm, args: seen[norm].append(args[0])) for norm in norms]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+        for norm, buffers in kept.items():
+            for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+        for norm in norms:
+            mean, var = pool(seen[norm], norm)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(var)
+    for hook in hooks:
+        hook.remove()
+    for module, mode in modes.items():
+        module.training = mode
+
+
+@misconception(
+    "forward in eval mode",
+    hint="Compare running_mean before and after. In which mode does a BatchNorm look at its batch?",
+    source="seen in public teaching code, and a known no-op of a library for precise BatchNorm: the model was in eval mode",
+)
+def forward_in_eval_mode(model, batches):
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for module, mode in modes.items():
+        module.training = mode
+
+
+@misconception(
+    "moving average",
+    hint="Give it the same batches in reverse. Are the statistics the same, and what part of them comes from the first batch?",
+    source="a common recipe for AdaBN: a few forward passes in train mode",
+)
+def moving_average(model, batches):
+    def pool(inputs: list[Tensor], norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+        mean, var = norm.running_mean, norm.running_var
+        for rows in map(rows_of, inputs):
+            mean, var = mean + 0.1 * (rows.mean(1) - mean), var + 0.1 * (rows.var(1) - var)
+        return mean, var
+
+    _recompute(model, batches, pool=pool)
+
+
+@misconception(
+    "mean of the batches' statistics",
+    hint="A batch of ten 0s and a batch of two 1s. What are mean and variance of the twelve numbers, and what is stored?",
+    source="documentation of nn.BatchNorm1d: momentum=None is a cumulative average; torch.optim.swa_utils.update_bn uses it",
+)
+def mean_of_the_batches_statistics(model, batches):
+    def pool(inputs: list[Tensor], norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+        rows = [rows_of(x) for x in inputs]
+        return tuple(torch.stack(values).mean(0) for values in ([r.mean(1) for r in rows], [r.var(1) for r in rows]))
+
+    _recompute(model, batches, pool=pool)
+
+
+@misconception(
+    "last batch only",
+    hint="Leave out all batches but the last. Does anything change?",
+    source="a line of reasoning: momentum=1.0 forgets what was there, and at every batch again",
+)
+def last_batch_only(model, batches):
+    _recompute(model, batches, pool=lambda inputs, norm: _exactly(inputs[-1:], norm))
+
+
+@misconception(
+    "difference of two large numbers",
+    hint="Print the mean of x² and the square of the mean of x for numbers around 100. In which digit do they differ?",
+    source="a known weakness of a library for precise BatchNorm: E[x²] - E[x]² in float32 became negative",
+)
+def difference_of_squares(model, batches):
+    def pool(inputs: list[Tensor], norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+        rows = torch.cat([x.transpose(0, 1).flatten(1) for x in inputs], 1)
+        n, mean = rows.shape[1], rows.mean(1)
+        return mean, ((rows**2).mean(1) - mean**2) * n / (n - 1)
+
+    _recompute(model, batches, pool=pool)
+
+
+@misconception(
+    "measured behind the stored statistics",
+    hint="What the second BatchNorm sees has passed the first one. With which statistics did that one normalise meanwhile?",
+    source="a line of reasoning: hooks collect the inputs of all layers, in eval mode so that nothing moves",
+)
+def measured_behind_the_stored_statistics(model, batches):
+    _recompute(model, batches, batch_statistics=False)
+
+
+@misconception(
+    "only BatchNorm2d",
+    hint="List the types of all modules that have a running_mean. Which of them did you reach?",
+    source="seen in public teaching code: isinstance(module, nn.BatchNorm2d)",
+)
+def only_batchnorm2d(model, batches):
+    _recompute(model, batches, chosen=lambda name, module: isinstance(module, nn.BatchNorm2d))
+
+
+@misconception(
+    "found by name",
+    hint='What is the BatchNorm in the shortcut of a ResNet called? List all names, and look for "bn".',
+    source='seen in public teaching code: a "bn" name filter that misses downsample.1',
+)
+def found_by_name(model, batches):
+    _recompute(model, batches, chosen=lambda name, module: "bn" in name)
+
+
+@misconception(
+    "dropout active",
+    hint="Call your function twice with the same batches. Why are the statistics not the same?",
+    source="a line of reasoning: train mode is switched on for the whole model, for the BatchNorms' sake",
+)
+def dropout_active(model, batches):
+    _recompute(model, batches, others_in_train_mode=True)
+
+
+@misconception(
+    "left in train mode",
+    hint="The model is used right afterwards. Does one image give the same output alone and in company?",
+    source="a line of reasoning: train mode was needed, and nobody switched it off",
+)
+def left_in_train_mode(model, batches):
+    _recompute(model, batches)
+    model.train()
+
+
+@misconception(
+    "all in eval mode at the end",
+    hint="One part was in train mode when you got the model. Who says that its owner has finished training?",
+    source="a line of reasoning: eval mode is what statistics are for, so it is a good place to end",
+)
+def all_in_eval_mode_at_the_end(model, batches):
+    _recompute(model, batches)
+    model.eval()
+
+
+@misconception(
+    "momentum left changed",
+    hint="Compare `momentum` of each layer before and after. What will the next batch of training do to the statistics?",
+    source="an issue of a library for precise BatchNorm: a short loader left momentum at 1.0",
+)
+def momentum_left_changed(model, batches):
+    _recompute(model, batches)
+    for norm in _norms(model):
+        norm.momentum = None
+
+
+EXERCISE = Exercise(
+    number="5.6",
+    name="recompute_statistics",
+    reference=recompute_statistics,
+    experiments=(AllBatchesAsOne(), DeeperLayers(), EveryKind(), DropoutOff(), ModesKept(), NothingElseChanges()),
+    misconceptions=(
+        *(forward_in_eval_mode, moving_average, mean_of_the_batches_statistics, last_batch_only, difference_of_squares),
+        *(measured_behind_the_stored_statistics, only_batchnorm2d, found_by_name, dropout_active),
+        *(left_in_train_mode, all_in_eval_mode_at_the_end, momentum_left_changed),
+    ),
+    hints=(
+        "What enters each BatchNorm, which of all modules must be in train mode to let it through, and which must not?",
+        "Run two batches of different sizes through a model of one BatchNorm, and compare running_mean and running_var with "
+        "torch.cat of the two; then look at the modes, the momenta and a second BatchNorm behind the first.",
+        "Remember all modes and buffers; eval mode for all, train mode for the BatchNorms; catch each layer's inputs with a "
+        "forward pre-hook and pool them as in exercise 5.5; put modes back, and write the results into the buffers.",
+    ),
+)
