@@ -44,7 +44,7 @@ def row(comparison: Comparison, timing: Timing) -> str:
     (ours, peer), (low, middle, high) = timing.medians, timing.ratio
     target = "" if comparison.target is None else f"at most {comparison.target:g}"
     met = "" if comparison.target is None else ("yes" if middle <= comparison.target else "no")
-    ratio = f"{middle:#.3g} ({low:#.3g} to {high:#.3g})"
+    ratio = f"{_digits(middle)} ({_digits(low)} to {_digits(high)})"
     cells = [comparison.what, f"{comparison.ours}: {_spell(ours)}", f"{comparison.peer}: {_spell(peer)}", ratio, target, met]
     return f"| {' | '.join(cells)} |"
 
@@ -67,6 +67,11 @@ def _processor() -> str:
 
 def _spell(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _digits(ratio: float) -> str:
+    """Three that count, also where the last is 0."""
+    return f"{ratio:#.3g}".rstrip(".")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,6 @@ def _build(data: Callable[[], tuple[nn.Module, Tensor | Sequence[str]]]):
 
 
 COMPARISONS = [
-    Comparison("glyphnet, 800 digits again", "`cached_features`", "`extract`", _build(_glyphnet), 15),
-    Comparison("MiniLM, 360 docstrings again", "`cached_features`", "`extract`", _build(_minilm), 7),
+    Comparison("glyphnet, 800 digits again", "`cached_features`", "`extract`", _build(_glyphnet), 7),
+    Comparison("MiniLM, 360 docstrings again", "`cached_features`", "`extract`", _build(_minilm), 3),
 ]

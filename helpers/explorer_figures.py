@@ -12,7 +12,7 @@ from torch import nn
 
 from helpers import expect, shifts, strategies
 from helpers.figures import COLORS, plot_accuracy, plot_draws, style
-from helpers.finetune import Report, report, train_only
+from helpers.finetune import Report, report, train_last
 from helpers.transfer import TASKS, recorded
 
 SCORES = {
@@ -99,11 +99,10 @@ def depths(task: str) -> dict[str, Report]:
         backbone = TASKS[task].backbone(True)
     head = nn.Linear(backbone.width, len(TASKS[task].examples("test").classes), device="meta")  # counted, never run
     model = nn.Sequential(OrderedDict(backbone=backbone, head=head))
-    stages = [f"backbone.{stage}" for stage in backbone.stages] + ["head"]
     names = ["head only", "last stage", *(f"last {k} stages" for k in range(2, len(backbone.stages))), "everything"]
     reports = {}
     for depth, name in enumerate(names):
-        train_only(model, stages[-1 - depth :])
+        train_last(model, 1 + depth)
         reports[name] = report(model)
     return reports
 

@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import symtable
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -25,6 +27,21 @@ NAMES = [script.stem for script in SCRIPTS]
 
 def text_of(cell):
     return "".join(output.get("text", "") for output in cell.get("outputs", ()) if output.output_type == "stream")
+
+
+@cache
+def solved(name):
+    """The solution notebook after a run; run once for all tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run(ROOT / "solutions" / name / f"{name}.ipynb", folder)
+
+
+def means(name, title):
+    """{name: mean} of the figure of dots with that title, from its text alternative."""
+    alts = [o.data["text/plain"] for c in solved(name).cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})]
+    found = [re.search(rf"{re.escape(title)}: (.+?)(?:\. |\.$)(?=[a-z]|$)", alt) for alt in alts]
+    (line,) = [match[1] for match in found if match]
+    return {row[1]: float(row[2]) for row in re.finditer(r"(?:^|, )(.+?) (\d\.\d{3})(?=,|$)", line)}
 
 
 def run(path, tmp_path, **options):
@@ -125,8 +142,8 @@ def global_names(table: symtable.SymbolTable) -> tuple[set[str], set[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_solution_notebook_runs_and_every_check_passes(name, tmp_path):
-    nb = run(ROOT / "solutions" / name / f"{name}.ipynb", tmp_path)
+def test_a_solution_notebook_runs_and_every_check_passes(name):
+    nb = solved(name)
     checks = [c for c in nb.cells if c.metadata.get("nbgrader", {}).get("grade")]
     assert checks
     for cell in checks:
@@ -164,10 +181,48 @@ def test_numbers_in_the_prose_of_chapter_02_are_those_of_its_data_and_networks()
 
 
 @pytest.mark.slow
-def test_the_hub_variant_is_one_variable_and_stops_at_its_first_download_with_what_to_do(tmp_path, monkeypatch):
+def test_what_chapter_04_says_of_its_figures_holds():
+    five = {
+        title: means("04_finetune", title)
+        for title in ("handwritten (trained on)", "printed (another domain)", "letters (forgetting)")
+    }
+    handwritten, printed, letters = five.values()
+    assert max(handwritten.values()) - min(handwritten.values()) < 0.02
+    assert min(printed, key=printed.get) == min(letters, key=letters.get) == "everything"
+    assert printed["LP-FT"] - printed["everything"] > 0.05 and letters["head only"] > 0.97
+    cures = means("04_finetune", "accuracy on test images")
+    assert min(cures["early stopping"], cures["augmentation, stopped"], cures["frozen, penalty 1"]) > cures["none"] + 0.08
+    assert abs(cures["weight decay 0.3"] - cures["none"]) < 0.03
+    low, suggested, high = means("04_finetune", "test images").values()
+    assert suggested > high > low
+    assert list(means("04_finetune", "letters (after training)").values())[2] < 0.3
+
+
+@pytest.mark.slow
+def test_what_chapter_05_says_of_its_figures_holds():
+    moved = means("05_batchnorm", "accuracy on white paper")
+    assert moved["before"] - moved["after 50 grey batches"] > 0.1
+    training, afterwards = (means("05_batchnorm", t) for t in ("while training, batches of 32", "afterwards, in eval mode"))
+    keras, since = "statistics (Keras before TF 2)", "all (Keras since)"
+    assert training[keras] == training["nothing frozen"] > 0.9 and afterwards[keras] < 0.5 < 0.9 < afterwards["nothing frozen"]
+    assert training[since] == pytest.approx(afterwards[since], abs=0.001) and afterwards[since] < afterwards["nothing frozen"]
+    small = means("05_batchnorm", "accuracy afterwards, in eval mode")
+    assert small["batches of 2, train mode"] < small["batches of 2, frozen"]
+    stored, recomputed = means("05_batchnorm", "stored statistics"), means("05_batchnorm", "recomputed")
+    assert stored["grey paper"] < 0.5 and recomputed["grey paper"] > 0.9
+    assert recomputed["noise 0.2"] - stored["noise 0.2"] > 0.1 and max(stored["inverted"], recomputed["inverted"]) < 0.2
+    assert recomputed["as they are"] < stored["as they are"]
+    samples = means("05_batchnorm", "accuracy on all grey test digits")
+    assert samples["10 images"] > 0.8 and samples["100 images"] > samples["800 images"] - 0.02
+    assert next(value for name, value in samples.items() if "all ones" in name) < samples["30 images"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["02_features", "04_finetune"])
+def test_the_hub_variant_is_one_variable_and_stops_at_its_first_download_with_what_to_do(name, tmp_path, monkeypatch):
     monkeypatch.setenv("WARMSTART_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    nb = nbformat.read(ROOT / "solutions" / "02_features" / "02_features.ipynb", 4)
+    nb = nbformat.read(ROOT / "solutions" / name / f"{name}.ipynb", 4)
     cell = next(c for c in nb.cells if 'choose("embedded")' in c.source)
     cell.source = cell.source.replace('"embedded"', '"hub"')
     changed = tmp_path / "hub.ipynb"

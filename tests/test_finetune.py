@@ -107,7 +107,9 @@ def test_train_last_counts_stages_and_takes_what_stands_between_them(tiny):
     net = glyphnet()
     assert train_last(net, 6) == [name for name, _ in net.named_parameters()]
     assert {name.split(".")[0] for name in train_last(net, 2)} == {"layer4", "fc"}
-    with pytest.raises(ValueError, match=r"^count must be a whole number from 0 to 3, got 4. That is how many stages there are.$"):
+    with pytest.raises(
+        ValueError, match=r"^count must be a whole number from 0 to 3, got 4. That is how many stages there are.$"
+    ):
         train_last(tiny, 4, STAGES)
 
 

@@ -36,7 +36,6 @@
 # %%
 import copy
 import time
-from collections import OrderedDict
 
 import torch
 from torch import nn
@@ -70,7 +69,7 @@ guess = predict(handwritten=None, printed=None, letters=None)  # from 0.0 to 1.0
 import helpers.profiles
 from helpers.backbones import stages
 from helpers.strategies import classifier
-from helpers.training import accuracy, evaluate, fit, seed_everything
+from helpers.training import evaluate, fit
 
 profile = helpers.profiles.choose("embedded")
 train = [profile.images("train", labels_per_class=10, draw=draw) for draw in range(3)]
@@ -88,7 +87,7 @@ print(f"images: {len(train[0].labels)} to train on, {len(validation.labels)} to 
 # %% tags=["demo"]
 import matplotlib.pyplot as plt
 
-from helpers.figures import draws_figure, plot_draws, show, style
+from helpers.figures import draws_figure, show, style
 
 if profile.outside:
     other = profile.outside()
@@ -515,7 +514,7 @@ for start, model in (("random head", fresh()), ("head from the probe", probed)):
 # - **LP-FT**: the probe's head first, then everything (Kumar et al. 2022).
 
 # %% tags=["demo"]
-from helpers.strategies import Scores, recorded
+from helpers.strategies import recorded
 
 kept = recorded("digits")[10]
 
@@ -829,19 +828,20 @@ check("4.6", find_lr)
 find_lr = continue_with("4.6")
 
 # %% tags=["demo"]
+from helpers.features import take
+
 model = fresh()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 generator = torch.Generator().manual_seed(0)
 batches = []
 for _ in range(60):
     rows = torch.randint(len(train[0].labels), (BATCH,), generator=generator)
-    batches.append((train[0].inputs[rows], train[0].labels[rows]))
+    batches.append((take(train[0].inputs, rows, "cpu"), train[0].labels[rows]))
 before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 lrs, losses = find_lr(model, optimizer, batches, 1e-6, 10.0)
 same = all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-print(
-    f"{len(lrs)} of {len(batches)} batches used; the model is as it was: {same}; optimizer at lr {optimizer.param_groups[0]['lr']}"
-)
+print(f"{len(lrs)} of {len(batches)} batches used; the model is as it was: {same}")
+print(f"the optimizer has its learning rate, {optimizer.param_groups[0]['lr']}, and its state: {len(optimizer.state)} entries")
 fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
 ax.plot(lrs, losses, markersize=4, **style(0))
 ax.set(xscale="log", xlabel="learning rate of this one batch", ylabel="loss before the step (nats)")
@@ -863,7 +863,7 @@ for factor in (1 / 30, 1, 30):
     tries[f"{suggested * factor:.1e}"] = models
 panels = {"test images": {name: [evaluate(model, test) for model in models] for name, models in tries.items()}}
 if profile.source:
-    panels["letters (forgetting)"] = {
+    panels["letters (after training)"] = {
         name: [profile.source(model.backbone) for model in models] for name, models in tries.items()
     }
 print(f"suggested learning rate: {suggested:.1e}")

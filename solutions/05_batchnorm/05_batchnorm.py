@@ -58,16 +58,20 @@ from helpers.predict import predict
 
 guess = predict(grey=None, recomputed=None)  # from 0.0 to 1.0; guessing at random gets 0.1
 
-# %% tags=["demo"]
-import helpers.profiles
-from helpers.features import extract
-from helpers.finetune import probe_head
-from helpers.strategies import classifier
-from helpers.training import accuracy, evaluate, seed_everything
+# %% [markdown]
+# (Every shift of this chapter is made from pixels, so it runs on `glyphnet` and digits only. `drift`, `freeze` and
+# `recompute_statistics` of `helpers.batchnorm` take any network, and batches of whatever it takes.)
 
-profile = helpers.profiles.choose("embedded")
-train = [profile.images("train", labels_per_class=10, draw=draw) for draw in range(3)]
-test = profile.images("test")
+# %% tags=["demo"]
+from helpers.backbones import glyphnet
+from helpers.data import digits
+from helpers.features import drop_head
+from helpers.finetune import probe_head
+from helpers.strategies import classifier, printed
+from helpers.training import accuracy, evaluate
+
+train = [digits("train", labels_per_class=10, draw=draw) for draw in range(3)]
+test = digits("test")
 
 
 def grey(examples, paper=0.3):
@@ -77,7 +81,7 @@ def grey(examples, paper=0.3):
 
 def fresh(draw=0):
     """The pre-trained backbone with a new, random head: model.backbone, model.head."""
-    return classifier(profile.image_backbone(), len(test.classes), seed=draw)
+    return classifier(drop_head(glyphnet()), len(test.classes), seed=draw)
 
 
 def probed(draw=0):
@@ -93,7 +97,7 @@ print(f"{len(norms)} BatchNorms, the first is {norms[0]}")
 # %% tags=["demo"]
 import matplotlib.pyplot as plt
 
-from helpers.figures import draws_figure, plot_draws, show, style
+from helpers.figures import draws_figure, show
 
 fig, axes = plt.subplots(2, 10, figsize=(7, 1.8))
 for row, examples in enumerate((test, grey(test))):
@@ -170,9 +174,9 @@ batch_norm = continue_with("5.1")
 from helpers.batchnorm import drift
 
 model = probed()
-for name, examples in (("handwritten", test), ("grey paper", grey(test))):
-    found = drift(model, [examples.inputs])
-    print(f"{name:<12} " + "  ".join(f"{layer.name.removeprefix('backbone.')} {layer.mean_shift:.2f}" for layer in found))
+print(f"{'mean off by':<24}{'handwritten':>12}{'grey paper':>12}")
+for white, on_grey in zip(drift(model, [test.inputs]), drift(model, [grey(test).inputs])):
+    print(f"{white.name.removeprefix('backbone.'):<24}{white.mean_shift:>12.2f}{on_grey.mean_shift:>12.2f}")
 
 # %% [markdown]
 # Handwritten digits are close to what the first layers stored, and less so with depth. Grey paper is far off in every
@@ -469,6 +473,15 @@ check("5.4", freeze)
 # %%
 freeze = continue_with("5.4")
 
+# %% tags=["demo"]
+for name, apply in (("eval(), once", lambda model: model.eval()), ("your freeze", freeze)):
+    model = fresh()
+    undo = apply(model)
+    action = three_batches(model, test.inputs)  # begins with model.train()
+    print(f"{name:<13} {len(moved(model, action)):>2} buffers moved in three batches of train mode")
+undo()
+print(f"after undo()  {len(moved(model, action)):>2}")
+
 # %% [markdown]
 # ### Small batches
 #
@@ -515,9 +528,8 @@ for name, apply in (("train mode", lambda model: None), ("frozen", freeze)):
         apply(model)
         whole, summed = gradient(model, images, labels, 1), gradient(model, images, labels, parts)
         cosine = F.cosine_similarity(whole, summed, dim=0)
-        print(
-            f"{name:<11} {parts:>2} parts of {32 // parts:>2}: off by {(summed - whole).norm() / whole.norm():.1e} of its length, cosine {cosine:.3f}"
-        )
+        off = (summed - whole).norm() / whole.norm()
+        print(f"{name:<11} {parts:>2} parts of {32 // parts:>2}: off by {off:.1e} of its length, cosine {cosine:.3f}")
 
 # %% [markdown]
 # Frozen, the sum is the gradient of the large batch, up to rounding. In train mode it is another gradient altogether:
@@ -673,9 +685,8 @@ shifts = {
     "grey paper": grey(test),
     "noise 0.2": test._replace(inputs=test.inputs + 0.2 * noise),
     "inverted": test._replace(inputs=1 - test.inputs),
+    "printed digits": printed(),
 }
-if profile.outside:
-    shifts["printed digits"] = profile.outside()
 panels = {"stored statistics": {}, "recomputed": {}}
 for name, examples in shifts.items():
     panels["stored statistics"][name] = [evaluate(model, examples) for model in models]
@@ -768,8 +779,8 @@ progress()
 # - Train and eval mode must compute the same, or training measures a network that nobody will use.
 # - Small batches make poor statistics, and gradient accumulation does not pool them.
 # - Pool counts, means and squared deviations, in float64. E[x²] - E[x]² subtracts what it cannot resolve.
-# - New statistics need no labels, ten seconds, and a target whose shift is one of level and contrast. Measure before
-#   and after.
+# - New statistics need no labels and few images. They take back a shift of level and contrast, not others. Measure
+#   before and after.
 #
 # Words: [AdaBN](../../docs/glossary.md#adabn), [affine parameters](../../docs/glossary.md#affine-parameters),
 # [BatchNorm](../../docs/glossary.md#batchnorm), [biased variance](../../docs/glossary.md#biased-variance),

@@ -1,0 +1,104 @@
+"""Strategies: each trains what it says, kept results can be measured again, and what the chapter says of them holds."""
+
+import statistics
+
+import pytest
+import torch
+
+from helpers.backbones import stages
+from helpers.strategies import (
+    FIVE,
+    LEARNING_RATES,
+    RECORD,
+    Scores,
+    classifier,
+    letters_kept,
+    printed,
+    recorded,
+    run,
+    strategies,
+    train,
+)
+from helpers.transfer import TASKS
+
+DIGITS = TASKS["digits"]
+
+
+def mean(scores, key):
+    return statistics.mean(getattr(score, key) for score in scores)
+
+
+def test_a_classifier_is_the_backbone_itself_with_a_head_that_the_seed_decides():
+    backbone = DIGITS.backbone(True)
+    model, again = classifier(backbone, 10, seed=3), classifier(DIGITS.backbone(True), 10, seed=3)
+    assert model.backbone is backbone and torch.equal(model.head.weight, again.head.weight)
+    assert not torch.equal(model.head.weight, classifier(backbone, 10, seed=4).head.weight)
+    assert stages(model) == (*(f"backbone.{name}" for name in backbone.stages), "head")
+
+
+def test_there_is_a_strategy_for_every_depth_of_the_backbone():
+    assert strategies("digits")[:6] == ("head only", "last stage", *(f"last {k} stages" for k in (2, 3, 4)), "everything")
+    assert set(FIVE) < set(strategies("digits"))
+    with pytest.raises(ValueError, match=r"^task must be one of 'digits', 'docstrings', got 'digit'.$"):
+        strategies("digit")
+
+
+@pytest.mark.parametrize("strategy", strategies("digits"))
+def test_each_strategy_trains_exactly_its_stages_and_no_buffer_of_another(strategy):
+    model = classifier(DIGITS.backbone(True), 10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train(strategy, model, DIGITS.examples("train", 2, 0), lr=1e-2, steps=12, batch_size=8, seed=0)
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    depth = {"head only": 0, "last stage": 1, "last 2 stages": 2, "last 3 stages": 3, "last 4 stages": 4}.get(strategy, 5)
+    frozen = [f"{stage}." for stage in stages(model)[: 5 - depth]] + (["backbone.bn1."] if depth < 5 else [])
+    own = ("backbone.mean", "backbone.std", *frozen)
+    assert moved == [name for name in before if not name.startswith(own)]
+
+
+def test_an_unknown_strategy_is_an_error_that_lists_those_there_are():
+    model = classifier(DIGITS.backbone(True), 10)
+    with pytest.raises(ValueError, match=r"^strategy must be one of 'last stage', .*'LP-FT', got 'all'.$"):
+        train("all", model, DIGITS.examples("train", 2, 0), lr=1e-3, steps=1, batch_size=8, seed=0)
+
+
+def test_before_any_training_nothing_is_forgotten_and_printed_digits_are_another_domain():
+    assert letters_kept(DIGITS.backbone(True)) == pytest.approx(0.981, abs=0.002)
+    assert printed().classes == DIGITS.examples("test").classes and len(printed().labels) == 1000
+
+
+def test_the_record_has_every_draw_and_its_recipe():
+    for task in TASKS:
+        for by in recorded(task).values():
+            assert set(by) <= set(strategies(task)) and len({len(draws) for draws in by.values()}) == 1
+            for way, draws in by.items():
+                assert all(isinstance(score, Scores) and 0 <= score.inside <= 1 for score in draws)
+                assert way == "head only" or all(score.lr in LEARNING_RATES[task] for score in draws)
+    assert set(FIVE) <= set(recorded("digits")[10]) and len(recorded("digits")[10]["LP-FT"]) == 5
+    assert RECORD.stat().st_size < 50_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["head only", "LP-FT"])
+def test_a_kept_result_is_measured_again(way):
+    kept = recorded("digits")[10][way][0]
+    again = run("digits", way, 10, 0, kept.lr)
+    assert again.trainable == kept.trainable
+    for key in ("inside", "outside", "source"):
+        assert getattr(again, key) == pytest.approx(getattr(kept, key), abs=0.01)  # another CPU sums in another order
+
+
+def test_what_chapter_04_says_of_the_record_holds():
+    table = recorded("digits")
+    for labels, by in table.items():
+        for key in ("outside", "source"):
+            assert mean(by["LP-FT"], key) > mean(by["everything"], key), (labels, key)
+        assert mean(by["head only"], "outside") > mean(by["everything"], "outside"), labels
+    ten = table[10]
+    inside = [mean(ten[way], "inside") for way in FIVE]
+    assert max(inside) - min(inside) < 0.02
+    assert all(a.outside - b.outside > 0.05 for a, b in zip(ten["LP-FT"], ten["everything"], strict=True)), "in every draw"
+    assert mean(ten["head only"], "outside") - mean(ten["everything"], "outside") > 0.08
+    assert mean(table[2]["everything"], "inside") < mean(table[2]["head only"], "inside")
+    assert all(mean(table[50][way], "inside") > mean(table[50]["head only"], "inside") for way in FIVE[1:])
+    for way in ("gradual unfreezing", "discriminative"):
+        assert mean(ten[way], "outside") > mean(ten["everything"], "outside")
