@@ -50,6 +50,9 @@ def observe(experiment: Experiment, subject: Subject, seed: int, number: str) ->
         seed: of the inputs.
         number: the exercise's, to tell "not attempted" from "needs another exercise first".
     """
+    # The first optimizer of a process imports this for a second or more. No subject is to be stopped in the middle of it.
+    import torch._dynamo  # noqa: F401
+
     with one_thread(), fresh_defaults():
         return _observe(experiment, subject, seed, number)
 

@@ -81,7 +81,14 @@ def plot_draws(ax: Axes, results: Mapping[str, Sequence[float]], numbers: Mappin
 
 
 def draws_figure(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[Figure, str]:
-    """`plot_draws` for several measures of the same names side by side on one scale, the first name on top; and its text alternative."""
+    """`plot_draws` for several measures of the same names, side by side on one scale, the first name on top.
+
+    Args:
+        panels: {title: {name: one value per draw}}.
+
+    Returns:
+        The figure, and its text alternative with the means.
+    """
     fig = Figure(figsize=(9, 0.7 + 0.5 * max(map(len, panels.values()))), layout="constrained")
     axes = fig.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for ax, (title, results) in zip(axes, panels.items(), strict=True):
