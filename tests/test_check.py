@@ -26,6 +26,7 @@ from grader.proof import stub
 from grader.shadow import refuse
 from grader.state import preserved
 from helpers.features import extract
+from helpers.finetune import EarlyStopping
 
 FIRST = exercises("features")["2.2"]
 WRONG = {m.name: m.subject for m in FIRST.misconceptions}
@@ -259,6 +260,19 @@ def test_output_warnings_and_stderr_are_caught_and_cost_nothing(capfd):
 def test_much_output_is_shortened():
     observation = observe(Quick(), lambda x: print("x" * 100_000), 0, "9.1")
     assert len(observation.said[0]) < 2100
+
+
+class Borrowed:
+    __init__ = EarlyStopping.__init__
+    step = EarlyStopping.step
+    restore = EarlyStopping.restore
+
+
+@pytest.mark.parametrize("thing", [EarlyStopping, type("Mine", (EarlyStopping,), {}), Borrowed])
+def test_a_class_that_is_extends_or_borrows_from_the_reference_is_refused(capsys, thing):
+    with pytest.raises(CheckFailed):
+        check("4.5", thing)
+    assert "`EarlyStopping` is or calls the reference from `helpers.finetune`." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,6 @@ class LinearProbe(Experiment):
     """The head computes what the linear probe on the features computes, with the penalty that was asked for."""
 
     points = 3
-    seconds = 30.0  # the first optimizer of a process imports a compiler
     penalties = (0.1, 0.4)
 
     def draw(self, trial: Trial) -> dict:
