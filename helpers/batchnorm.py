@@ -85,7 +85,8 @@ def moved(model: nn.Module, action: Callable[[], object]) -> list[str]:
 def what_is_frozen(layer: nn.Module, x: Tensor) -> dict[str, bool]:
     """Which meanings of "frozen" hold for `layer`, found by experiment: train mode, one forward and one backward pass.
 
-    How the layer was frozen makes no difference. Afterwards it is as it was: values, gradients, flags and modes.
+    How the layer was frozen makes no difference. Afterwards it is as it was: values, gradients, flags and modes. The
+    statistics are running_mean and running_var: with a momentum of 0 they stand still, though the counter counts on.
 
     Args:
         layer: a BatchNorm, or what has its `running_mean` and `running_var`. One without parameters counts as frozen in
@@ -119,7 +120,7 @@ def what_is_frozen(layer: nn.Module, x: Tensor) -> dict[str, bool]:
     with _restored(layer), torch.no_grad():
         if getattr(layer, "weight", None) is not None:
             layer.weight.data.fill_(1)  # a weight of 0, with which some residual branches start, would hide everything
-        before = [(name, tensor.clone()) for name, tensor in layer.named_buffers()]
+        before = {name: getattr(layer, name).clone() for name in ("running_mean", "running_var") if stores}
         wanted = layer.eval()(x)
         layer.train()
         with torch.enable_grad():
@@ -130,7 +131,7 @@ def what_is_frozen(layer: nn.Module, x: Tensor) -> dict[str, bool]:
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else []
         return {
             "affine": all(gradient is None or not gradient.any() for gradient in gradients),
-            "statistics": all(_same(tensor, layer.get_buffer(name)) for name, tensor in before),
+            "statistics": all(_same(tensor, getattr(layer, name)) for name, tensor in before.items()),
             "normalisation": stores and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5),
         }
 

@@ -235,13 +235,19 @@ def _check_groups(model: nn.Module, groups: Iterable[dict]) -> list[dict]:
     for group in groups:
         if not isinstance(group, dict) or "params" not in group:
             raise ValueError(f'groups must be dicts with "params", got {expect.describe(group)}. See parameter_groups.')
-    groups = [dict(group, params=list(group["params"])) for group in groups]
+    groups = [dict(group, params=_listed(group["params"])) for group in groups]
     known = {id(parameter) for parameter in model.parameters()}
     strangers = sum(id(parameter) not in known for group in groups for parameter in group["params"])
     if strangers or not groups:
         got = f"{strangers} that are not in it" if groups else "no group"
         raise ValueError(f"groups must hold parameters of the model, got {got}. Make them after its modules have changed.")
     return groups
+
+
+def _listed(params: Tensor | Iterable) -> list[Tensor]:
+    """Parameters as AdamW takes them: one, several, or pairs (name, parameter)."""
+    params = [params] if isinstance(params, Tensor) else list(params)
+    return [param[1] if isinstance(param, tuple) else param for param in params]
 
 
 def _check_measuring(model: nn.Module, validation, every: int | None, early_stopping: "EarlyStopping | None") -> None:
@@ -251,7 +257,7 @@ def _check_measuring(model: nn.Module, validation, every: int | None, early_stop
         raise ValueError("every and early_stopping need something to measure, got no validation. Pass validation=examples.")
     if early_stopping is not None and every is None:
         raise ValueError("early_stopping must know when to measure, got no `every`. Pass every=20, say.")
-    if early_stopping is not None and early_stopping.model is not model:
+    if early_stopping is not None and getattr(early_stopping, "model", model) is not model:
         raise ValueError("early_stopping must be of the model that trains, got one of another: EarlyStopping(model, patience).")
 
 

@@ -246,7 +246,7 @@ def weight_alone(layer):
     return layer
 
 
-def momentum_of_zero(layer):  # num_batches_tracked still counts
+def momentum_of_zero(layer):  # the counter counts on, mean and variance stand still
     layer.momentum = 0.0
     return layer
 
@@ -269,7 +269,7 @@ def torchvisions(layer):
         (eval_by_a_hook, (False, True, True)),
         (gradients_made_zero, (True, False, False)),
         (weight_alone, (False, False, False)),
-        (momentum_of_zero, (False, False, False)),
+        (momentum_of_zero, (False, True, False)),
         (torchvisions, (True, True, True)),
     ],
 )

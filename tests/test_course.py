@@ -192,7 +192,14 @@ def test_what_chapter_04_says_of_its_figures_holds():
     assert printed["LP-FT"] - printed["everything"] > 0.05 and letters["head only"] > 0.97
     cures = means("04_finetune", "accuracy on test images")
     assert min(cures["early stopping"], cures["augmentation, stopped"], cures["frozen, penalty 1"]) > cures["none"] + 0.08
-    assert abs(cures["weight decay 0.3"] - cures["none"]) < 0.03
+    assert cures["none"] + 0.03 < cures["augmentation"] < cures["early stopping"]
+    assert abs(cures["weight decay 0.3"] - cures["none"]) < 0.03 and cures["frozen, penalty 0.001"] < cures["none"]
+    assert cures["lower learning rate"] < cures["none"]
+    text = "\n".join(text_of(cell) for cell in solved("04_finetune").cells)
+    spent = {way: re.search(rf"^{way} .* (\d\.\d\d) +\d+\.\d$", text, re.MULTILINE) for way in ("everything", "LP-FT")}
+    assert float(spent["everything"][1]) > 1.2 * float(spent["LP-FT"][1]), "features moved"
+    start = [float(norm) for norm in re.findall(r"gradient into the backbone (\d+\.\d+)", text)]
+    assert start[0] > 5 * start[1]
     low, suggested, high = means("04_finetune", "test images").values()
     assert suggested > high > low
     assert list(means("04_finetune", "letters (after training)").values())[2] < 0.3
@@ -200,6 +207,10 @@ def test_what_chapter_04_says_of_its_figures_holds():
 
 @pytest.mark.slow
 def test_what_chapter_05_says_of_its_figures_holds():
+    text = "\n".join(text_of(cell) for cell in solved("05_batchnorm").cells)
+    assert "ResNet-18: moved 0 of 62 parameters, 60 of 60 buffers" in text and "glyphnet: moved 0 of 38 parameters" in text
+    assert re.search(r"eval\(\), once  36 .*\nyour freeze    0\nafter undo\(\)  36", text)
+    assert all(float(score) < 0.6 for score in re.search(r"one pass in train mode, nothing else: (.+)", text)[1].split(", "))
     moved = means("05_batchnorm", "accuracy on white paper")
     assert moved["before"] - moved["after 50 grey batches"] > 0.1
     training, afterwards = (means("05_batchnorm", t) for t in ("while training, batches of 32", "afterwards, in eval mode"))

@@ -138,6 +138,29 @@ def test_accuracy_is_measured_every_so_many_steps_and_changes_nothing(task, digi
     assert history.accuracy[7] == evaluate(digits_net, task)
 
 
+def test_groups_may_hold_what_adamw_takes_one_parameter_or_pairs_with_names(task, digits_net):
+    weight, bias = digits_net.fc.weight, digits_net.fc.bias
+    before = weight.detach().clone(), bias.detach().clone()
+    fit(digits_net, task, steps=2, lr=0.1, groups=[{"params": weight}, {"params": [("fc.bias", bias)]}], progress=False)
+    assert not torch.equal(weight, before[0]) and not torch.equal(bias, before[1])
+
+
+def test_early_stopping_needs_no_more_than_step_and_restore(task, digits_net):
+    class Second:
+        scores, restored = (), False
+
+        def step(self, score):
+            self.scores = (*self.scores, score)
+            return len(self.scores) == 2
+
+        def restore(self):
+            self.restored = True
+
+    mine = Second()
+    history = fit(digits_net, task, steps=9, lr=0.1, validation=task, every=2, early_stopping=mine, progress=False)
+    assert len(history.loss) == 4 and mine.restored and list(history.accuracy.values()) == list(mine.scores)
+
+
 def test_early_stopping_ends_the_run_in_the_best_state(task, digits_net):
     worse = task._replace(labels=(task.labels + 1) % 3)  # the better the model gets, the lower the score
     states = {}
