@@ -73,6 +73,6 @@ def _target(module: str) -> float | None:
 
 
 COMPARISONS = [
-    Comparison(f"import {module}", f"`{module}`", "its imports of other packages", _build(module), 3, _target(module))
+    Comparison(f"import {module}", f"`{module}`", "its imports of other packages", _build(module), 5, _target(module))
     for module in modules()
 ]

@@ -44,7 +44,10 @@ FIVE = ("head only", "last stage", "everything", "gradual unfreezing", "LP-FT")
 LEARNING_RATES = {"digits": (1e-3, 3e-3, 1e-2), "docstrings": (5e-5, 1.5e-4, 5e-4)}
 HEAD_LEARNING_RATES = (3e-3, 1e-2, 3e-2)  # of a head alone, which takes higher ones
 DRAWS = {"digits": 5, "docstrings": 3}
-LABELS = {"digits": (2, 10, 50), "docstrings": (10,)}
+RECORDED = {  # task -> labels per class -> strategies; None is all of them
+    "digits": {2: (*FIVE, "discriminative"), 10: None, 50: (*FIVE, "discriminative")},
+    "docstrings": {10: ("head only", "last stage", "last 3 stages", "everything")},
+}
 RECORD = Path(__file__).with_suffix(".json")
 
 
@@ -146,14 +149,16 @@ def recorded(task: str) -> dict[int, dict[str, list[Scores]]]:
 
 
 def record(task: str, processes: int = 1) -> dict:
-    """Measure every strategy of a task: what `recorded` gives, with the machine and the versions."""
-    names = strategies(task)
-    cells = [(task, name, n, draw) for n in LABELS[task] for name in names for draw in range(DRAWS[task])]
+    """Measure what `RECORDED` lists for a task: what `recorded` gives, with the machine and the versions."""
+    plan = {labels: names or strategies(task) for labels, names in RECORDED[task].items()}
+    draws = range(DRAWS[task])
+    cells = [(task, name, labels, draw) for labels, names in plan.items() for name in names for draw in draws]
     with ProcessPoolExecutor(processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         values = dict(zip(cells, pool.map(_measure_cell, cells), strict=True))
     return {
         "scores": {
-            str(n): {name: [values[task, name, n, draw] for draw in range(DRAWS[task])] for name in names} for n in LABELS[task]
+            str(labels): {name: [values[task, name, labels, draw] for draw in draws] for name in names}
+            for labels, names in plan.items()
         },
         "steps": TASKS[task].steps,
         "learning_rates": LEARNING_RATES[task],
