@@ -104,7 +104,8 @@ def test_what_learners_get_holds_no_solution_and_no_output(name):
     assert not any(cell.get("outputs") for cell in nb.cells)
     script = (ROOT / "solutions" / name / f"{name}.py").read_text(encoding="utf-8")
     answers = [c for c in nb.cells if c.metadata.get("nbgrader", {}).get("solution")]
-    solutions = [block.split("### END SOLUTION")[0] for block in script.split("### BEGIN SOLUTION")[1:]]
+    cells = [cell for cell in script.split("\n# %%") if "### BEGIN SOLUTION" in cell]
+    solutions = ["".join(re.findall(r"### BEGIN SOLUTION(.*?)### END SOLUTION", cell, re.DOTALL)) for cell in cells]
     assert len(answers) == len(solutions) > 0
     for cell, solution in zip(answers, solutions, strict=True):
         number = cell.metadata.nbgrader.grade_id.removeprefix("answer-").replace("_", ".")
