@@ -145,8 +145,11 @@ class FreezingExplorer(Explorer):
             description="backbone",
             style={"button_width": "auto"},
         )
-        self.depth = widgets.SelectionSlider(options=list(depths("digits")), description="train")
-        self.labels = widgets.ToggleButtons(description="labels", style={"button_width": "auto"})
+        self.depth = widgets.SelectionSlider(options=list(depths("digits")), description="train", layout={"width": "420px"})
+        known = list(recorded_depths("digits"))
+        self.labels = widgets.ToggleButtons(
+            options=known, value=10 if 10 in known else None, description="labels", style={"button_width": "auto"}
+        )
         super().__init__(self.task, self.depth, self.labels)
 
     def adapt(self) -> None:
@@ -186,9 +189,8 @@ class DriftExplorer(Explorer):
 
 
 def _offer(control, options: list) -> None:
-    """Give a control other options; the value stays if it is among them."""
+    """Give a control other options; the value stays if it is among them, else it is the first."""
     if list(control.options) != options:
         value = control.value
         control.options = options
-        if value in options:
-            control.value = value
+        control.value = value if value in options else next(iter(options), None)

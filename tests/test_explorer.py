@@ -214,6 +214,13 @@ def test_freezing_shows_what_is_in_the_file():
             assert f"handwritten {np.mean([one.inside for one in by['head only']]):.3f}" in text
 
 
+def test_freezing_begins_with_labels_that_are_recorded_and_keeps_to_them():
+    explorer = explore_freezing()
+    for task in ("digits", "docstrings", "digits"):
+        explorer.task.value = task
+        assert explorer.labels.value in recorded_depths(task) and "no depth is recorded" not in explorer.picture.value.lower()
+
+
 def test_freezing_at_an_impossible_depth_is_told():
     message = r"^depth must be a whole number from 0 to 5, got 6. 0 trains the head alone.$"
     with pytest.raises(ValueError, match=message):
