@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from grader.checks import TOPICS, exercises
-from grader.experiment import Misconception
+from grader.experiment import Misconception, misconception
 from grader.observe import observe
-from grader.proof import _alike, faults
+from grader.proof import _alike, _alike_pairs, faults
 
 ALL = [pytest.param(topic, exercise, id=exercise.number) for topic in TOPICS.values() for exercise in exercises(topic).values()]
 
@@ -64,6 +64,20 @@ def test_the_same_solution_in_other_words_is_noticed():
         return result.mean()
 
     assert list(_alike([one, other])) == ["other and one are the same solution in other words"]
+
+
+def test_a_misconception_written_again_in_the_same_words_is_noticed():
+    @misconception("doubled", hint="Which of the two counts twice?", source="a test")
+    def doubled(a, b):
+        total = a + 2 * b
+        return total.mean()
+
+    def again(left, right):
+        result = left + 3 * right
+        return result.mean()
+
+    found = list(_alike_pairs({"doubled": (doubled.subject, again)}))
+    assert found == ["“doubled”: again and doubled are the same solution in other words"]
 
 
 @pytest.mark.parametrize(("topic", "exercise"), ALL)
