@@ -16,8 +16,8 @@ help:  ## list the targets
 lab: .venv/installed  ## set up if needed, then open JupyterLab on the first chapter
 	$(BIN)/warmstart lab
 
-test: .venv/installed  ## set up if needed, then run all tests
-	$(BIN)/python -m pytest
+test: .venv/installed  ## set up if needed, then run all tests, in two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 test-fast: .venv/installed  ## the tests that take less than two minutes together
 	$(BIN)/python -m pytest -m fast

@@ -5,6 +5,7 @@
     printed_digits(count, seed)                     digits rendered as the letters are: another domain, the same classes
     jitter(examples, copies, seed)                  copies of images, each shifted, turned and stretched at random
     docstrings(split, labels_per_class, draw)       what the standard library's functions say of themselves, by topic
+    word_order(split, labels_per_class, draw)       the same texts, half of them with their words in random order
     image_folder(folder, split, ...)                your own photographs
     text_table(file, split, ...)                    your own texts
     pets(split, ...)                                Oxford-IIIT Pets, downloaded
@@ -148,6 +149,23 @@ def docstrings(split: str = "train", labels_per_class: int | None = None, draw: 
     texts, labels, splits, classes = _docstrings()
     rows = _choose(splits, labels, split, labels_per_class, draw)
     return Examples([texts[row] for row in rows], labels[rows], classes)
+
+
+def word_order(split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
+    """Docstrings as they were written, and docstrings with their words in random order.
+
+    Both classes have the same kind of words, so what tells them apart is order alone. The texts and splits are those of
+    `docstrings` without texts of fewer than five words; a text is in one of the two classes, in the same order always.
+
+    Args:
+        split, labels_per_class, draw: as for `docstrings`; at most 699 of each class in "train".
+
+    Returns:
+        Examples of 2 classes, with a list of texts as inputs.
+    """
+    texts, labels, splits = _word_order()
+    rows = _choose(splits, labels, split, labels_per_class, draw)
+    return Examples([texts[row] for row in rows], labels[rows], ("as written", "shuffled"))
 
 
 def image_folder(folder: str | Path, split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
@@ -302,6 +320,24 @@ def _docstrings() -> tuple[list[str], Tensor, dict[str, Tensor], tuple[str, ...]
     names = ("train", "validation", "test")
     splits = {name: torch.tensor([number for number, row in enumerate(rows) if row.split == name]) for name in names}
     return [row.text for row in rows], labels, splits, classes
+
+
+@cache
+def _word_order() -> tuple[list[str], Tensor, dict[str, Tensor]]:
+    texts, _, splits, _ = _docstrings()
+    generator, kept, labels, rows = torch.Generator().manual_seed(0), [], [], {name: [] for name in splits}
+    for name, numbers in splits.items():
+        for number in numbers.tolist():
+            words = texts[number].split()
+            if len(words) < 5:
+                continue
+            labels.append(len(rows[name]) % 2)
+            rows[name].append(len(kept))
+            order = torch.arange(len(words))
+            while labels[-1] and torch.equal(order, torch.arange(len(words))):
+                order = torch.randperm(len(words), generator=generator)
+            kept.append(" ".join(words[place] for place in order))
+    return kept, torch.tensor(labels), {name: torch.tensor(numbers) for name, numbers in rows.items()}
 
 
 def _rendered(characters: str, count: int, seed: int, name: str) -> Examples:

@@ -3,6 +3,8 @@
     explore_transfer()    chapter 02: labels per class and strategy against accuracy; kept results of `helpers.transfer`
     explore_freezing()    chapter 04: what trains, what it takes, and accuracy; kept results of `helpers.strategies`
     explore_drift()       chapter 05: other images, what each BatchNorm sees, and accuracy; measured when a knob is turned
+    explore_lora()        chapter 06: rank, layers and optimizer against memory; counted, beside recorded accuracy
+    explore_export()      chapter 08: formats by size, latency and what they need; kept results of `helpers.formats`
 
 Put one on the last line of a cell.
 """
@@ -12,8 +14,11 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
+from helpers.explorer_export import ABSENT, batches, export_figure
 from helpers.explorer_figures import depths, drift_figure, freezing_figure, recorded_depths, transfer_figure
+from helpers.explorer_lora import BACKBONES, OPTIMIZERS, PRECISIONS, lora_figure, ranks
 from helpers.figures import image
+from helpers.formats import MODELS
 from helpers.shifts import KINDS, STATISTICS
 from helpers.transfer import TASKS, recorded
 
@@ -110,6 +115,16 @@ def explore_drift() -> Explorer | StaticFigure:
     return _explore(DriftExplorer)
 
 
+def explore_lora() -> Explorer | StaticFigure:
+    """Rank, layers, optimizer and precision: memory, what trains, and the recorded accuracy, of MiniLM and of glyphnet."""
+    return _explore(LoraExplorer)
+
+
+def explore_export() -> Explorer | StaticFigure:
+    """Formats of three models by size, latency and what has to be there where they run."""
+    return _explore(ExportExplorer)
+
+
 class TransferExplorer(Explorer):
     figure = staticmethod(transfer_figure)
     examples = tuple((task, 5, known.arms) for task, known in TASKS.items())
@@ -186,6 +201,59 @@ class DriftExplorer(Explorer):
 
     def settings(self) -> tuple:
         return self.kind.value, self.strength.value, self.using.value
+
+
+class LoraExplorer(Explorer):
+    figure = staticmethod(lora_figure)
+    examples = (
+        ("MiniLM", "queries and values", 8, "AdamW", "float32"),
+        ("glyphnet", "every convolution", 4, "AdamW", "float32"),
+    )
+
+    def __init__(self) -> None:
+        import ipywidgets as widgets
+
+        wide = {"style": {"button_width": "auto"}}
+        self.backbone = widgets.ToggleButtons(
+            options=[(known.title, name) for name, known in BACKBONES.items()], description="backbone", **wide
+        )
+        first = next(iter(BACKBONES))
+        self.layers = widgets.ToggleButtons(options=list(BACKBONES[first].layers), description="layers", **wide)
+        self.rank = widgets.SelectionSlider(options=ranks(first, self.layers.value), value=8, description="rank")
+        self.optimizer = widgets.ToggleButtons(options=list(OPTIMIZERS), value="AdamW", description="optimizer", **wide)
+        self.precision = widgets.ToggleButtons(options=list(PRECISIONS), description="precision", **wide)
+        super().__init__(self.backbone, self.layers, self.rank, self.optimizer, self.precision)
+
+    def adapt(self) -> None:
+        backbone = self.backbone.value  # once: another thread may change it meanwhile
+        _offer(self.layers, list(BACKBONES[backbone].layers))
+        _offer(self.rank, ranks(backbone, self.layers.value))
+
+    def settings(self) -> tuple | None:
+        backbone, layers, rank = self.backbone.value, self.layers.value, self.rank.value
+        fits = layers in BACKBONES[backbone].layers and rank in ranks(backbone, layers)
+        return (backbone, layers, rank, self.optimizer.value, self.precision.value) if fits else None
+
+
+class ExportExplorer(Explorer):
+    figure = staticmethod(export_figure)
+    examples = tuple((model, None, ()) for model in MODELS)
+
+    def __init__(self) -> None:
+        import ipywidgets as widgets
+
+        self.model = widgets.ToggleButtons(options=list(MODELS), description="model")
+        self.batch = widgets.ToggleButtons(options=list(batches(self.model.value)), description="batch")
+        self.absent = [widgets.Checkbox(value=False, description=f"without {name}", indent=False) for name in ABSENT]
+        super().__init__(self.model, self.batch, self.absent)
+
+    def adapt(self) -> None:
+        _offer(self.batch, list(batches(self.model.value)))
+
+    def settings(self) -> tuple | None:
+        model, batch = self.model.value, self.batch.value
+        absent = tuple(name for name, box in zip(ABSENT, self.absent, strict=True) if box.value)
+        return (model, batch, absent) if batch in [*batches(model), None] else None
 
 
 def _offer(control, options: list) -> None:

@@ -1,9 +1,13 @@
-"""What the explorers of `helpers.explorer` show: one figure and its text alternative for one setting of the controls."""
+"""What the explorers of `helpers.explorer` show: one figure and its text alternative for one setting of the controls.
+
+Those of chapters 02, 04 and 05 are here, and what all have in common; `explorer_lora` and `explorer_export` have the others.
+"""
 
 import statistics
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cache
+from typing import TypeVar
 
 import torch
 from matplotlib.axes import Axes
@@ -19,7 +23,24 @@ SCORES = {
     "digits": {"inside": "handwritten", "outside": "printed", "source": "letters kept"},
     "docstrings": {"inside": "test docstrings"},
 }
+Chosen = TypeVar("Chosen")
 GREY = "0.8"  # frozen, or not chosen
+
+
+def size(count: int) -> str:
+    """Bytes in words: kilobytes below 0.1 MB."""
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+
+def choice(name: str, value: str, options: Mapping[str, Chosen]) -> Chosen:
+    """What an option stands for.
+
+    Raises:
+        ValueError: there is no such option.
+    """
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}.")
+    return options[value]
 
 
 # --- chapter 02 ---------------------------------------------------------------------------------------------------
@@ -93,8 +114,7 @@ def depths(task: str) -> dict[str, Report]:
 
     Counted on the pre-trained backbone of the task with its new head; made once.
     """
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(map(repr, TASKS))}, got {task!r}.")
+    choice("task", task, TASKS)
     with torch.random.fork_rng(devices=[]):  # building a network draws numbers
         backbone = TASKS[task].backbone(True)
     head = nn.Linear(backbone.width, len(TASKS[task].examples("test").classes), device="meta")  # counted, never run
@@ -127,7 +147,7 @@ def _plot_parameters(ax: Axes, chosen: Report) -> str:
         ax.text(count + 0.02 * largest, place, f"{count:,}", va="center", fontsize=9, color=color, fontweight=weight)
     ax.set_yticks(range(len(chosen.stages)), [_short(stage) for stage in chosen.stages])
     ax.set(xlim=(0, 1.3 * largest), ylim=(len(chosen.stages) - 0.4, -0.6), xticks=[])
-    memory = f"{_size(chosen.gradient_bytes)} of gradients and {_size(chosen.adamw_bytes)} of AdamW state"
+    memory = f"{size(chosen.gradient_bytes)} of gradients and {size(chosen.adamw_bytes)} of AdamW state"
     ax.set_xlabel(f"parameters; coloured ones train, which takes\n{memory}")
     ax.spines[["top", "right"]].set_visible(False)
     return memory
@@ -171,10 +191,6 @@ def _short(stage: str) -> str:
     """The end of a stage's name that tells it from the others: "layer4", "layer.0"."""
     *_, parent, last = ("", *stage.split("."))
     return f"{parent}.{last}" if last.isdigit() else last
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
 # --- chapter 05 ---------------------------------------------------------------------------------------------------

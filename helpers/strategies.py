@@ -6,6 +6,7 @@
     discriminative       the same, each stage with a learning rate 2.6 times lower than the next (ULMFiT)
     gradual unfreezing   the head first, then one stage more at equal intervals
     LP-FT                the head starts as the linear probe, then everything trains
+    LoRA rank r          the head, and adapters of rank r: of MiniLM's queries and values, of every convolution of glyphnet
 
 Every strategy gets the same labelled examples, the same number of steps, and the best of three learning rates on the same
 validation examples (of equals the lowest). What is measured of the chosen model:
@@ -14,9 +15,9 @@ validation examples (of equals the lowest). What is measured of the chosen model
     outside      accuracy in another domain with the same classes; for digits, printed ones
     source       accuracy on what the backbone was trained on (letters), with the head it had there: less is forgetting
 
-Training takes long, so results are kept in `strategies.json`, written by `python -m helpers.strategies`.
+Training takes long, so results are kept in `strategies.json`. `python -m helpers.strategies` measures what is missing there.
 
-Sources: Howard & Ruder 2018 (ULMFiT); Kumar et al. 2022 (LP-FT).
+Sources: Howard & Ruder 2018 (ULMFiT); Kumar et al. 2022 (LP-FT); Hu et al. 2021 (LoRA).
 """
 
 import json
@@ -32,21 +33,32 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from helpers.backbones import glyphnet, stages
-from helpers.data import Examples, letters, printed_digits
+from helpers import lora, transfer
+from helpers.backbones import TextBackbone, glyphnet, stages
+from helpers.data import Examples, letters, printed_digits, word_order
 from helpers.features import extract
 from helpers.files import write_text
 from helpers.finetune import GradualUnfreezing, lp_ft, parameter_groups, train_last, unfreeze
 from helpers.training import accuracy, evaluate, fit, seed_everything
-from helpers.transfer import TASKS
 
+TASKS = transfer.TASKS | {"word order": transfer.TASKS["docstrings"]._replace(examples=word_order, steps=100)}
 FIVE = ("head only", "last stage", "everything", "gradual unfreezing", "LP-FT")
-LEARNING_RATES = {"digits": (1e-3, 3e-3, 1e-2), "docstrings": (5e-5, 1.5e-4, 5e-4)}
+LEARNING_RATES = {task: known.learning_rates for task, known in TASKS.items()}
 HEAD_LEARNING_RATES = (3e-3, 1e-2, 3e-2)  # of a head alone, which takes higher ones
-DRAWS = {"digits": 5, "docstrings": 3}
-RECORDED = {  # task -> labels per class -> strategies; None is all of them
-    "digits": {2: (*FIVE, "discriminative"), 10: None, 50: (*FIVE, "discriminative")},
-    "docstrings": {10: ("head only", "last stage", "last 3 stages", "everything")},
+LORA_LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+ALPHA = 16
+RANKS = (1, 2, 8, 32)
+DRAWS = {"digits": 5, "docstrings": 3, "word order": 3}
+RECORDED = {  # task -> labels per class -> strategies
+    "digits": {
+        2: (*FIVE, "discriminative"),
+        10: ("last 2 stages", "last 3 stages", "last 4 stages", *FIVE, "discriminative", "LoRA rank 4"),
+        50: (*FIVE, "discriminative"),
+    },
+    "docstrings": {
+        10: ("head only", "last stage", "last 3 stages", "everything", "LoRA rank 8"),
+    },
+    "word order": {100: ("head only", "everything", *(f"LoRA rank {rank}" for rank in RANKS))},
 }
 RECORD = Path(__file__).with_suffix(".json")
 
@@ -91,6 +103,9 @@ def train(strategy: str, model: nn.Sequential, examples: Examples, lr: float, st
     elif strategy == "discriminative":
         unfreeze(model)
         fit(model, examples, groups=parameter_groups(model, lr, weight_decay=1e-4), **settings)
+    elif strategy.startswith("LoRA rank "):
+        lora.inject(model, adapted(model), int(strategy.removeprefix("LoRA rank ")), ALPHA, train=["head"])
+        fit(model, examples, **settings)
     else:
         depths = {_last(k): k for k in range(1, len(names) - 1)} | {"head only": 0, "everything": len(names) - 1}
         if strategy not in depths:
@@ -122,9 +137,23 @@ def run(task: str, strategy: str, labels_per_class: int, draw: int, lr: float) -
 
 def measure(task: str, strategy: str, labels_per_class: int, draw: int) -> Scores:
     """`run` with each of three learning rates; the scores of the one that is best on validation."""
-    rates = HEAD_LEARNING_RATES if strategy == "head only" else LEARNING_RATES[task]
+    rates = learning_rates(task, strategy)
     runs = [run(task, strategy, labels_per_class, draw, lr) for lr in rates]
     return max(runs, key=lambda scores: scores.validation)  # the first of equals: the lowest learning rate
+
+
+def learning_rates(task: str, strategy: str) -> tuple[float, float, float]:
+    """The three learning rates that `measure` tries."""
+    if strategy.startswith("LoRA"):
+        return LORA_LEARNING_RATES
+    return HEAD_LEARNING_RATES if strategy == "head only" else LEARNING_RATES[_known(task)]
+
+
+def adapted(model: nn.Sequential) -> list[str]:
+    """The layers that LoRA adapts here, by name: queries and values of a text encoder, else every convolution."""
+    kinds = (nn.Linear,) if isinstance(model.backbone, TextBackbone) else (nn.Conv2d,)
+    names = [name for name, module in model.backbone.named_modules() if isinstance(module, kinds)]
+    return [f"backbone.{name}" for name in names if kinds == (nn.Conv2d,) or name.endswith(("query", "value"))]
 
 
 @cache
@@ -148,21 +177,19 @@ def recorded(task: str) -> dict[int, dict[str, list[Scores]]]:
     return {int(n): {name: [Scores(*s) for s in draws] for name, draws in by.items()} for n, by in kept.items()}
 
 
-def record(task: str, processes: int = 1) -> dict:
-    """Measure what `RECORDED` lists for a task: what `recorded` gives, with the machine and the versions."""
-    plan = {labels: names or strategies(task) for labels, names in RECORDED[task].items()}
-    draws = range(DRAWS[task])
-    cells = [(task, name, labels, draw) for labels, names in plan.items() for name in names for draw in draws]
+def record(task: str, kept: dict, processes: int = 1) -> dict:
+    """Measure what `RECORDED` lists for a task and `kept` lacks: what `recorded` gives, with the machine and the versions."""
+    scores = {labels: dict(kept.get(task, {}).get("scores", {}).get(str(labels), {})) for labels in RECORDED[task]}
+    missing = [(labels, name) for labels, names in RECORDED[task].items() for name in names if name not in scores[labels]]
+    cells = [(task, name, labels, draw) for labels, name in missing for draw in range(DRAWS[task])]
     with ProcessPoolExecutor(processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         values = dict(zip(cells, pool.map(_measure_cell, cells), strict=True))
+    for labels, name in missing:
+        scores[labels][name] = [values[task, name, labels, draw] for draw in range(DRAWS[task])]
     return {
-        "scores": {
-            str(labels): {name: [values[task, name, labels, draw] for draw in draws] for name in names}
-            for labels, names in plan.items()
-        },
+        "scores": {str(labels): {name: scores[labels][name] for name in names} for labels, names in RECORDED[task].items()},
         "steps": TASKS[task].steps,
-        "learning_rates": LEARNING_RATES[task],
-        "head_learning_rates": HEAD_LEARNING_RATES,
+        "learning_rates": {name: learning_rates(task, name) for names in RECORDED[task].values() for name in names},
         "machine": f"{platform.machine()} CPU, one thread",
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
         "date": date.today().isoformat(),
@@ -193,5 +220,6 @@ def _measure_cell(cell: tuple[str, str, int, int]) -> list[float | None]:
 
 
 if __name__ == "__main__":
-    tasks = {task: record(task) for task in TASKS}
+    kept = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    tasks = {task: record(task, kept) for task in TASKS}
     write_text(RECORD, json.dumps(tasks, indent=1) + "\n")

@@ -3,6 +3,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: one BLAS thread each, in kernels that tests start too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ import grader  # noqa: F401
 ROOT = Path(__file__).parents[1]
 
 
-def pytest_collection_modifyitems(items):
-    """What is not slow is fast."""
-    for item in items:
-        if "slow" not in item.keywords:
-            item.add_marker("fast")
+def pytest_itemcollected(item):
+    """What is not slow is fast; of processes side by side each takes whole files, or one proof after the other."""
+    if "slow" not in item.keywords:
+        item.add_marker("fast")
+    if item.path.stem != "test_proof":  # its tests share nothing
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture

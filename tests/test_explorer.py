@@ -3,7 +3,9 @@
 import base64
 import io
 import itertools
+import json
 import re
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,24 +14,32 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from helpers import strategies
+from helpers import explorer_lora, export, formats, lora, strategies
 from helpers.backbones import glyphnet
 from helpers.batchnorm import adabn, drift, moved
 from helpers.data import digits
 from helpers.explorer import (
     DriftExplorer,
+    ExportExplorer,
     FreezingExplorer,
+    LoraExplorer,
     StaticFigure,
     TransferExplorer,
     explore_drift,
+    explore_export,
     explore_freezing,
+    explore_lora,
     explore_transfer,
     transfer_figure,
 )
+from helpers.explorer_export import export_figure, fastest
 from helpers.explorer_figures import depths, drift_figure, freezing_figure, recorded_depths
+from helpers.explorer_lora import BACKBONES, OPTIMIZERS, PRECISIONS, lora_figure, memory, ranks, recorded_accuracy
 from helpers.features import drop_head, extract, linear_probe
 from helpers.figures import image
+from helpers.parity import BatchParity, Parity
 from helpers.shifts import KINDS, described, measure, network, shifted
 from helpers.strategies import Scores
 from helpers.training import accuracy
@@ -399,12 +409,400 @@ def test_knobs_of_drift_turned_at_once_leave_the_figure_of_their_last_positions(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("explore, shown", [(explore_freezing, "AdamW"), (explore_drift, "grey paper")])
+@pytest.mark.parametrize(
+    "explore, shown",
+    [(explore_freezing, "AdamW"), (explore_drift, "grey paper"), (explore_lora, "rank 8"), (explore_export, "resnet18")],
+)
 def test_every_explorer_is_a_figure_where_no_widgets_run(explore, shown, monkeypatch):
     bundle = explore()._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert bundle["text/html"].count("<img") == 2 and shown in bundle["text/plain"]
+    assert bundle["text/html"].count("<img") >= 2 and shown in bundle["text/plain"]
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     without = explore()
     assert isinstance(without, StaticFigure)
     assert without._repr_mimebundle_() == {key: bundle[key] for key in ("text/html", "text/plain")}
+
+
+# --- chapter 06 ---------------------------------------------------------------------------------------------------
+
+
+def classifier(backbone):
+    """The model itself, whose shapes the explorer takes from its file."""
+    known = BACKBONES[backbone]
+    return strategies.classifier(strategies.TASKS[known.task].backbone(True), known.classes)
+
+
+@pytest.fixture
+def lora_record(monkeypatch):
+    """Scores in place of those recorded: both tasks, three draws, LoRA with two ranks, the higher one first."""
+
+    def made(task):
+        known = {one.task: one for one in BACKBONES.values()}[task]
+        names = ("everything", "LP-FT", "LoRA rank 32", "LoRA rank 4", "head only")
+        by = {
+            name: [Scores(0.01, 0.9, 0.9 - place / 50 + draw / 100, None, None, 1) for draw in range(3)]
+            for place, name in enumerate(names)
+        }
+        return {known.labels: by, 2: {}}
+
+    monkeypatch.setattr(strategies, "recorded", made)
+    return made
+
+
+@pytest.mark.parametrize("backbone", [pytest.param("MiniLM", marks=pytest.mark.slow), "glyphnet"])
+def test_what_is_counted_is_what_the_model_has_and_lora_trains(backbone):
+    known = BACKBONES[backbone]
+    inside = {
+        "queries and values": lambda name: name.endswith(("query", "value")),
+        "all attention": lambda name: "attention" in name,
+        "last stage": lambda name: "layer4" in name,
+    }
+    for layers in known.layers:
+        model = classifier(backbone)
+        assert memory(backbone, layers, 1, "SGD", "float32")["everything"].trainable == sum(
+            p.numel() for p in model.parameters()
+        )
+        assert explorer_lora.network(backbone).head == sum(p.numel() for p in model.head.parameters())
+        names = [name for name, module in model.backbone.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        names = [f"backbone.{name}" for name in names if inside.get(layers, str)(name)]
+        if layers == known.recorded:
+            assert names == strategies.adapted(model), "the layers that the record has"
+        rank = ranks(backbone, layers)[-1]
+        lora.inject(model, names, rank, train=["head"])
+        found = memory(backbone, layers, rank, "SGD", "float32")["LoRA"]
+        assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert found.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+        smallest = min(min(layer.A.shape[1], layer.B.shape[0]) for layer in lora.layers(model).values())
+        assert rank == explorer_lora.HIGHEST or 2 * rank > smallest, "no higher rank could be offered"
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_memory_is_what_the_optimizer_keeps(optimizer):
+    make = {"SGD": torch.optim.SGD, "SGD with momentum": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}
+    for name, trains in (("head only", "head"), ("LoRA", ""), ("everything", "")):
+        model = classifier("glyphnet").to(torch.bfloat16)
+        if name == "LoRA":
+            lora.inject(model, "layer4.0.conv1", 2, train=["head"])
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter_name.startswith(trains))
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trainable:
+            parameter.grad = torch.ones_like(parameter)
+        steps = make.get(optimizer, torch.optim.AdamW)(trainable, lr=1e-3)
+        steps.step()
+        kept = [value for state in steps.state.values() for value in state.values() if torch.is_tensor(value) and value.ndim]
+        cost = lora.cost([model.backbone.layer4[0].conv1], 2, OPTIMIZERS[optimizer])
+        numbers = cost["optimizer_bytes"] // cost["gradient_bytes"]
+        assert sum(x.numel() * x.element_size() for x in kept) == numbers * sum(p.grad.numel() * 2 for p in trainable)
+    found = memory("glyphnet", "last stage", 2, optimizer, "bfloat16")["everything"]
+    assert found.gradients == sum(p.grad.numel() * p.grad.element_size() for p in trainable)
+    assert found.state == sum(x.numel() * x.element_size() for x in kept)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_head_has_the_classes_of_its_task(backbone):
+    known = BACKBONES[backbone]
+    assert len(strategies.TASKS[known.task].examples("test").classes) == known.classes
+
+
+@pytest.mark.parametrize(
+    "settings", [("MiniLM", "queries and values", 8, "AdamW", "float32"), ("glyphnet", "last stage", 64, "SGD", "bfloat16")]
+)
+def test_lora_shows_what_is_counted(lora_record, settings):
+    fig, text = lora_figure(*settings)
+    left, _ = fig.axes
+    found = memory(*settings)
+    shown = [note.get_text() for note in left.texts]
+    for part in ("weights", "gradients", "state"):
+        for one in found.values():
+            count = getattr(one, part)
+            assert (explorer_lora.size(count) if count else "0") in shown
+    bars = sorted(bar.get_x() + bar.get_width() for bar in left.patches)
+    wanted = sorted(max(1e3, getattr(one, part)) for one in found.values() for part in ("weights", "gradients", "state"))
+    assert bars == pytest.approx(wanted), "each bar ends at its number of bytes"
+    assert left.get_xscale() == "log" and "logarithmic" in left.get_xlabel() and "activations" in left.get_xlabel()
+    assert min(wanted) >= left.get_xlim()[0] and max(wanted) < left.get_xlim()[1]
+    for words in settings[1:2] + (f"rank {settings[2]}",) + settings[3:]:
+        assert words in text and words in fig.get_suptitle()
+    assert f"{found['LoRA'].trainable:,}" in text and f"{found['everything'].trainable:,}" in text
+
+
+def test_times_fewer_are_of_the_adapted_weights_and_of_the_whole_model(lora_record):
+    text = lora_figure("MiniLM", "queries and values", 8, "AdamW", "float32")[1]
+    full, adapter = 12 * 384 * 384, 12 * 8 * (384 + 384)
+    assert f"train {adapter:,} numbers, {full / adapter:.0f} times fewer than the {full:,} weights they adapt" in text
+    whole = memory("MiniLM", "queries and values", 8, "AdamW", "float32")["everything"].trainable
+    assert f"With the head {adapter + 770:,} train, {whole / (adapter + 770):.0f} times fewer than all {whole:,}" in text
+
+
+def test_accuracy_is_beside_it_where_it_is_recorded(lora_record):
+    fig, text = lora_figure("glyphnet", "every convolution", 4, "SGD", "bfloat16")
+    right = fig.axes[1]
+    means = {name: np.mean([one.inside for one in draws]) for name, draws in lora_record("digits")[10].items()}
+    order = ["head only", "LoRA rank 4", "LoRA rank 32", "everything"]
+    assert [label.get_text() for label in right.get_yticklabels()] == order[::-1]
+    assert ", ".join(f"{name} {means[name]:.3f}" for name in order) in text
+    assert "not recorded" not in (text + right.get_xlabel()).lower() and len(right.patches) == 1
+    assert "recorded with every convolution, AdamW, float32" in right.get_xlabel(), "whatever the knobs say"
+    for layers, rank, missing in (("every convolution", 8, "rank 8"), ("last stage", 4, "last stage")):
+        fig, text = lora_figure("glyphnet", layers, rank, "SGD", "bfloat16")
+        assert text.endswith(f"Not recorded: {missing}.") and f"not recorded: {missing}" in fig.axes[1].get_xlabel()
+        assert not fig.axes[1].patches, "no row is marked"
+
+
+def test_lora_says_where_no_accuracy_is_recorded(monkeypatch):
+    for kept in ({}, {100: {}}):
+        monkeypatch.setattr(strategies, "recorded", lambda task, kept=kept: kept)
+        assert "No accuracy is recorded yet for word order." in lora_figure("MiniLM", "all attention", 1, "SGD", "float32")[1]
+
+    def nothing(task):
+        raise KeyError(task)
+
+    monkeypatch.setattr(strategies, "recorded", nothing)
+    assert recorded_accuracy("MiniLM") == {}
+
+
+def test_lora_of_what_there_is_not_is_told():
+    right = ("glyphnet", "last stage", 4, "SGD", "float32")
+    for place, wrong, message in (
+        (0, "BERT", r"^backbone must be one of 'MiniLM', 'glyphnet', got 'BERT'.$"),
+        (1, "all attention", r"^layers of glyphnet must be one of 'last stage', 'every convolution', got 'all attention'.$"),
+        (2, 65, r"^rank must be a whole number from 1 to 64, got 65. A weight is the matrix \(128, 64\).$"),
+        (3, "Adam", r"^optimizer must be one of 'SGD', 'SGD with momentum', 'AdamW', got 'Adam'.$"),
+        (4, "int8", r"^precision must be one of 'float32', 'bfloat16', got 'int8'.$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lora_figure(*right[:place], wrong, *right[place + 1 :])
+
+
+@pytest.mark.slow
+def test_every_corner_of_the_lora_explorer_draws_another_figure(lora_record):
+    explorer, seen = LoraExplorer(), set()
+    for backbone, known in BACKBONES.items():
+        explorer.backbone.value = backbone
+        assert list(explorer.layers.options) == list(known.layers)
+        for layers in known.layers:
+            explorer.layers.value = layers
+            assert list(explorer.rank.options) == ranks(backbone, layers)
+            for rank, (optimizer, precision) in itertools.product(
+                (explorer.rank.options[0], explorer.rank.options[-1]), zip(("SGD", "AdamW"), PRECISIONS, strict=True)
+            ):
+                explorer.rank.value, explorer.optimizer.value, explorer.precision.value = rank, optimizer, precision
+                text = alt(explorer.picture.value)
+                assert f"{known.title}, {layers}, rank {rank}, {optimizer}, {precision}." in text
+                seen.add(picture(explorer.picture.value).tobytes())
+    assert len(seen) == 5 * 2 * 2
+    assert not plt.get_fignums(), "no figure is left for pyplot to show"
+
+
+@pytest.mark.slow
+def test_changing_the_backbone_of_lora_draws_once_and_keeps_the_rank_if_it_can(lora_record):
+    explorer, drawn = LoraExplorer(), []
+    explorer.picture.observe(lambda change: drawn.append(change["new"]), "value")
+    explorer.backbone.value = "glyphnet"
+    assert len(drawn) == 1 and (explorer.layers.value, explorer.rank.value) == ("last stage", 8)
+    explorer.rank.value = 64
+    explorer.layers.value = "every convolution"
+    assert len(drawn) == 3 and explorer.rank.value == 1, "the smallest matrix allows 9"
+
+
+@pytest.mark.slow
+def test_knobs_of_lora_turned_at_once_leave_the_figure_of_their_last_positions(lora_record):
+    explorer = LoraExplorer()
+
+    def turn(number):
+        control = (explorer.backbone, explorer.rank, explorer.optimizer, explorer.precision)[number % 4]
+        control.value = (tuple(BACKBONES), (1, 4), tuple(OPTIMIZERS), tuple(PRECISIONS))[number % 4][number // 4 % 2]
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(turn, range(23)))
+    wanted = image(*lora_figure(*explorer.settings()))
+    assert np.array_equal(picture(explorer.picture.value), picture(wanted)) and alt(explorer.picture.value) == alt(wanted)
+
+
+# --- chapter 08 ---------------------------------------------------------------------------------------------------
+
+
+def made_format(name, batch, median, error=0.0, file=1_000_000):
+    report = Parity("it", torch.float32, 1e-5, "rounding", (BatchParity(batch, error, 10 * error),))
+    return formats.Format(name, formats.NEEDS[name].python, file, 1.25, (0.9 * median, median, 1.2 * median), report)
+
+
+@pytest.fixture
+def formats_record(tmp_path, monkeypatch):
+    """Invented numbers in place of those recorded: two batches, one format beyond tolerance, two without numbers."""
+    notes = {"TensorRT": "TensorRT needs a GPU.", "torch.compile": "InductorError: no working compiler, " + "and so on " * 20}
+
+    def made(scale):
+        found = {}
+        for place, name in enumerate(formats.NEEDS):
+            rows = {
+                batch: made_format(name, batch, scale * batch * (10 - place), 2e-5 * (name == "AOTInductor"))
+                for batch in (1, 8)
+            }
+            without = dict.fromkeys(rows, formats.Format(name, formats.NEEDS[name].python, note=notes.get(name, "")))
+            found[name] = formats._kept(without if name in notes else rows)
+        return found
+
+    kept = {
+        "models": {"glyphnet": made(0.1), "resnet18": made(40)},
+        "machine": "a processor, Linux",
+        "gpu": None,
+        "threads": 1,
+        "versions": {"torch": "2.14.0"},
+        "date": "2026-11-11",
+    }
+    monkeypatch.setattr(formats, "RECORD", tmp_path / "formats.json")
+    formats.RECORD.write_text(json.dumps(kept), encoding="utf-8")
+    return kept
+
+
+def test_a_record_gives_back_what_was_measured(formats_record):
+    rows = {row.name: row for row in formats.recorded("resnet18")[8]}
+    assert list(rows) == list(formats.NEEDS)
+    assert rows["eager"] == made_format("eager", 8, 3200.0) or rows["eager"].milliseconds == pytest.approx((2880, 3200, 3840))
+    assert not rows["AOTInductor"].parity.ok and rows["AOTInductor"].parity.error == 2e-5
+    assert rows["TensorRT"].note == "TensorRT needs a GPU." and rows["TensorRT"].milliseconds is None
+    assert "ONNX Runtime     no         1000     1.25" in str(formats.recorded("resnet18")[8])
+    assert list(formats.recorded("glyphnet")) == [1, 8]
+    assert formats.circumstances()["machine"] == "a processor, Linux" and "models" not in formats.circumstances()
+
+
+def test_a_record_that_there_is_not_is_told(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"^model must be one of 'glyphnet', 'resnet18', 'MiniLM', got 'bert'.$"):
+        formats.record(["bert"], {1: 1})
+    monkeypatch.setattr(formats, "RECORD", tmp_path / "formats.json")
+    message = r"^formats.json must be beside formats.py, got none. Run: python -m helpers.formats$"
+    with pytest.raises(FileNotFoundError, match=message):
+        formats.recorded("glyphnet")
+    assert export_figure("glyphnet", None, ())[1] == "No formats are recorded yet for glyphnet."
+    assert not ExportExplorer().batch.options
+
+
+@pytest.mark.skipif(not formats.RECORD.exists(), reason="recorded on a quiet machine: python -m helpers.formats")
+@pytest.mark.parametrize("model", formats.MODELS)
+def test_the_record_has_every_format_measured_or_a_reason(model):
+    assert list(formats.recorded(model)) == list(formats.ROUNDS)
+    for rows in formats.recorded(model).values():
+        assert [row.name for row in rows] == list(formats.NEEDS)
+        for row in rows:
+            low, middle, high = row.milliseconds or (0, 0, 0)
+            assert bool(row.note) == (row.milliseconds is None) == (row.parity is None) == (row.seconds is None)
+            assert row.note or 0 < low <= middle <= high
+            assert (row.bytes is None) == (bool(row.note) or row.name == "torch.compile")
+            assert row.name in export_figure(model, 1, ())[1]
+    assert formats.circumstances()["threads"] == 1
+
+
+@pytest.mark.slow
+def test_recording_measures_each_model_in_each_format(monkeypatch, tmp_path, capsys):
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if export.importlib.util.find_spec(name) is None]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tiny = formats.Model("tiny", lambda: (nn.Sequential(nn.Linear(3, 2), nn.Dropout()), torch.randn(4, 3)))
+    monkeypatch.setattr(formats, "MODELS", {"tiny": tiny})
+    state = torch.get_rng_state()
+    kept = json.loads(json.dumps(formats.record(["tiny"], {1: 2, 8: 1}, compiled=False)))
+    assert torch.equal(torch.get_rng_state(), state) and "tiny, batch of 8" in capsys.readouterr().out
+    assert kept["gpu"] is None and kept["versions"]["torch"] == torch.__version__
+    monkeypatch.setattr(formats, "RECORD", tmp_path / "formats.json")
+    formats.RECORD.write_text(json.dumps(kept), encoding="utf-8")
+    for rows in formats.recorded("tiny").values():
+        for row in rows:
+            assert bool(row.note) == (row.name == "TensorRT" or (row.name == "ONNX Runtime" and bool(missing)))
+            assert row.note or row.parity.ok
+            assert row.note or [one.batch for one in row.parity.rows] == [1, 8]
+
+
+@pytest.mark.parametrize("absent", [(), ("Python",), ("PyTorch",), ("Python", "PyTorch")])
+def test_formats_that_do_not_fit_are_grey_and_crossed(formats_record, absent):
+    fig, text = export_figure("glyphnet", 8, absent)
+    needs, sizes, times, _ = fig.axes
+    fits = {
+        (): set(formats.NEEDS),
+        ("Python",): {"TorchScript", "ONNX Runtime", "TensorRT", "AOTInductor"},
+        ("PyTorch",): {"ONNX Runtime", "TensorRT"},
+        ("Python", "PyTorch"): {"ONNX Runtime", "TensorRT"},
+    }[absent]
+    assert {label.get_text() for label in needs.get_yticklabels() if label.get_color() == "black"} == fits
+    assert {name for name in formats.NEEDS if f"{name} (does not fit)" in text} == set(formats.NEEDS) - fits
+    crosses = sum(line.get_marker() == "X" for line in needs.lines)
+    assert crosses == sum({"Python": 3, "PyTorch": 5}[name] for name in absent)
+    for ax in (sizes, times):
+        grey = [bar.get_y() + 0.3 for bar in ax.patches if bar.get_facecolor()[:3] == (0.8, 0.8, 0.8)]
+        rows = [place for place, name in enumerate(formats.NEEDS) if name not in fits | {"torch.compile"}]
+        assert grey == pytest.approx(rows)
+
+
+def test_formats_show_what_is_recorded(formats_record):
+    fig, text = export_figure("resnet18", 1, ())
+    _, sizes, times, proof = fig.axes
+    assert [note.get_text().strip() for note in times.texts] == ["400 ms", "360 ms", "320 ms", "280 ms", "160 ms"]
+    assert "ONNX Runtime 1.0 MB, 280 ms (252 ms to 336 ms), error 0;" in text
+    assert [note.get_text().strip() for note in sizes.texts][
+        4
+    ] == "not recorded: no GPU" and "TensorRT not recorded: no GPU" in text
+    assert [note.get_text().strip() for note in sizes.texts][5].startswith("not recorded: InductorError: no working compiler")
+    assert "AOTInductor 1.0 MB, 160 ms (144 ms to 192 ms), error 2e-05, beyond tolerance." in text
+    assert [note.get_text() for note in proof.texts if note.get_fontweight() == "bold"] == ["2e-05"]
+    assert [bar.get_hatch() for bar in times.patches] == [None] * 4 + ["///"]
+    assert "fastest with Python and PyTorch: ONNX Runtime" in fig.get_suptitle(), "not what computes something else"
+    assert "a processor, Linux" in fig.get_supxlabel() and "batch of 1" in fig.get_suptitle()
+    assert export_figure("resnet18", None, ())[1] == text, "None takes the first"
+
+
+def test_formats_whose_quartiles_overlap_are_not_told_apart():
+    rows = [made_format("eager", 1, 4.0), made_format("TorchScript", 1, 1.3), made_format("ONNX Runtime", 1, 1.0)]
+    assert fastest(rows) == "ONNX Runtime, not told apart from TorchScript"
+    assert fastest(rows[:2]) == "TorchScript"
+    wrong = formats.Format("TensorRT", False, note="no GPU")
+    assert fastest([wrong, made_format("eager", 1, 1.0, error=1e-4)]) == ""
+
+
+def test_formats_of_what_there_is_not_are_told(formats_record):
+    for settings, message in (
+        (("bert", 1, ()), r"^model must be one of 'glyphnet', 'resnet18', 'MiniLM', got 'bert'.$"),
+        (("glyphnet", 3, ()), r"^batch of glyphnet must be one of 1, 8, got 3.$"),
+        (("glyphnet", 1, ("C++",)), r"^absent must be one of 'Python', 'PyTorch', got 'C\+\+'.$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_figure(*settings)
+
+
+@pytest.mark.slow
+def test_every_corner_of_the_export_explorer_draws_another_figure(formats_record):
+    explorer, seen = ExportExplorer(), set()
+    for model, batch, absent in itertools.product(("glyphnet", "resnet18"), (1, 8), itertools.product((False, True), repeat=2)):
+        explorer.model.value, explorer.batch.value = model, batch
+        for box, value in zip(explorer.absent, absent, strict=True):
+            box.value = value
+        text = alt(explorer.picture.value)
+        assert formats.MODELS[model].about in text.replace("&#x27;", "'") and f"batch of {batch}" in text
+        seen.add(picture(explorer.picture.value).tobytes())
+    assert len(seen) == 2 * 2 * 4
+    explorer.model.value = "MiniLM"
+    assert "No formats are recorded yet for MiniLM." in explorer.picture.value and not explorer.batch.options
+    explorer.model.value = "glyphnet"
+    assert explorer.batch.value == 1
+    assert not plt.get_fignums(), "no figure is left for pyplot to show"
+
+
+@pytest.mark.slow
+def test_knobs_of_export_turned_at_once_leave_the_figure_of_their_last_positions(formats_record):
+    explorer = ExportExplorer()
+
+    def turn(number):
+        control = (explorer.model, explorer.batch, *explorer.absent)[number % 4]
+        control.value = (("glyphnet", "resnet18"), (8, 1), (True, False), (True, False))[number % 4][number // 4 % 2]
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(turn, range(23)))
+    wanted = image(*export_figure(*explorer.settings()))
+    assert np.array_equal(picture(explorer.picture.value), picture(wanted)) and alt(explorer.picture.value) == alt(wanted)
+
+
+@pytest.mark.slow
+def test_explorers_come_without_the_packages_of_exports_and_encoders():
+    heavy = "{'onnx', 'onnxscript', 'onnxruntime', 'torchvision', 'peft', 'transformers'}"
+    shown = "from helpers.explorer import explore_export, explore_lora; explore_lora(); explore_export()"
+    code = f"import sys; {shown}; found = {heavy} & set(sys.modules); assert not found, found"
+    subprocess.run([sys.executable, "-c", code], check=True)

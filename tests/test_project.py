@@ -51,6 +51,13 @@ def test_no_range_admits_the_torch_that_no_torchvision_imports_beside(project):
     assert all(torch.contains(version) for version in ("2.11.0", "2.12.0", "2.14.0"))
 
 
+def test_what_is_installed_holds_every_file_that_the_packages_read(root):
+    declared = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    for package, patterns in declared.items():
+        data = {path for path in tracked_files(root) if path.is_relative_to(root / package) and path.suffix != ".py"}
+        assert data and data == {path for pattern in patterns for path in (root / package).glob(pattern)} & data
+
+
 def test_this_python_is_one_that_is_claimed(project):
     from packaging.specifiers import SpecifierSet
 

@@ -68,7 +68,7 @@ def test_without_a_page_a_quiz_is_text_and_is_answered_by_letter(capsys):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: quiz("feature"), "topic must be one of 'batchnorm', 'features', 'finetune', got 'feature'."),
+        (lambda: quiz("feature"), "topic must be one of 'batchnorm', 'export', 'features', 'finetune', 'lora', got 'feature'."),
         (lambda: Quiz([QUESTION]).answer(2, "a"), "question must be a whole number from 1 to 1, got 2."),
         (lambda: Quiz([QUESTION]).answer(1, "c"), "choice must be one of a, b, got 'c'."),
     ],

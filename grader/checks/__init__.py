@@ -5,7 +5,7 @@ from importlib import import_module
 
 from grader.experiment import Exercise
 
-TOPICS = {"0": "start", "2": "features", "4": "finetune", "5": "batchnorm"}  # chapter -> topic
+TOPICS = {"0": "start", "2": "features", "4": "finetune", "5": "batchnorm", "6": "lora", "8": "export"}  # chapter -> topic
 
 
 @cache

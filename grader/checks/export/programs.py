@@ -1,0 +1,279 @@
+"""Exercise 8.3: a model as a graph that torch.export has taken, for any batch size."""
+
+import io
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from grader.checks.export import parity
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from helpers import expect
+from helpers.export import to_program
+
+ERROR, NO_ERROR = "an error", "no error"
+LARGE = 1500  # rows, more than anyone would think of as a limit
+
+
+class _Branch(nn.Module):
+    """Goes one way or the other, depending on the numbers that come in: torch.export refuses it."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, width) -> the same
+        if bool(x.mean() > 0):
+            return self.body(x)
+        return -self.body(x)
+
+
+def _body(trial: Trial, width: int) -> list[nn.Module]:
+    """Layers that depend on the mode."""
+    return [parity.norm(trial, width), nn.Dropout(0.5)]
+
+
+class AnyBatchSize(Experiment):
+    """Saved and loaded, the program computes what the model computes, for any number of rows."""
+
+    points = 2
+    seconds = parity.SECONDS
+
+    def draw(self, trial: Trial) -> dict:
+        width = trial.integer(3, 5)
+        return {
+            "model": nn.Sequential(nn.Linear(width, 3)).eval(),
+            "example": trial.normal(parity.rows(trial), width),
+            "batches": parity.batches(trial, width),
+            "large": trial.normal(LARGE, width),
+        }
+
+    def measure(self, subject, inputs):
+        with parity.quiet():
+            program = _loaded(_checked(subject(inputs["model"], inputs["example"]))).module()
+        got = parity.outputs(program, inputs["batches"])
+        return {"outputs": got, "large": parity.outputs(program, [inputs["large"]])}
+
+    def facts(self, raw, inputs):
+        large = parity.whose(raw["large"], inputs["model"], [inputs["large"]])
+        return {
+            parity.BATCHES: parity.sizes(raw["outputs"]),
+            "outputs": parity.whose(raw["outputs"], inputs["model"], inputs["batches"]),
+            f"outputs for {LARGE} rows": large or "it does not run",
+        }
+
+
+class OneRow(Experiment):
+    """An example of one row gives a program for any number of rows."""
+
+    points = 2
+    seconds = parity.SECONDS
+
+    def draw(self, trial: Trial) -> dict:
+        words, length = trial.integer(5, 9), trial.integer(3, 5)
+        model = nn.Sequential(nn.Embedding(words, 4), nn.Flatten(), nn.Linear(4 * length, 3))
+        tokens = [torch.randint(words, (n, length), generator=trial.generator) for n in (1, *parity.SIZES)]
+        return {"model": model.eval(), "example": tokens[0], "batches": tokens[1:]}
+
+    def measure(self, subject, inputs):
+        with parity.quiet():
+            program, error = parity.attempt(subject, inputs["model"], inputs["example"], expected=parity.raised_for_one_row)
+        return {"outputs": None if error else parity.outputs(_checked(program).module(), inputs["batches"]), "error": error}
+
+    def facts(self, raw, inputs):
+        got = raw["outputs"]
+        return {
+            "an export from one row": ERROR if raw["error"] else NO_ERROR,
+            parity.BATCHES: got and parity.sizes(got),
+            "outputs": got and parity.whose(got, inputs["model"], inputs["batches"]),
+        }
+
+    def notes(self, raw, inputs):
+        return {"an export from one row": raw["error"]} if raw["error"] else {}
+
+
+class EvalMode(Experiment):
+    """A model in train mode is exported as it computes in eval mode."""
+
+    points = 2
+    seconds = parity.SECONDS
+
+    def draw(self, trial: Trial) -> dict:
+        return _in_train_mode(trial)
+
+    def measure(self, subject, inputs):
+        return {"outputs": _outputs(subject, inputs)}
+
+    def facts(self, raw, inputs):
+        return {"outputs": parity.whose(raw["outputs"], inputs["model"], [inputs["example"]])}
+
+
+class ModesAsBefore(Experiment):
+    """Every module of the model is in the mode that it was in, also after a model that torch.export refuses."""
+
+    points = 2
+    seconds = parity.SECONDS
+
+    def draw(self, trial: Trial) -> dict:
+        inputs = _in_train_mode(trial)
+        width = inputs["example"].shape[1]
+        inputs["refused"] = _Branch(nn.Sequential(*_body(trial, width)))
+        inputs["model"][0].eval()  # a BatchNorm that is frozen
+        inputs["refused"].body[0].eval()
+        return inputs
+
+    def measure(self, subject, inputs):
+        got, modes = _outputs(subject, inputs), parity.modes(inputs["model"])
+        with parity.silent():
+            _, error = parity.attempt(subject, inputs["refused"], inputs["example"])
+        return {"outputs": got, "modes": modes, "error": error, "refused": parity.modes(inputs["refused"])}
+
+    def facts(self, raw, inputs):
+        evaluated = parity.whose(raw["outputs"], inputs["model"], [inputs["example"]]) == parity.MODEL
+        return {
+            # One that never switched to eval mode has earned nothing by switching nothing back.
+            "modes afterwards": parity.modes_now(inputs["model"], raw["modes"]) if evaluated else None,
+            "a branch that depends on the data": ERROR if raw["error"] else NO_ERROR,
+            "modes after that": parity.modes_now(inputs["refused"], raw["refused"]) if raw["error"] else None,
+        }
+
+
+def _in_train_mode(trial: Trial) -> dict:
+    width = trial.integer(3, 5)
+    return {"model": nn.Sequential(*_body(trial, width)), "example": trial.normal(parity.rows(trial), width)}
+
+
+def _outputs(subject, inputs: dict) -> parity.Outputs:
+    """For the example itself, which any program takes."""
+    with parity.quiet():
+        program = _checked(subject(inputs["model"], inputs["example"])).module()
+    return parity.outputs(program, [inputs["example"]])
+
+
+def _checked(program: object) -> torch.export.ExportedProgram:
+    if not isinstance(program, torch.export.ExportedProgram):
+        question = " Is there a return?" if program is None else ""
+        raise WrongReturn(f"to_program must return a torch.export.ExportedProgram, got {expect.describe(program)}.{question}")
+    return program
+
+
+def _loaded(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+def _export(model: nn.Module, example: Tensor, dim: object = Dim.DYNAMIC) -> torch.export.ExportedProgram:
+    if len(example) == 1:
+        example = torch.cat([example, example])
+    return torch.export.export(model, (example,), dynamic_shapes=({0: dim},))
+
+
+@misconception(
+    "the example's batch size only",
+    hint="It runs for as many rows as the example has, and for no others. Print the program: which number "
+    "stands for the batch?",
+    source="the documentation of torch.export: without dynamic_shapes all sizes are static",
+)
+def the_examples_batch_size_only(model, example):
+    with parity.evaluating(model):
+        return torch.export.export(model, (example,))
+
+
+@misconception(
+    "one row refused",
+    hint="PyTorch says that your code made the batch a constant, and the model is not to blame. Try it with two rows: what is "
+    "special about 0 and 1 in arithmetic with shapes?",
+    source="PyTorch's documentation of dynamic shapes: sizes 0 and 1 are specialised",
+)
+def one_row_refused(model, example):
+    with parity.evaluating(model):
+        return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},))
+
+
+@misconception(
+    "one row baked in",
+    hint="From one row came a program for one row. You let PyTorch choose what is dynamic: what does it "
+    "choose for a size of 1?",
+    source="the documentation of Dim.AUTO: a dimension may become static; measured here, with a line in the log only",
+)
+def one_row_baked_in(model, example):
+    with parity.evaluating(model):
+        return torch.export.export(model, (example,), dynamic_shapes=({0: Dim.AUTO},))
+
+
+@misconception(
+    "a largest batch",
+    hint="It runs for eight rows and not for a thousand. Which numbers did you promise that the batch would lie between?",
+    source="seen in public teaching code: Dim('batch', min=1, max=1024)",
+)
+def a_largest_batch(model, example):
+    with parity.evaluating(model):
+        return _export(model, example, Dim("batch", min=1, max=1024))
+
+
+@misconception(
+    "train mode exported",
+    hint="Call the program twice with the same input: are the outputs equal? In which mode was the model when it was exported?",
+    source="the project's list of silent bugs: export in train mode keeps dropout; a program's module has no eval()",
+)
+def train_mode_exported(model, example):
+    return _export(model, example)
+
+
+@misconception(
+    "left in eval mode",
+    hint="Training goes on after an export. Look at `training` of every module before your function and after "
+    "it: what changed?",
+    source="seen in public teaching code: model.eval() before the export, and no train() after it",
+)
+def left_in_eval_mode(model, example):
+    return _export(model.eval(), example)
+
+
+@misconception(
+    "one mode for all modules",
+    hint="A BatchNorm that was frozen in eval mode trains again. How many modes can a model of many modules be in at once?",
+    source="a line of reasoning: was_training = model.training, then model.train(was_training), which sets all modules alike",
+)
+def one_mode_for_all_modules(model, example):
+    training = model.training
+    try:
+        return _export(model.eval(), example)
+    finally:
+        model.train(training)
+
+
+@misconception(
+    "not restored after an error",
+    hint="torch.export refused a model, which stayed in eval mode. Which of your lines is not reached when "
+    "one before it raises?",
+    source="a line of reasoning: switch, export, switch back, on three lines that run one after the other",
+)
+def not_restored_after_an_error(model, example):
+    modes = {module: module.training for module in model.modules()}
+    program = _export(model.eval(), example)
+    for module, training in modes.items():
+        module.training = training
+    return program
+
+
+EXERCISE = Exercise(
+    number="8.3",
+    name="to_program",
+    reference=to_program,
+    experiments=(AnyBatchSize(), OneRow(), EvalMode(), ModesAsBefore()),
+    misconceptions=(
+        *(the_examples_batch_size_only, one_row_refused, one_row_baked_in, a_largest_batch, train_mode_exported),
+        *(left_in_eval_mode, one_mode_for_all_modules, not_restored_after_an_error),
+    ),
+    hints=(
+        "What may differ between two calls of the program, and how does torch.export learn of it?",
+        "Print the program for an example of three rows, with and without dynamic_shapes, and look at the "
+        "shapes in it. Then try "
+        "an example of one row, and print `training` of every module before and after.",
+        "torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)), where x has at least two rows: one "
+        "row is repeated. Before it model.eval(); `finally` gives every module its own mode back.",
+    ),
+)

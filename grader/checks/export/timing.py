@@ -1,0 +1,320 @@
+"""Exercise 8.5: the median time of each function, measured in turns."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number, misconception
+from helpers import expect
+from helpers.timing import median_seconds
+
+NOT_GIVEN = "not by the clock that was given"
+
+
+class WarmUp(Experiment):
+    """The first call of a function, which may be slow, is not timed."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        # One round: where only one time is to be reported, no median hides that another one was taken.
+        return {"first": 100 * _seconds(trial), "later": _seconds(trial)}
+
+    def measure(self, subject, inputs):
+        machine = _Machine()
+        return _ask(subject, machine, {"a": machine.function("a", [inputs["first"]] + [inputs["later"]] * 9)}, 1)
+
+    def facts(self, raw, inputs):
+        first, later = inputs["first"], inputs["later"]
+        known = {
+            "those of a later call": [later],
+            "those of the first call": [first],
+            "between those of the first call and of a later one": [(first + later) / 2],
+            "those of the first call and of a later one, added up": [first + later],
+        }
+        return {"seconds in one round": _which(raw, known)}
+
+
+class InTurns(Experiment):
+    """Each round runs each function once, so that a machine that slows down strikes them all alike."""
+
+    points = 3
+
+    def draw(self, trial: Trial) -> dict:
+        return {"seconds": _seconds(trial), "rounds": trial.integer(8, 10)}
+
+    def measure(self, subject, inputs):
+        machine = _Machine(doubles_after=4 * inputs["rounds"] / 3)
+        functions = {name: machine.function(name, [inputs["seconds"]]) for name in "abc"}
+        return _ask(subject, machine, functions, inputs["rounds"]) | {"calls": "".join(machine.calls)}
+
+    def facts(self, raw, inputs):
+        first, second, third = sizes = [abs(of) for of in raw["seconds"]]
+        rising = third > 1.25 * second > 1.25**2 * first
+        how = "alike" if max(sizes) < 1.25 * min(sizes) else "more from each to the next" if rising else "not alike"
+        return {
+            "calls of the functions": _order(raw["calls"], inputs["rounds"]),
+            "seconds of three equal functions": how if raw["reads"] else NOT_GIVEN,
+        }
+
+
+class Median(Experiment):
+    """What is reported is the median; of an even number of times it is the mean of the middle two."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        return {"odd": _times(trial, 2 * trial.integer(2, 3) + 1), "even": _times(trial, 2 * trial.integer(2, 3))}
+
+    def measure(self, subject, inputs):
+        raw = {}
+        for name, times in inputs.items():
+            machine = _Machine()
+            raw[name] = _ask(subject, machine, {"a": machine.function("a", times)}, len(times))
+            raw[name]["calls"] = len(machine.calls)
+        return raw
+
+    def facts(self, raw, inputs):
+        facts = {}
+        for name, times in inputs.items():
+            figure = _which(raw[name], _summaries(times))
+            if figure not in ("the median", NOT_GIVEN) and raw[name]["calls"] >= 2 * len(times):
+                figure = "others"  # of other calls, so that its likeness to one of these figures says nothing
+            facts[f"{name} number of times, one of them far too long"] = figure
+        return facts
+
+
+class EachByItself(Experiment):
+    """The seconds of a function are those of one call of its own."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        return {"seconds": [scale * _seconds(trial) for scale in (1, 20, 400)], "rounds": trial.integer(3, 5)}
+
+    def measure(self, subject, inputs):
+        machine = _Machine()
+        functions = {name: machine.function(name, [of]) for name, of in zip("abc", inputs["seconds"], strict=True)}
+        return _ask(subject, machine, functions, inputs["rounds"])
+
+    def facts(self, raw, inputs):
+        own, rounds = inputs["seconds"], inputs["rounds"]
+        known = {
+            "of one call of its own": own,
+            "of all its calls": [rounds * of for of in own],
+            "of its own call and of those before it in the round": [sum(own[: end + 1]) for end in range(3)],
+            "of a whole round": [sum(own)] * 3,
+            "of a whole round, divided by the number of functions": [sum(own) / 3] * 3,
+            "of all rounds": [rounds * sum(own)] * 3,
+        }
+        return {"seconds of each of three unequal functions": _which(raw, known)}
+
+
+class _Machine:
+    """A clock that only functions move on, and a record of their calls."""
+
+    def __init__(self, doubles_after: float = math.inf) -> None:
+        self.now, self.reads = 1000.0, 0
+        self.calls: list[str] = []
+        self.doubles_after = doubles_after  # calls of any function, after which each of them takes twice as long
+
+    def clock(self) -> float:
+        self.reads += 1
+        return self.now
+
+    def function(self, name: str, seconds: list[float]) -> Callable[[], str]:
+        """A function whose calls take these seconds, one after the other and then from the beginning again."""
+
+        def run() -> str:
+            own = seconds[self.calls.count(name) % len(seconds)]
+            self.now += own * 2 ** (len(self.calls) / self.doubles_after)
+            self.calls.append(name)
+            return name
+
+        return run
+
+
+def _seconds(trial: Trial) -> float:
+    return 1 + trial.integer(0, 9) / 10
+
+
+def _times(trial: Trial, count: int) -> list[float]:
+    """Times that all differ, the first of them far longer than the others, whose order is random.
+
+    The call after the last takes as long as the first: any `count` calls in a row take the same times.
+    """
+    times = [10 + 2 * rank + trial.integer(0, 9) / 10 for rank in trial.permutation(count - 1).tolist()]
+    return [500 + trial.integer(0, 99), *times]
+
+
+def _summaries(times: list[float]) -> dict[str, list[float]]:
+    """What can be made of several times: words -> the figure, alone in a list."""
+    words = {
+        "the median": statistics.median(times),
+        "the lower of the middle two": statistics.median_low(times),
+        "the upper of the middle two": statistics.median_high(times),
+        "the median of one time more": statistics.median([*times, times[0]]),
+        "the mean": statistics.fmean(times),
+        "the shortest": min(times),
+        "the longest": max(times),
+        "the sum": sum(times),
+    }
+    return {word: [figure] for word, figure in words.items()}
+
+
+def _ask(subject, machine: _Machine, functions: Mapping[str, Callable], rounds: int) -> dict:
+    """The seconds that the subject gives for each function, in the order of the functions."""
+    said = subject(functions, rounds, machine.clock)
+    if not isinstance(said, Mapping) or set(said) != set(functions):
+        came = f"a dict with {sorted(map(str, said))}" if isinstance(said, Mapping) else expect.describe(said)
+        question = " Is there a return?" if said is None else ""
+        raise WrongReturn(f"median_seconds must return a dict with the keys {sorted(functions)}, got {came}.{question}")
+    seconds = [expect_number(said[name], f"the value of {name!r}") for name in functions]
+    return {"seconds": seconds, "reads": machine.reads}
+
+
+def _which(raw: dict, known: dict[str, list[float]]) -> str:
+    """Which of the known lists of seconds these are."""
+    if not raw["reads"]:
+        return NOT_GIVEN
+    near = (
+        word
+        for word, others in known.items()
+        if all(math.isclose(one, other, rel_tol=1e-4) for one, other in zip(raw["seconds"], others, strict=True))
+    )
+    return next(near, "others")
+
+
+def _order(calls: str, rounds: int) -> str:
+    """The order of the last calls, as many as there are in `rounds` rounds."""
+    last = calls[-3 * rounds :]
+    if len(last) == 3 * rounds and all(set(last[start : start + 3]) == set("abc") for start in range(0, len(last), 3)):
+        return "each once in every round"
+    changes = sum(one != other for one, other in pairwise(last))
+    return "all of one, then all of the next" if changes <= 3 else "in another order"
+
+
+def _median_seconds(functions, rounds, clock, warm_up=1, timed_from=1, turns=True, summary=statistics.median):
+    """A right solution, in which a misconception changes one thing."""
+    seconds = {name: [] for name in functions}
+    names = list(functions) * (warm_up + rounds) if turns else [n for n in functions for _ in range(warm_up + rounds)]
+    for name in names:
+        start = clock()
+        functions[name]()
+        seconds[name].append(clock() - start)
+    return {name: summary(times[timed_from:]) for name, times in seconds.items()}
+
+
+@misconception(
+    "no warm-up",
+    hint="With one round you report the call that is slow because it is the first. What does a first call do that later ones "
+    "need not do again?",
+    source="seen in public teaching code: a timing loop around a model that was loaded a line above",
+)
+def no_warm_up(functions, rounds, clock):
+    return _median_seconds(functions, rounds, clock, warm_up=0, timed_from=0)
+
+
+@misconception(
+    "warm-up timed too",
+    hint="The call that was to warm up has its place among the times. How many times do you keep for `rounds` rounds, and how "
+    "many should there be?",
+    source="a line of reasoning: one round more, and all of them in one list",
+)
+def warm_up_timed_too(functions, rounds, clock):
+    return _median_seconds(functions, rounds, clock, timed_from=0)
+
+
+@misconception(
+    "one after the other",
+    hint="Three functions that are equally fast come out as different, because the machine slowed down in the meantime. Which "
+    "of them met the slow machine, and which should have?",
+    source="seen in many public benchmark scripts: all runs of PyTorch, then all runs of ONNX Runtime",
+)
+def one_after_the_other(functions, rounds, clock):
+    return _median_seconds(functions, rounds, clock, turns=False)
+
+
+@misconception(
+    "the mean",
+    hint="One call took far longer than the others, and your figure is one that no call took. What would a second such call do "
+    "to it?",
+    source="seen in many public benchmark scripts: (end - start) / runs",
+)
+def the_mean(functions, rounds, clock):
+    return _median_seconds(functions, rounds, clock, summary=statistics.fmean)
+
+
+@misconception(
+    "the shortest",
+    hint="You report the luckiest call. How long does a call usually take, and who waits for it?",
+    source="Python's timeit, which advises the minimum of several runs, to compare snippets of code",
+)
+def the_shortest(functions, rounds, clock):
+    return _median_seconds(functions, rounds, clock, summary=min)
+
+
+@misconception(
+    "the lower of the middle two",
+    hint="With an odd number of rounds you are right, with an even number a little too low. How many times are in the "
+    "middle of four?",
+    source="PyTorch's documentation of torch.median: of an even number of elements it returns the lower of the two medians",
+)
+def the_lower_of_the_middle_two(functions, rounds, clock):
+    return _median_seconds(functions, rounds, clock, summary=statistics.median_low)
+
+
+@misconception(
+    "the sum",
+    hint="Twice as many rounds make each function twice as slow. Does a function depend on how often it is timed?",
+    source="seen in public benchmark scripts: the time of 1000 runs printed as the time of the model",
+)
+def the_sum(functions, rounds, clock):
+    return _median_seconds(functions, rounds, clock, summary=sum)
+
+
+@misconception(
+    "the clock started once a round",
+    hint="The later a function comes in a round, the slower it seems. What has already happened when its clock starts?",
+    source="a line of reasoning: start = clock() at the head of the loop over rounds, clock() - start after each function",
+)
+def the_clock_started_once_a_round(functions, rounds, clock):
+    seconds = {name: [] for name in functions}
+    for _ in range(1 + rounds):
+        start = clock()
+        for name, function in functions.items():
+            function()
+            seconds[name].append(clock() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+@misconception(
+    "another clock",
+    hint="The clock that you were given was never read. By which clock are your seconds, and how would anybody test your "
+    "function without waiting?",
+    source="a line of reasoning: time.perf_counter() is what one always calls",
+)
+def another_clock(functions, rounds, clock):
+    return _median_seconds(functions, rounds, time.perf_counter)
+
+
+EXERCISE = Exercise(
+    number="8.5",
+    name="median_seconds",
+    reference=median_seconds,
+    experiments=(WarmUp(), InTurns(), Median(), EachByItself()),
+    misconceptions=(
+        *(no_warm_up, warm_up_timed_too, one_after_the_other, the_mean, the_shortest, the_lower_of_the_middle_two),
+        *(the_sum, the_clock_started_once_a_round, another_clock),
+    ),
+    hints=(
+        "A machine does other things too, some of them for a second, some for a minute. Which of them would make one of two "
+        "equal functions look slower, and in which order of calls?",
+        "Write a clock of your own: a list with one number, which functions increase and `clock` returns. Let a first call "
+        "take 100 seconds, then one in the middle, then every call a little longer than the one before.",
+        "Run every function once. Then, `rounds` times over, for each function: read the clock, call it, read the clock, keep "
+        "the difference. For each function the median: `statistics.median`.",
+    ),
+)

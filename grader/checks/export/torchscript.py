@@ -1,0 +1,387 @@
+"""Exercise 8.2: a model as TorchScript, compiled where that is possible, recorded where it is not."""
+
+import io
+
+import torch
+from torch import Tensor, nn
+
+from grader.checks.export import parity
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from helpers import expect
+from helpers.export import to_torchscript
+
+ERROR, NO_ERROR = "an error", "no error"
+
+
+class _Branch(nn.Module):
+    """One layer or the other, depending on the numbers that come in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.above, self.below = nn.Linear(width, 3), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, width) -> (n, 3)
+        if bool(x.mean() > 0):
+            return self.above(x)
+        return self.below(x)
+
+
+class _Rows(nn.Module):
+    """A Python loop over the rows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, width) -> (n, 3)
+        return torch.stack([self.layer(row) for row in x])
+
+
+class _SumOfHeads(nn.Module):
+    """A generator, which script cannot compile: a RuntimeError."""
+
+    def __init__(self, body: nn.Module, width: int) -> None:
+        super().__init__()
+        self.body, self.heads = body, nn.ModuleList(nn.Linear(width, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, width) -> (n, 3)
+        features = self.body(x)
+        return sum(head(features) for head in self.heads)
+
+
+class _Options(nn.Module):
+    """Keyword arguments of any name, which script cannot compile: an error of its own, which is no RuntimeError."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor, **options: object) -> Tensor:  # (n, width) -> (n, 3)
+        return self.layer(x)
+
+
+class _ToNumpy(nn.Module):
+    """Leaves PyTorch, which neither script nor trace can follow."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor):  # (n, width) -> an array
+        return self.body(x).detach().numpy()
+
+
+def _body(trial: Trial, width: int) -> list[nn.Module]:
+    """Layers that depend on the mode."""
+    return [parity.norm(trial, width), nn.Dropout(0.5)]
+
+
+def _scriptable(trial: Trial, width: int) -> nn.Sequential:
+    return nn.Sequential(*_body(trial, width), nn.Linear(width, 3))
+
+
+def _traceable(trial: Trial, width: int) -> _SumOfHeads:
+    return _SumOfHeads(nn.Sequential(*_body(trial, width)), width)
+
+
+class BothBranches(Experiment):
+    """Saved, and loaded without its class, it computes what the model computes on both sides of a branch."""
+
+    points = 2
+    seconds = parity.SECONDS
+
+    def draw(self, trial: Trial) -> dict:
+        width, side = trial.integer(3, 5), (-1.0, 1.0)[trial.integer(0, 1)]
+        return {
+            "model": _Branch(width).eval(),
+            "example": side * trial.normal(parity.rows(trial), width).abs(),
+            "batches": [side * x.abs() for x in parity.batches(trial, width)],
+        }
+
+    def measure(self, subject, inputs):
+        loaded = _loaded(_script_module(subject, inputs["model"], inputs["example"]))
+        other = [-x for x in inputs["batches"]]
+        return {"same": parity.outputs(loaded, inputs["batches"]), "other": parity.outputs(loaded, other)}
+
+    def facts(self, raw, inputs):
+        model, batches = inputs["model"], inputs["batches"]
+        return {
+            "outputs on the example's side of the branch": parity.whose(raw["same"], model, batches),
+            "outputs on the other side of the branch": parity.whose(raw["other"], model, [-x for x in batches]),
+        }
+
+
+class AnyBatchSize(Experiment):
+    """A loop over the rows runs as often as there are rows."""
+
+    seconds = parity.SECONDS
+
+    def draw(self, trial: Trial) -> dict:
+        width = trial.integer(3, 5)
+        return {
+            "model": _Rows(width).eval(),
+            "example": trial.normal(parity.rows(trial), width),
+            "batches": parity.batches(trial, width),
+        }
+
+    def measure(self, subject, inputs):
+        exported = _script_module(subject, inputs["model"], inputs["example"])
+        return {"outputs": parity.outputs(exported, inputs["batches"])}
+
+    def facts(self, raw, inputs):
+        each = zip(raw["outputs"], inputs["batches"], strict=True)
+        right = [len(x) for output, x in each if parity.whose([output], inputs["model"], [x]) == parity.MODEL]
+        return {"batch sizes at which outputs are the model's, of 1, 4 and 8": right}
+
+
+class WhatScriptCannotCompile(Experiment):
+    """What script cannot compile is traced, whatever kind of error script has for it."""
+
+    points = 2
+    seconds = parity.SECONDS
+
+    def draw(self, trial: Trial) -> dict:
+        width = trial.integer(3, 5)
+        return {
+            "a generator": _SumOfHeads(nn.ReLU(), width).eval(),
+            "**options": _Options(width).eval(),
+            "example": trial.normal(parity.rows(trial), width),
+            "batches": parity.batches(trial, width),
+        }
+
+    def measure(self, subject, inputs):
+        raw = {}
+        for what in ("a generator", "**options"):
+            with parity.quiet():
+                exported, error = parity.attempt(subject, inputs[what], inputs["example"], expected=parity.raised_by_script)
+            got = None if error else parity.outputs(_loaded(_checked(exported)), inputs["batches"])
+            raw[what] = {"outputs": got, "error": error}
+        return raw
+
+    def facts(self, raw, inputs):
+        return {f"a model with {what}": self._fact(raw[what], inputs[what], inputs["batches"]) for what in raw}
+
+    def _fact(self, raw: dict, model: nn.Module, batches: list[Tensor]) -> str:
+        return ERROR if raw["error"] else f"outputs are {parity.whose(raw['outputs'], model, batches) or 'errors'}"
+
+    def notes(self, raw, inputs):
+        return {f"a model with {what}": raw[what]["error"] for what in raw if raw[what]["error"]}
+
+
+class EvalMode(Experiment):
+    """A model in train mode is exported as it computes in eval mode, scripted or traced."""
+
+    points = 2
+    seconds = parity.SECONDS
+
+    def draw(self, trial: Trial) -> dict:
+        width = trial.integer(3, 5)
+        return {
+            "scripted": _scriptable(trial, width),
+            "traced": _traceable(trial, width),
+            "example": trial.normal(parity.rows(trial), width),
+            "batches": parity.batches(trial, width),
+        }
+
+    def measure(self, subject, inputs):
+        return {how: _outputs_and_modes(subject, inputs, how)[0] for how in ("scripted", "traced")}
+
+    def facts(self, raw, inputs):
+        return {
+            f"outputs of a model that can be {how}": got and parity.whose(got, inputs[how], inputs["batches"])
+            for how, got in raw.items()
+        }
+
+
+class ModesAsBefore(Experiment):
+    """Every module of the model is in the mode that it was in, also if the export fails."""
+
+    points = 2
+    seconds = parity.SECONDS
+
+    def draw(self, trial: Trial) -> dict:
+        width = trial.integer(3, 5)
+        models = {
+            "scripted": _scriptable(trial, width),
+            "traced": _traceable(trial, width),
+            "neither": _ToNumpy(nn.Sequential(*_body(trial, width))),
+        }
+        for model in models.values():
+            next(module for module in model.modules() if isinstance(module, nn.BatchNorm1d)).eval()  # as one that is frozen
+        return models | {"example": trial.normal(parity.rows(trial), width), "batches": parity.batches(trial, width)}
+
+    def measure(self, subject, inputs):
+        raw = {}
+        for how in ("scripted", "traced"):
+            got, modes = _outputs_and_modes(subject, inputs, how)
+            raw[how] = {"outputs": got, "modes": modes}
+        with parity.silent():
+            _, error = parity.attempt(subject, inputs["neither"], inputs["example"])
+        return raw | {"neither": {"error": error, "modes": parity.modes(inputs["neither"])}}
+
+    def facts(self, raw, inputs):
+        facts = {}
+        for how in ("scripted", "traced"):
+            got = raw[how]["outputs"]
+            there = got is not None and parity.whose(got, inputs[how], inputs["batches"]) == parity.MODEL
+            # One that never switched to eval mode has earned nothing by switching nothing back.
+            facts[f"modes after a model was {how}"] = parity.modes_now(inputs[how], raw[how]["modes"]) if there else None
+        failed = raw["neither"]["error"] != ""
+        after = parity.modes_now(inputs["neither"], raw["neither"]["modes"])
+        return facts | {
+            "a model that can be neither": ERROR if failed else NO_ERROR,
+            "modes after that": after if failed else None,
+        }
+
+
+def _script_module(subject, model: nn.Module, example: Tensor) -> torch.jit.ScriptModule:
+    with parity.quiet():
+        return _checked(subject(model, example))
+
+
+def _checked(exported: object) -> torch.jit.ScriptModule:
+    if not isinstance(exported, torch.jit.ScriptModule):
+        question = " Is there a return?" if exported is None else ""
+        raise WrongReturn(f"to_torchscript must return a torch.jit.ScriptModule, got {expect.describe(exported)}.{question}")
+    return exported
+
+
+def _loaded(exported: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    file = io.BytesIO()
+    with parity.quiet():
+        torch.jit.save(exported, file)
+        file.seek(0)
+        return torch.jit.load(file)
+
+
+def _outputs_and_modes(subject, inputs: dict, how: str) -> tuple[parity.Outputs | None, dict[str, bool]]:
+    """Outputs, None if a model that has to be traced was refused; and the model's modes afterwards."""
+    model = inputs[how]
+    with parity.quiet():
+        if how == "traced":
+            exported, error = parity.attempt(subject, model, inputs["example"], expected=parity.raised_by_script)
+        else:
+            exported, error = subject(model, inputs["example"]), ""
+    modes = parity.modes(model)
+    return None if error else parity.outputs(_checked(exported), inputs["batches"]), modes
+
+
+def _script_or_trace(model: nn.Module, example: Tensor) -> torch.jit.ScriptModule:
+    try:
+        return torch.jit.script(model)
+    except Exception:
+        return torch.jit.trace(model, example)
+
+
+@misconception(
+    "always traced",
+    hint="On the other side of a branch it answers as if on the example's side. How much of your `if` does "
+    "one recorded run see?",
+    source="seen in public teaching code: torch.jit.trace with one random input, whatever the model; PyTorch "
+    "gives a TracerWarning",
+)
+def always_traced(model, example):
+    with parity.evaluating(model):
+        return torch.jit.trace(model, example)
+
+
+@misconception(
+    "always scripted",
+    hint="Some Python is beyond the compiler, and your function ends there. What can record a model that cannot be compiled?",
+    source="a line of reasoning: script keeps branches, so it is the better of the two, until a model has a generator in it",
+)
+def always_scripted(model, example):
+    with parity.evaluating(model):
+        return torch.jit.script(model)
+
+
+@misconception(
+    "one kind of error expected",
+    hint="One model was traced after script had failed, another was not. Print the types of both errors: which do you catch?",
+    source="a line of reasoning: script raises RuntimeError; torch.jit.frontend also has NotSupportedError, which is none",
+)
+def one_kind_of_error_expected(model, example):
+    with parity.evaluating(model):
+        try:
+            return torch.jit.script(model)
+        except RuntimeError:
+            return torch.jit.trace(model, example)
+
+
+@misconception(
+    "train mode exported",
+    hint="Call the export twice with the same input: are the two outputs equal? In which mode was the model "
+    "when it was exported?",
+    source="the project's list of silent bugs: export in train mode keeps dropout",
+)
+def train_mode_exported(model, example):
+    return _script_or_trace(model, example)
+
+
+@misconception(
+    "traced in train mode",
+    hint="What was compiled is right, what was traced has dropout on. A trace is one run: in which mode was "
+    "the model during it?",
+    source="a line of reasoning: the export is a module, so eval() of the export will do; a trace has no modes",
+)
+def traced_in_train_mode(model, example):
+    exported = _script_or_trace(model, example)
+    exported.eval()
+    return exported
+
+
+@misconception(
+    "left in eval mode",
+    hint="Training goes on after an export. Look at `training` of every module before your function and after "
+    "it: what changed?",
+    source="seen in public teaching code: model.eval() before the export, and no train() after it",
+)
+def left_in_eval_mode(model, example):
+    return _script_or_trace(model.eval(), example)
+
+
+@misconception(
+    "one mode for all modules",
+    hint="A BatchNorm that was frozen in eval mode trains again. How many modes can a model of many modules be in at once?",
+    source="a line of reasoning: was_training = model.training, then model.train(was_training), which sets all modules alike",
+)
+def one_mode_for_all_modules(model, example):
+    training = model.training
+    try:
+        return _script_or_trace(model.eval(), example)
+    finally:
+        model.train(training)
+
+
+@misconception(
+    "not restored after an error",
+    hint="The export failed, and the model stayed in eval mode. Which of your lines is not reached when one before it raises?",
+    source="a line of reasoning: switch, export, switch back, on three lines that run one after the other",
+)
+def not_restored_after_an_error(model, example):
+    modes = {module: module.training for module in model.modules()}
+    exported = _script_or_trace(model.eval(), example)
+    for module, training in modes.items():
+        module.training = training
+    return exported
+
+
+EXERCISE = Exercise(
+    number="8.2",
+    name="to_torchscript",
+    reference=to_torchscript,
+    experiments=(BothBranches(), AnyBatchSize(), WhatScriptCannotCompile(), EvalMode(), ModesAsBefore()),
+    misconceptions=(
+        *(always_traced, always_scripted, one_kind_of_error_expected, train_mode_exported, traced_in_train_mode),
+        *(left_in_eval_mode, one_mode_for_all_modules, not_restored_after_an_error),
+    ),
+    hints=(
+        "Which of the two, script or trace, reads the code, and which one only watches a run?",
+        "Export a model with an `if x.mean() > 0` both ways, print `.code` of each, and look for the `if`. "
+        "Then print the type of "
+        "the error that script raises for a model that it cannot compile, and `training` of every module before and after.",
+        "Note each module's `training`, call model.eval(), then try torch.jit.script, and torch.jit.trace on "
+        "any Exception of it; "
+        "`finally` gives every module its own mode back.",
+    ),
+)

@@ -1,0 +1,589 @@
+"""Exercise 6.5: LoRA for a convolution, whatever its arguments are."""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grader.checks.lora.layer import attempt, beside_base, failed, gradients, how_far, module, name_of
+from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from helpers.lora import Conv2d
+
+AS_BASE = "as base, but for the weight"
+NOT_AS_BASE = "not as base"
+NUMBER = 0.5  # what everything that trains is filled with to see the factor
+
+
+def _inputs(trial: Trial, **arguments) -> dict:
+    """A convolution, a rank and an alpha that make no two of the factors in `name_of` equal, and images."""
+    base = nn.Conv2d(4, 8, **({"kernel_size": 3, "padding": 1} | arguments))
+    for parameter in base.parameters():
+        parameter.data.copy_(trial.normal(*parameter.shape))
+    return {
+        "base": base,
+        "of base": {name: parameter.detach().clone() for name, parameter in base.named_parameters()},
+        "rank": 3 + 2 * trial.integer(0, 1),  # divided by no number of groups
+        "alpha": (7, 8, 11)[trial.integer(0, 2)],
+        "x": trial.normal(4, 4, 8, 7),
+        "seed": trial.integer(0, 10**6),
+    }
+
+
+class FreshLayer(Experiment):
+    """A new layer computes what base computes, and has a gradient to learn from."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        inputs = _inputs(trial)
+        return inputs | {"g": trial.normal(4, 8, 8, 7)}
+
+    def measure(self, subject, inputs):
+        layer = _layer(subject, inputs)
+        adapter = _adapter(layer, inputs)
+        y = self._output(layer, inputs)
+        raw = {"y": y.detach(), "fresh": gradients((y * inputs["g"]).sum(), adapter)}
+        _fill(adapter, inputs)
+        raw["filled"] = gradients((self._output(layer, inputs) * inputs["g"]).sum(), adapter)
+        _fill(adapter, inputs, 0.0)
+        return raw | {"zero": self._output(layer, inputs).detach()}
+
+    def facts(self, raw, inputs):
+        with torch.no_grad():
+            y = inputs["base"](inputs["x"])
+        reached, filled, zero = None, None, None
+        if raw["fresh"]:
+            reached = "at least a part" if any(g.any() for g in raw["fresh"]) else "none"
+            filled = "all" if all(g.any() for g in raw["filled"]) else "some" if any(g.any() for g in raw["filled"]) else "none"
+            zero = beside_base(raw["zero"], y)
+        return {
+            "its outputs are": beside_base(raw["y"], y),
+            "of what trains, a gradient reaches": reached,
+            "with random numbers in it, a gradient reaches": filled,
+            "with zeros in it, its outputs are": zero,
+        }
+
+    def notes(self, raw, inputs):
+        with torch.no_grad():
+            return {"its outputs are": how_far(raw["y"], inputs["base"](inputs["x"]))}
+
+    @staticmethod
+    def _output(layer: nn.Module, inputs: dict) -> Tensor:
+        return expect_tensor(layer(inputs["x"]), inputs["g"].shape, f"the output for an input {tuple(inputs['x'].shape)}")
+
+
+class TheUpdate(Experiment):
+    """The update is added to base's weight: alpha / rank times a matrix of that rank."""
+
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        return _inputs(trial)
+
+    def measure(self, subject, inputs):
+        layer = _layer(subject, inputs)
+        adapter = _adapter(layer, inputs)
+        raw = {}
+        for name, number in (("zero", 0.0), ("filled", None), ("constant", NUMBER)):
+            if adapter:
+                _fill(adapter, inputs, number)
+                raw[name] = _output(layer, inputs["x"])
+        return raw
+
+    def facts(self, raw, inputs):
+        kernels = [_kernel(raw[name], inputs) for name in ("zero", "filled", "constant")] if raw else [None]
+        exists = None if not raw else NOT_AS_BASE if any(kernel is None for kernel in kernels) else AS_BASE
+        where, size, factor = None, None, None
+        if exists == AS_BASE:
+            update, constant = kernels[1] - kernels[0], kernels[2] - kernels[0]
+            where = _where(update)
+            size = _rank(update, inputs["rank"]) if where == "everywhere" else None
+            factor = self._factor(constant, inputs)
+            factor = None if factor is None else name_of(factor, inputs)
+        return {
+            "with numbers in all that trains it computes": exists,
+            "where in the kernel the update is": where,
+            "the update's rank, as a matrix of out_channels rows": size,
+            "the factor before the product": factor,
+        }
+
+    @staticmethod
+    def _factor(update: Tensor, inputs: dict) -> float | None:
+        """What multiplies the sum of rank products of the same two numbers."""
+        values = update[update.abs() > 1e-4]
+        if values.numel() == 0 or values.max() - values.min() > 1e-3 * values.abs().max():
+            return None
+        return float(values.mean()) / (inputs["rank"] * NUMBER**2)
+
+
+class WhatTrains(Experiment):
+    """As many numbers train as A and B have together, and nothing of base does."""
+
+    def draw(self, trial: Trial) -> dict:
+        return _inputs(trial)
+
+    def measure(self, subject, inputs):
+        return _trainable(_layer(subject, inputs), inputs)
+
+    def facts(self, raw, inputs):
+        return {
+            "numbers that train besides base's": _count(raw, inputs),
+            "the layer's base.weight is": "trainable" if "weight" in raw["of base"] else "frozen",
+            "the layer's base.bias is": "trainable" if "bias" in raw["of base"] else "frozen",
+        }
+
+    def notes(self, raw, inputs):
+        wanted = _wanted(inputs)
+        return {"numbers that train besides base's": f"{raw['numbers']}, and A and B have {wanted}"}
+
+
+class _Arguments(Experiment):
+    """An experiment that compares what a layer computes with base, for bases with other arguments."""
+
+    bases: ClassVar[dict[str, dict]]  # name of a fact -> arguments of nn.Conv2d
+
+    def draw(self, trial: Trial) -> dict:
+        return {name: _inputs(trial, **arguments) for name, arguments in ({"control": {}} | self.bases).items()}
+
+    def measure(self, subject, inputs):
+        raw = {"control": _filled_output(subject, inputs["control"])}  # what raises here raises for any base
+        for name in self.bases:
+            raw[name] = attempt(lambda name=name: _filled_output(subject, inputs[name]))
+        return raw
+
+    def facts(self, raw, inputs):
+        control = _kernel(raw["control"], inputs["control"])
+        if control is None or _where(control - inputs["control"]["of base"]["weight"]) != "everywhere":
+            return dict.fromkeys(self.bases)  # what is wrong is no matter of the arguments
+        return {name: AS_BASE if _as_base(raw[name], inputs[name]) else NOT_AS_BASE for name in self.bases}
+
+    def notes(self, raw, inputs):
+        notes = {}
+        for name in self.bases:
+            if failed(raw[name]):
+                notes[name] = failed(raw[name])
+            elif (shape := inputs[name]["base"](inputs[name]["x"]).shape) != raw[name].shape:
+                notes[name] = f"outputs of shape {tuple(raw[name].shape)}, base's are {tuple(shape)}"
+        return notes
+
+
+class StrideAndPadding(_Arguments):
+    """Stride, padding and the size of the kernel are base's."""
+
+    bases: ClassVar = {
+        "stride 2": {"stride": 2},
+        "stride (1, 2)": {"stride": (1, 2)},
+        "padding (2, 0)": {"padding": (2, 0)},
+        "padding 'same'": {"padding": "same"},
+        "a kernel of (1, 3)": {"kernel_size": (1, 3), "padding": (0, 1)},
+    }
+
+
+class Dilation(_Arguments):
+    """Dilation is base's."""
+
+    bases: ClassVar = {"dilation 2": {"dilation": 2}, "dilation (1, 2)": {"dilation": (1, 2)}}
+
+
+class PaddingModes(_Arguments):
+    """What base takes for the pixels around an image, the update takes as well."""
+
+    points = 2
+    bases: ClassVar = {
+        "padding_mode 'circular'": {"padding_mode": "circular"},
+        "padding_mode 'reflect'": {"padding_mode": "reflect"},
+        "padding_mode 'replicate'": {"padding_mode": "replicate"},
+        "padding_mode 'circular' and padding 'same'": {"padding_mode": "circular", "padding": "same"},
+    }
+
+
+class Groups(_Arguments):
+    """With groups, every output channel sees the input channels of its own group, and the rank is that of the matrix."""
+
+    points = 2
+    bases: ClassVar = {"groups 2": {"groups": 2}, "groups 4, one channel each": {"groups": 4}}
+
+    def draw(self, trial: Trial) -> dict:
+        return super().draw(trial) | {"again": _inputs(trial, groups=2)}
+
+    def measure(self, subject, inputs):
+        raw = super().measure(subject, inputs)
+        return raw | {"again": attempt(lambda: self._again(subject, inputs["again"]))}
+
+    def facts(self, raw, inputs):
+        facts, again = super().facts(raw, inputs), inputs["again"]
+        size, count = None, None
+        if None not in facts.values():
+            facts = {name: "an error" if failed(raw[name]) else fact for name, fact in facts.items()}
+            if "an error" not in facts.values():
+                count = _count(raw["again"], again)
+            if set(facts.values()) == {AS_BASE}:
+                size = _rank(_kernel(raw["again"]["filled"], again) - _kernel(raw["again"]["zero"], again), again["rank"])
+        return facts | {"groups 2, the update's rank": size, "groups 2, numbers that train besides base's": count}
+
+    @staticmethod
+    def _again(subject, inputs: dict) -> dict:
+        layer = _layer(subject, inputs)
+        raw, adapter = _trainable(layer, inputs), _adapter(layer, inputs)
+        for name, number in (("filled", None), ("zero", 0.0)):
+            _fill(adapter, inputs, number)
+            raw[name] = _output(layer, inputs["x"])
+        return raw
+
+
+# --- what the experiments observe -----------------------------------------------------------------------------------
+
+
+def _layer(subject, inputs: dict) -> nn.Module:
+    return module(subject(inputs["base"], inputs["rank"], inputs["alpha"]), "LoRAConv2d")
+
+
+def _is_bases(parameter: Tensor, inputs: dict) -> str | None:
+    """Which of base's parameters this is, or is a copy of."""
+    return next((name for name, own in inputs["of base"].items() if torch.equal(own, parameter)), None)
+
+
+def _adapter(layer: nn.Module, inputs: dict) -> list[nn.Parameter]:
+    """What trains and is not base's, in whatever shapes."""
+    return [p for p in layer.parameters() if p.requires_grad and _is_bases(p, inputs) is None]
+
+
+def _trainable(layer: nn.Module, inputs: dict) -> dict:
+    of_base = [_is_bases(parameter, inputs) for parameter in layer.parameters() if parameter.requires_grad]
+    numbers = sum(parameter.numel() for parameter in _adapter(layer, inputs))
+    return {"numbers": numbers, "of base": [name for name in of_base if name]}
+
+
+def _wanted(inputs: dict) -> int:
+    weight = inputs["base"].weight
+    return inputs["rank"] * (weight[0].numel() + len(weight))
+
+
+def _count(raw: dict, inputs: dict) -> str:
+    more = raw["numbers"] - _wanted(inputs)
+    rank, outside = inputs["rank"], inputs["base"].out_channels
+    known = {0: "those of A and B", rank: "also a bias", outside: "also a bias", rank + outside: "also two biases"}
+    return "none" if raw["numbers"] == 0 else known.get(more, "more" if more > 0 else "fewer")
+
+
+def _fill(adapter: list[nn.Parameter], inputs: dict, number: float | None = None) -> None:
+    """Write a number, or random numbers, into all that trains."""
+    generator = torch.Generator().manual_seed(inputs["seed"])
+    with torch.no_grad():
+        for parameter in adapter:
+            random = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(random if number is None else torch.full_like(random, number))
+
+
+def _output(layer: nn.Module, x: Tensor) -> Tensor:
+    y = layer(x)
+    return expect_tensor(y, ("n", "out_channels", "height", "width"), "the output of the layer").detach()
+
+
+def _filled_output(subject, inputs: dict, number: float | None = None) -> Tensor:
+    layer = _layer(subject, inputs)
+    _fill(_adapter(layer, inputs), inputs, number)
+    return _output(layer, inputs["x"])
+
+
+def _kernel(y: Tensor, inputs: dict) -> Tensor | None:
+    """The weight with which base would compute y, whatever is added for each channel; None if there is no such weight."""
+    base, x = inputs["base"], inputs["x"].double()
+    reach = [d * (k - 1) for d, k in zip(base.dilation, base.kernel_size, strict=True)]
+    sides = [(r // 2, r - r // 2) for r in reach] if base.padding == "same" else [(p, p) for p in base.padding]
+    mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+    x = F.pad(x, (*sides[1], *sides[0]), mode=mode)
+    size = [(n - r - 1) // s + 1 for n, r, s in zip(x.shape[2:], reach, base.stride, strict=True)]
+    if y.shape != (len(x), base.out_channels, *size):
+        return None
+    patches = F.unfold(x, base.kernel_size, base.dilation, 0, base.stride).transpose(1, 2)  # (n, positions, in * kh * kw)
+    kernels = []
+    for seen, made in zip(
+        patches.chunk(base.groups, 2), y.double().flatten(2).transpose(1, 2).chunk(base.groups, 2), strict=True
+    ):
+        rows, wanted = F.pad(seen, (0, 1), value=1.0).flatten(0, 1), made.flatten(0, 1)  # the last column is for the bias
+        kernel = torch.linalg.lstsq(rows, wanted).solution
+        if (rows @ kernel - wanted).abs().max() > 1e-4 * max(1.0, float(wanted.abs().max())):
+            return None
+        kernels.append(kernel[:-1].T)
+    return torch.cat(kernels).view_as(base.weight)
+
+
+def _as_base(y: Tensor | dict, inputs: dict) -> bool:
+    """Whether a filled layer computed what base would with another weight than its own."""
+    kernel = None if failed(y) else _kernel(y, inputs)
+    return kernel is not None and bool((kernel - inputs["of base"]["weight"]).abs().max() > 1e-3)
+
+
+def _where(update: Tensor) -> str:
+    there = update.abs().amax((0, 1)) > 1e-3  # (kh, kw)
+    if there.all() or not there.any():
+        return "everywhere" if there.all() else "nowhere"
+    there[there.shape[0] // 2, there.shape[1] // 2] = False
+    return "in other places" if there.any() else "in the middle alone"
+
+
+def _rank(update: Tensor, rank: int) -> str:
+    values = torch.linalg.svdvals(update.flatten(1))
+    found = int((values > 1e-4 * values[0]).sum())
+    return "rank" if found == rank else "above rank" if found > rank else "below rank"
+
+
+# --- the misconceptions ---------------------------------------------------------------------------------------------
+
+
+class _Layer(nn.Module):
+    """A right solution, in pieces that a misconception replaces."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.rank, self.scaling = rank, self.scale(rank, alpha)
+        self.A, self.B = self.matrices()
+
+    def scale(self, rank, alpha):
+        return alpha / rank
+
+    def matrices(self):
+        weight = self.base.weight
+        a = torch.randn(self.rank, weight[0].numel()) / math.sqrt(weight[0].numel())
+        return nn.Parameter(a), nn.Parameter(torch.zeros(len(weight), self.rank))
+
+    def delta(self):
+        return self.scaling * (self.B @ self.A).view_as(self.base.weight)
+
+    def padded(self, x):
+        if self.base.padding_mode != "zeros":
+            return F.pad(x, self.base._reversed_padding_repeated_twice, self.base.padding_mode), 0
+        return x, self.base.padding
+
+    def convolve(self, x, weight, stride, dilation):
+        x, padding = self.padded(x)
+        return F.conv2d(x, weight, None, stride, padding, dilation, self.base.groups)
+
+    def update(self, x):
+        return self.convolve(x, self.delta(), self.base.stride, self.base.dilation)
+
+    def forward(self, x):
+        return self.base(x) + self.update(x)
+
+
+@misconception(
+    "no scaling",
+    hint="Doubling alpha changes nothing. What stands before the product, and does it still do so for a convolution?",
+    source="a line of reasoning: two convolutions one after the other, added to base's output",
+)
+class NoScaling(_Layer):
+    def scale(self, rank, alpha):
+        return 1.0
+
+
+@misconception(
+    "alpha alone",
+    hint="Each entry of the product is a sum of rank terms. What keeps its size when the rank is doubled?",
+    source="seen in public teaching code, for linear layers: alpha * (x @ A @ B)",
+)
+class AlphaAlone(_Layer):
+    def scale(self, rank, alpha):
+        return alpha
+
+
+@misconception(
+    "both start at zero",
+    hint="No gradient reaches anything that trains. The gradient of each of the two is a product with the other in it.",
+    source="a line of reasoning: a new layer must change nothing, so all of it starts at zero",
+)
+class BothZero(_Layer):
+    def matrices(self):
+        a, b = super().matrices()
+        return nn.Parameter(torch.zeros_like(a)), b
+
+
+@misconception(
+    "both start at random",
+    hint="A new layer already changes base's outputs. How do two new nn.Conv2d start, and what does their product have to be?",
+    source="a line of reasoning: two new nn.Conv2d, left as they come",
+)
+class BothRandom(_Layer):
+    def matrices(self):
+        a, b = super().matrices()
+        return a, nn.Parameter(torch.randn_like(b))
+
+
+@misconception(
+    "values instead of parameters",
+    hint="The output changes with what trains, and no gradient reaches it. Was the update computed from parameters, or from "
+    "their values?",
+    source="a line of reasoning: .data or .detach(), because the weight that is added to does not train",
+)
+class ValuesInsteadOfParameters(_Layer):
+    def delta(self):
+        return super().delta().detach()
+
+
+@misconception(
+    "a 1 x 1 A",
+    hint="The update is zero but in the middle of the kernel. How many numbers of the input go into one number of base's "
+    "output, and how many of them does A see?",
+    source="a line of reasoning: a 1 x 1 convolution down to rank channels and another up, whatever base's kernel is",
+)
+class OneByOne(_Layer):
+    def matrices(self):
+        inside = self.base.weight.shape[1]
+        return nn.Parameter(torch.randn(self.rank, inside)), nn.Parameter(torch.zeros(self.base.out_channels, self.rank))
+
+    def delta(self):
+        _, _, height, width = self.base.weight.shape
+        around = (width // 2, (width - 1) // 2, height // 2, (height - 1) // 2)
+        return F.pad(self.scaling * (self.B @ self.A)[:, :, None, None], around)
+
+
+@misconception(
+    "B with a kernel of its own",
+    hint="One kernel after the other reaches further than base's: two of 3 x 3 cover 5 x 5. Could the update be added into "
+    "base's weight?",
+    source="a line of reasoning: A and B are both convolutions like base, the first into rank channels, the second out of them",
+)
+class KernelForB(_Layer):
+    def matrices(self):
+        a, _ = super().matrices()
+        return a, nn.Parameter(torch.zeros(self.base.out_channels, self.rank, 3, 3))
+
+    def update(self, x):
+        base, a = self.base, self.A.view(self.rank, *self.base.weight.shape[1:]).repeat(self.base.groups, 1, 1, 1)
+        low = self.convolve(x, a, base.stride, base.dilation)
+        return self.scaling * F.conv2d(low, self.B, padding=1, groups=base.groups)
+
+
+@misconception(
+    "flattened in another order",
+    hint="The product has the size of base's weight, but its rank as a matrix of out_channels rows is too high. Which row of "
+    "B belongs to which output channel after your view or reshape?",
+    source="a line of reasoning: A.T @ B.T has as many numbers as the weight, and view does not ask for their order",
+)
+class AnotherOrder(_Layer):
+    def delta(self):
+        return self.scaling * (self.A.T @ self.B.T).reshape(self.base.weight.shape)
+
+
+@misconception(
+    "stride forgotten",
+    hint="Only a base with a stride goes wrong. Which of your convolutions get its stride, and how many positions come out?",
+    source="a line of reasoning: F.conv2d(x, weight, padding=...), tried out on a layer with stride 1",
+)
+class StrideForgotten(_Layer):
+    def update(self, x):
+        return self.convolve(x, self.delta(), 1, self.base.dilation)
+
+
+@misconception(
+    "dilation forgotten",
+    hint="Only a base with dilation goes wrong: it looks at pixels that lie apart. At which does your update look?",
+    source="peft 0.21.2: the convolution of lora_A gets kernel size, stride and padding, and no dilation",
+)
+class DilationForgotten(_Layer):
+    def update(self, x):
+        return self.convolve(x, self.delta(), self.base.stride, 1)
+
+
+@misconception(
+    "padding_mode forgotten",
+    hint="Only the padding_mode goes wrong: compare the outputs in the middle and at the border. What does base see around "
+    "the image, and what does your update see there?",
+    source="peft 0.21.2: the convolution of lora_A has padding_mode zeros, whatever base's is",
+)
+class PaddingModeForgotten(_Layer):
+    def padded(self, x):
+        return x, self.base.padding
+
+
+@misconception(
+    "padding always a pair of numbers",
+    hint="nn.Conv2d takes a word for padding as well. What is base.padding then, and what does your code do with it?",
+    source="a line of reasoning: base.padding was (1, 1) in all the layers that were looked at",
+)
+class PaddingAPair(_Layer):
+    def padded(self, x):
+        high, wide = self.base.padding[0], self.base.padding[1]
+        mode = "constant" if self.base.padding_mode == "zeros" else self.base.padding_mode
+        return F.pad(x, (wide, wide, high, high), mode), 0
+
+
+@misconception(
+    "groups forgotten",
+    hint="With groups, an output channel of base sees some of the input channels, and your update sees them all. What is the "
+    "shape of base.weight?",
+    source="a line of reasoning: A is a convolution from in_channels to rank, B one from rank to out_channels",
+)
+class GroupsForgotten(_Layer):
+    def matrices(self):
+        base = self.base
+        a = torch.randn(self.rank, base.in_channels * math.prod(base.kernel_size))
+        return nn.Parameter(a), nn.Parameter(torch.zeros(base.out_channels, self.rank))
+
+    def update(self, x):
+        x, padding = self.padded(x)
+        weight = (self.B @ self.A).view(-1, self.base.in_channels, *self.base.kernel_size)
+        return self.scaling * F.conv2d(x, weight, None, self.base.stride, padding, self.base.dilation)
+
+
+@misconception(
+    "an error with groups",
+    hint="It raises as soon as base has groups. How many input channels does one output channel see then, and what is the "
+    "shape of base.weight?",
+    source="peft 0.21.2 raises for a convolution with groups, unless they divide the rank",
+)
+class AnErrorWithGroups(_Layer):
+    def matrices(self):
+        base = self.base
+        a = torch.randn(self.rank, base.in_channels * math.prod(base.kernel_size))
+        return nn.Parameter(a), nn.Parameter(torch.zeros(base.out_channels, self.rank))
+
+
+@misconception(
+    "biases in the adapter",
+    hint="More trains than two matrices, by a few numbers. What does an nn.Conv2d bring along, besides its weight?",
+    source="a line of reasoning: nn.Conv2d(in_channels, rank, kernel_size), with its bias",
+)
+class BiasesInTheAdapter(_Layer):
+    def __init__(self, base, rank, alpha):
+        super().__init__(base, rank, alpha)
+        self.inner = nn.Parameter(torch.zeros(rank))
+
+    def update(self, x):
+        return super().update(x) + self.scaling * (self.B @ self.inner)[:, None, None]
+
+
+@misconception(
+    "base's bias trains",
+    hint="A parameter trains that is neither A nor B and has out_channels numbers. What of base did you freeze?",
+    source="seen in public teaching code: base.weight.requires_grad = False, and nothing about the bias",
+)
+class BiasTrains(_Layer):
+    def __init__(self, base, rank, alpha):
+        super().__init__(base, rank, alpha)
+        if base.bias is not None:
+            base.bias.requires_grad_(True)
+
+
+EXERCISE = Exercise(
+    number="6.5",
+    name="LoRAConv2d",
+    reference=Conv2d,
+    experiments=(FreshLayer(), TheUpdate(), WhatTrains(), StrideAndPadding(), Dilation(), PaddingModes(), Groups()),
+    misconceptions=(
+        *(NoScaling, AlphaAlone, BothZero, BothRandom, ValuesInsteadOfParameters, OneByOne, KernelForB, AnotherOrder),
+        *(StrideForgotten, DilationForgotten, PaddingModeForgotten, PaddingAPair, GroupsForgotten, AnErrorWithGroups),
+        *(BiasesInTheAdapter, BiasTrains),
+    ),
+    hints=(
+        "A convolution is a matrix that meets every patch of the image. What are the rows of that matrix, what are its "
+        "columns, and which of base's arguments decide what a patch is?",
+        "Print base.weight.shape for groups 1, 2 and in_channels. Fill what trains with random numbers, and compare your "
+        "layer with an nn.Conv2d of the same arguments whose weight is base.weight plus your update: for each argument alone.",
+        "A (rank, in_channels / groups * kh * kw), B (out_channels, rank): alpha / rank * B A, in the shape of base.weight, is "
+        "what base's own convolution gets in place of its weight. torch.func.functional_call runs a module with other weights.",
+    ),
+)

@@ -1,0 +1,110 @@
+"""Exercise 8.4 in other styles."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.export import Dim
+
+
+def of_a_copy(model, example, path):
+    twin = copy.deepcopy(model)
+    twin.eval()
+    torch.onnx.export(
+        twin,
+        (example.expand(2, *example.shape[1:]) if len(example) == 1 else example,),
+        str(path),
+        input_names=["input"],
+        output_names=["output"],
+        dynamic_shapes=[{0: Dim("batch")}],
+        external_data=False,
+        dynamo=True,
+    )
+    return path
+
+
+def saved_afterwards(model, example, path):
+    flags = [module.training for module in model.modules()]
+    try:
+        program = torch.onnx.export(
+            model.train(False),
+            args=(torch.cat([example] * 2),),
+            dynamo=True,
+            dynamic_shapes={"input": {0: Dim.DYNAMIC}},
+            output_names=("output",),
+            verbose=False,
+        )
+    finally:
+        for module, flag in zip(model.modules(), flags, strict=True):
+            module.training = flag
+    program.save(path)
+
+
+class ThroughAProgram:
+    """torch.export first; what it made is what ONNX gets."""
+
+    def __call__(self, model, example, path):
+        training = {name for name, module in model.named_modules() if module.training}
+        for module in model.modules():
+            module.training = False
+        try:
+            with torch.no_grad():
+                rows = example.repeat_interleave(2, dim=0)
+                program = torch.export.export(model, (rows,), dynamic_shapes=({0: Dim.AUTO},))
+        finally:
+            for name in training:
+                model.get_submodule(name).training = True
+        names = {"input_names": ["input"], "output_names": ["output"]}
+        torch.onnx.export(program, (rows,), path, dynamo=True, external_data=False, verbose=False, **names)
+
+
+class _Probabilities(nn.Module):
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, input):
+        return torch.softmax(self.logits(input), dim=-1)
+
+
+def with_softmax(model, example, path):
+    whole = _Probabilities(copy.deepcopy(model)).eval()
+    names = {"input_names": ["input"], "output_names": ["output"]}
+    batch = {"dynamic_shapes": ({0: Dim.DYNAMIC},)}
+    torch.onnx.export(whole, (example.repeat(2, 1),), path, dynamo=True, external_data=False, **names, **batch)
+
+
+def saved_with_external_data(model, example, path):
+    twin = copy.deepcopy(model).train(False)
+    shapes = ({0: Dim("rows")},)
+    program = torch.onnx.export(twin, (example.tile(2, 1),), dynamo=True, dynamic_shapes=shapes, output_names=["output"])
+    program.save(path, external_data=True)
+
+
+def static_program(model, example, path):
+    program = torch.export.export(copy.deepcopy(model).eval(), (example,))
+    torch.onnx.export(program, f=path, dynamo=True, output_names=["output"], external_data=False)
+
+
+def the_usual_call(model, example, path):
+    model.eval()
+    torch.onnx.export(model, (example,), path, dynamo=True, verbose=False)
+
+
+RIGHT = [of_a_copy, saved_afterwards, ThroughAProgram()]
+AGAIN = {
+    "probabilities exported": with_softmax,
+    "weights in a second file": saved_with_external_data,
+    "the example's batch size only": static_program,
+}
+BOTH = [
+    (
+        {
+            "the example's batch size only",
+            "left in eval mode",
+            "weights in a second file",
+            "names left to the exporter",
+        },
+        the_usual_call,
+    )
+]

@@ -1,0 +1,136 @@
+"""Exercise 8.3 in other styles."""
+
+import copy
+from contextlib import ExitStack
+
+import torch
+from torch import export
+from torch.export import Dim
+
+
+def on_a_copy(model, example):
+    twin = copy.deepcopy(model).eval()
+    rows = example.repeat(2, *[1] * (example.ndim - 1))
+    return export.export(twin, (rows,), dynamic_shapes=[{0: Dim("batch")}])
+
+
+def modes_by_name(model, example):
+    before = {name: module.training for name, module in model.named_modules()}
+    model.train(False)
+    try:
+        while len(example) < 2:
+            example = torch.cat((example, example))
+        return export.export(model, args=(example,), dynamic_shapes=((Dim.AUTO, *[None] * (example.dim() - 1)),))
+    finally:
+        for name, flag in before.items():
+            model.get_submodule(name).training = flag
+
+
+class WithShapesCollection:
+    """Traced by dynamo, under no_grad, with the class that torch.export has for such a description."""
+
+    def __call__(self, model, example):
+        with ExitStack() as after, torch.no_grad():
+            for module in model.modules():
+                after.callback(setattr, module, "training", module.training)
+                module.training = False
+            rows = torch.zeros((3, *example.shape[1:]), dtype=example.dtype)
+            shapes = export.ShapesCollection()
+            shapes[rows] = {0: Dim.DYNAMIC}
+            return export.export(model, (rows,), dynamic_shapes=shapes, strict=True)
+
+
+def expanded(model, example):
+    flags = [module.training for module in model.modules()]
+    try:
+        if example.size(0) == 1:
+            example = example.expand(4, *example.shape[1:]).contiguous()
+        batch = Dim("rows", min=1)
+        return export.export(model.eval(), (example,), {}, dynamic_shapes=({0: batch},))
+    finally:
+        for module, flag in zip(model.modules(), flags, strict=True):
+            if module.training != flag:
+                module.training = flag
+
+
+def other_dimensions_dynamic(model, example):
+    twin = copy.deepcopy(model).eval()
+    shapes = dict.fromkeys(range(1, example.ndim), Dim.AUTO)
+    return export.export(twin, (example,), dynamic_shapes=(shapes,))
+
+
+def named_without_a_copy_of_the_row(model, example):
+    twin = copy.deepcopy(model).train(False)
+    rows = Dim("rows", min=1)
+    return export.export(twin, args=(example.clone(),), dynamic_shapes=[(rows, *[None] * (example.ndim - 1))])
+
+
+def auto_everywhere(model, example):
+    twin = copy.deepcopy(model)
+    twin.eval()
+    return export.export(twin, (example,), dynamic_shapes=[[Dim.AUTO] * example.ndim])
+
+
+def sixty_four(model, example):
+    twin = copy.deepcopy(model).eval()
+    rows = torch.stack([example[0], example[-1]])
+    return export.export(twin, (rows,), dynamic_shapes=({0: Dim("batch", max=64)},))
+
+
+def under_no_grad(model, example):
+    with torch.no_grad():
+        rows = example.repeat_interleave(2, 0)
+        return export.export(model, (rows,), dynamic_shapes=({0: Dim.DYNAMIC},))
+
+
+def switched_for_good(model, example):
+    for module in model.modules():
+        module.training = False
+    rows = torch.cat([example] * 2)
+    return export.export(model, (rows,), dynamic_shapes=({0: Dim("batch")},))
+
+
+def train_afterwards(model, example):
+    was = model.training
+    model.eval()
+    rows = torch.concat([example, example], dim=0)
+    try:
+        return export.export(model, (rows,), dynamic_shapes=({0: Dim("batch")},))
+    finally:
+        if was:
+            model.train()
+
+
+def flags_put_back_last(model, example):
+    flags = [module.training for module in model.modules()]
+    rows = example.tile(2, *[1] * (example.ndim - 1))
+    exported = export.export(model.eval(), (rows,), dynamic_shapes=({0: Dim("batch")},))
+    for module, flag in zip(model.modules(), flags, strict=True):
+        setattr(module, "training", flag)  # noqa: B010
+    return exported
+
+
+def the_first_page_of_the_tutorial(model, example):
+    return export.export(model, (example,))
+
+
+def dynamic_and_left(model, example):
+    model.eval()
+    return export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},))
+
+
+RIGHT = [on_a_copy, modes_by_name, WithShapesCollection(), expanded]
+AGAIN = {
+    "the example's batch size only": other_dimensions_dynamic,
+    "one row refused": named_without_a_copy_of_the_row,
+    "one row baked in": auto_everywhere,
+    "a largest batch": sixty_four,
+    "train mode exported": under_no_grad,
+    "left in eval mode": switched_for_good,
+    "one mode for all modules": train_afterwards,
+    "not restored after an error": flags_put_back_last,
+}
+BOTH = [
+    ({"the example's batch size only", "train mode exported"}, the_first_page_of_the_tutorial),
+    ({"one row refused", "left in eval mode"}, dynamic_and_left),
+]

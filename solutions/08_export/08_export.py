@@ -1,0 +1,588 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 08 · Export
+#
+# A trained network is a Python object. Whoever is to use it may have another version of PyTorch, no PyTorch, or no
+# Python. An export turns the network into a file that other programs run. Each format keeps something and loses
+# something, and most of what goes wrong raises no error: the file computes something else. So this chapter starts with
+# the test, and applies it to four ways out.
+#
+# | | |
+# |---|---|
+# | you need | chapters 00, 02 and 04; no GPU, no network |
+# | time | two hours for you; TODO MINUTES for two CPU cores (measured; without a GPU) |
+# | exercises | 5 |
+#
+# Afterwards you can
+#
+# - prove that an export computes what the model computes, and say within which tolerance and why,
+# - say what TorchScript loses when it traces, and why it is a legacy today,
+# - export with a batch size that may vary, whatever the example had,
+# - write an ONNX file that runs without PyTorch,
+# - time formats against each other so that the numbers can be trusted,
+# - choose a format from a table that you measured.
+#
+# Words in *italics* at their first use are in the [glossary](../../docs/glossary.md).
+
+# %%
+import copy
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from grader import check, continue_with, hint, progress, quiz
+
+# %% [markdown]
+# ## The model
+#
+# glyphnet with a head for handwritten digits, fine-tuned as in chapter 04. Its preprocessing, (x - mean) / std, is the
+# first step of its `forward`, so it travels inside every file. What a transform outside of the model does has to be
+# written again wherever the file runs, and is a common place for the two to differ.
+#
+# **Predict before you run.** Take the time of the model in PyTorch, for one image, as 1. What does the same network
+# take in ONNX Runtime on the same CPU? And as a torch.export program? And how large is the ONNX file, taking the 1.2 MB
+# of the weights as 1?
+
+# %% tags=["demo"]
+from helpers.predict import predict
+
+guess = predict(onnx_time=None, program_time=None, onnx_size=None)
+
+# %% tags=["demo"]
+from helpers.backbones import glyphnet
+from helpers.data import digits
+from helpers.features import drop_head
+from helpers.strategies import classifier
+from helpers.training import evaluate, fit
+
+train, test = digits("train", labels_per_class=10), digits("test")
+model = classifier(drop_head(glyphnet()), classes=10)
+fit(model, train, steps=300, lr=3e-3, batch_size=32, progress=False)
+model.eval()
+folder = Path(tempfile.mkdtemp())
+torch.save(model.state_dict(), folder / "weights.pt")
+print(f"accuracy {evaluate(model, test):.3f}   weights alone: {(folder / 'weights.pt').stat().st_size:,} bytes")
+
+# %% [markdown]
+# # Part 1: the test
+
+# %% [markdown]
+# ## Exercise 8.1: is it still the same model?
+#
+# An exported model is another program. Whether it computes what the model computes is found out by running both on the
+# same inputs, at more than one *batch size*: a batch size that was built in shows at no other. The figure to look at is
+# the largest difference, because one wrong element is lost in an average, and it is compared with the size of the
+# outputs, because 0.001 is nothing beside 100 and everything beside 0.002. Dividing each difference by its own element
+# does not work: next to an output that happens to be near 0, any rounding is a large ratio. So there is one denominator
+# for all of a batch, its largest output.
+#
+# You write this test once and use it for every format below.
+#
+# **Exercise 8.1** (25 min, ●●○). Write `largest_error(model, exported, inputs, batch_sizes)`.
+#
+# - `model` is an `nn.Module` in any mode. Its outputs are right by definition: a tensor `(b, ...)`, finite, not all 0.
+# - `exported` is any function of one batch, or something that can be called like one. `inputs` is a tensor `(n, ...)`,
+#   and no batch size in the tuple `batch_sizes` is larger than `n`. The batch of size `b` is the first `b` inputs.
+# - For each batch size run both on the batch, the model in eval mode and without a graph. The error is `max
+#   |exported(x) - model(x)| / max |model(x)|`, both largest values over all elements of the batch.
+# - The error is infinite if `exported` raises an exception, whatever its type, if its output has another shape than the
+#   model's (also where the two would broadcast), and if there is a NaN in it. None of these makes your function raise.
+# - Return a dict: `"error"`, the largest error of all batch sizes, a number; `"batch_size"`, the one at which it is
+#   largest; `"index"`, the position of the worst element in the output of that batch, a tuple with one whole number for
+#   each dimension. Where the error is infinite, the index may be None. Of equals, name any.
+# - Afterwards every module of the model is in the mode it had before. Some may be in eval mode in a model that is in
+#   train mode.
+
+
+# %%
+def largest_error(model, exported, inputs, batch_sizes):
+    ### BEGIN SOLUTION
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    worst = {"error": -1.0}
+    for b in batch_sizes:
+        with torch.no_grad():
+            wanted = model(inputs[:b])
+        try:
+            got = exported(inputs[:b])
+        except Exception:
+            got = None
+        error, index = float("inf"), None
+        if got is not None and got.shape == wanted.shape and not got.isnan().any():
+            difference = (got - wanted).abs()
+            error = (difference.max() / wanted.abs().max()).item()
+            index = tuple(i.item() for i in torch.unravel_index(difference.argmax(), difference.shape))
+        if error > worst["error"]:
+            worst = {"error": error, "batch_size": b, "index": index}
+    for module, mode in modes.items():
+        module.training = mode  # not train(mode), which would switch the children too
+    return worst
+    ### END SOLUTION
+
+
+# %%
+check("8.1", largest_error)
+
+# %%
+largest_error = continue_with("8.1")
+
+# %% [markdown]
+# ### Where a tolerance comes from
+#
+# The model against itself: the same weights and the same images, computed in other ways. None of them is wrong.
+
+
+# %% tags=["demo"]
+images = test.inputs[:8]
+
+
+def one_by_one(x):
+    return torch.cat([model(row[None]) for row in x])
+
+
+def without_onednn(x):
+    with torch.backends.mkldnn.flags(enabled=False):
+        return model(x)
+
+
+double, half = copy.deepcopy(model).double(), copy.deepcopy(model).bfloat16()
+others = {
+    "the same again": model,
+    "one image at a time": one_by_one,
+    "other kernels (no oneDNN)": without_onednn,
+    "float64": lambda x: double(x.double()).float(),
+    "bfloat16": lambda x: half(x.bfloat16()).float(),
+}
+with torch.no_grad():
+    for name, other in others.items():
+        print(f"{name:<28}{largest_error(model, other, images, (1, 4, 8))['error']:.1e}")
+
+# %% [markdown]
+# TODO TOLERANCE
+
+# %% [markdown]
+# # Part 2: four ways out
+
+# %% [markdown]
+# ## Exercise 8.2: compile it, or record it
+#
+# *TorchScript* is a small language inside PyTorch. A file in it runs without the class that the model is made of, and
+# without Python. There are two ways into it. `torch.jit.script` reads the source of `forward` and compiles it, with its
+# branches and loops, but it knows only a part of Python. `torch.jit.trace` runs the model once on an example and
+# records the tensor operations that happened. It takes any Python, and keeps none of it: an `if` becomes the side that
+# the example took, a loop as many steps as the example needed.
+#
+# Both record the mode that the model is in. A scripted module still has a mode of its own. A traced one has none left:
+# what dropout did in train mode, it does for ever.
+#
+# TorchScript is *legacy* today, and PyTorch says so in a warning at each call. The next exercise has its successor. It
+# stays worth knowing: there are many such files, and no other way shows so plainly what a recorded run loses.
+#
+# **Exercise 8.2** (20 min, ●●○). Write `to_torchscript(model, example)`.
+#
+# - `model` is an `nn.Module` that takes one tensor `(n, ...)`, with n the batch; `example` is such a tensor.
+# - Return a `torch.jit.ScriptModule` that, saved and loaded, computes what `model` computes in eval mode, whatever mode
+#   `model` is in.
+# - Script the model. Then it is right for any batch size, and on both sides of an `if` that depends on the numbers in
+#   `x`.
+# - What script cannot compile is traced with `example`. Script has errors of several kinds for such a model; not all of
+#   them are a `RuntimeError`.
+# - Afterwards every module of `model` is in the mode that it was in before. Some may have been in train mode and some
+#   in eval mode.
+# - If tracing fails too, let the error through. The modes are as before, then too.
+
+
+# %%
+def to_torchscript(model, example):
+    ### BEGIN SOLUTION
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        try:
+            return torch.jit.script(model)
+        except Exception:  # the compiler has errors of several kinds
+            return torch.jit.trace(model, example)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    ### END SOLUTION
+
+
+# %%
+check("8.2", to_torchscript)
+
+# %%
+to_torchscript = continue_with("8.2")
+
+# %% [markdown]
+# ### What each of the two loses
+#
+# A model that branches on its input, and one that TorchScript's compiler does not know how to read:
+
+
+# %% tags=["demo"]
+class Bright(nn.Module):
+    """Inverts images that are mostly ink."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images):
+        if images.mean() > 0.5:
+            images = 1 - images
+        return self.inner(images)
+
+
+bright, ink = Bright(model), 1 - test.inputs[:8]
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    traced = torch.jit.trace(bright, test.inputs[:8])
+for message in {str(warning.message).split(". ")[0][:110] for warning in said}:
+    print("warning:", message)
+print(f"traced:     paper as in the example {largest_error(bright, traced, test.inputs[:8], (8,))['error']:.1e}")
+print(f"            inverted images         {largest_error(bright, traced, ink, (8,))['error']:.1e}")
+warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # said once is enough
+scripted = to_torchscript(bright, test.inputs[:8])
+print(f"scripted:   inverted images         {largest_error(bright, scripted, ink, (8,))['error']:.1e}")
+
+# %% [markdown]
+# TODO SCRIPT
+
+# %% tags=["demo"]
+scripted = to_torchscript(model, test.inputs[:2])
+scripted.save(folder / "model.torchscript.pt")
+print("parity:", largest_error(model, scripted, images, (1, 4, 8)))
+
+# %% [markdown]
+# ## Exercise 8.3: a graph for any number of rows
+#
+# `torch.export` runs the model on tensors without numbers and writes down every operation, with the shapes that go in
+# and come out. The result is an *exported program*: a graph and its weights. Where the numbers themselves would decide
+# what happens next, there is nothing to write down. A trace keeps the side that the example took; `torch.export`
+# refuses.
+#
+# Sizes are constants unless you say otherwise: from an example of 4 rows comes a program for 4 rows. The argument
+# `dynamic_shapes` says which dimensions may vary. One thing about it surprises: PyTorch takes a size of 0 or 1 for a
+# constant in any case, since arithmetic with shapes has special rules for these two. And one row is just what people
+# tend to pass as an example.
+#
+# **Exercise 8.3** (20 min, ●●○). Write `to_program(model, example)`.
+#
+# - `model` is an `nn.Module` that takes one tensor `(n, ...)`, with n the batch; `example` is such a tensor. It may be
+#   of floats or of integers, such as tokens. Keep its dtype and its values: not every number is a token.
+# - Return a `torch.export.ExportedProgram` that, saved and loaded, computes what `model` computes in eval mode,
+#   whatever mode `model` is in. Run it with `program.module()(x)`.
+# - The batch size is dynamic: 1, 4 and 8 rows are fine, and so is any larger number.
+# - That is so for an `example` of a single row, too.
+# - Afterwards every module of `model` is in the mode that it was in before. Some may have been in train mode and some
+#   in eval mode.
+# - What `torch.export` refuses, such as an `if` that depends on the numbers in `x`, is an error: let it through. The
+#   modes are as before, then too.
+
+
+# %%
+def to_program(model, example):
+    ### BEGIN SOLUTION
+    if len(example) == 1:
+        example = torch.cat([example, example])  # a size of 1 would become a constant
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    ### END SOLUTION
+
+
+# %%
+check("8.3", to_program)
+
+# %%
+to_program = continue_with("8.3")
+
+# %% [markdown]
+# ### What a program is, and what it refuses
+#
+# The graph of an exported program is a list of torch's operators, with no Python left in it. The first lines of ours:
+
+# %% tags=["demo"]
+program = to_program(model, test.inputs[:2])
+torch.export.save(program, folder / "model.pt2")
+print(
+    "\n".join(line.strip()[:110] for line in program.graph_module.code.splitlines() if "torch.ops" in line or "def" in line)[
+        :900
+    ]
+)
+print("...")
+print("parity:", largest_error(model, program.module(), images, (1, 4, 8)))
+
+# %% [markdown]
+# A branch that depends on numbers in a tensor cannot be in such a list:
+
+# %% tags=["demo"]
+import helpers.export
+from helpers.parity import parity
+
+try:
+    helpers.export.to_program(bright, images)
+except helpers.export.ExportFailed as error:
+    print("ExportFailed:", error)
+
+
+class BrightWithoutBranch(Bright):
+    def forward(self, images):
+        return self.inner(torch.where(images.mean() > 0.5, 1 - images, images))
+
+
+rewritten = helpers.export.to_program(BrightWithoutBranch(model), images)
+print(f"rewritten with torch.where, inverted images: {largest_error(bright, rewritten.module(), ink, (1, 4, 8))['error']:.1e}")
+
+# %% [markdown]
+# ### Exported in train mode
+#
+# The popular mistake of all formats, with torch's own functions and the model in train mode, as a training loop leaves
+# it. The error is against the model in eval mode:
+
+# %% tags=["demo"]
+careless = copy.deepcopy(model).train()
+rows = (images,)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    batch = torch.export.Dim("batch")
+    in_train_mode = {
+        "torch.jit.trace": torch.jit.trace(copy.deepcopy(careless), images),
+        "torch.export.export": torch.export.export(copy.deepcopy(careless), rows, dynamic_shapes=({0: batch},)).module(),
+    }
+    torch.onnx.export(
+        copy.deepcopy(careless), rows, folder / "careless.onnx", dynamo=True, verbose=False, dynamic_shapes=({0: batch},)
+    )
+in_train_mode["torch.onnx.export, dynamo"] = helpers.export.OnnxSession(folder / "careless.onnx")
+print(f"{'exported in train mode':<28}{'error':>9}   digits right of 800")
+for name, exported in in_train_mode.items():
+    with torch.no_grad():
+        right = (exported(test.inputs).argmax(1) == test.labels).sum().item()
+    print(f"{name:<28}{largest_error(model, exported, images, (1, 4, 8))['error']:>9.1e}   {right}")
+with torch.no_grad():
+    print(f"{'the model, eval mode':<28}{'':>9}   {(model(test.inputs).argmax(1) == test.labels).sum().item()}")
+
+# %% [markdown]
+# TODO TRAIN_MODE_TEXT
+
+# %% [markdown]
+# ## Exercise 8.4: a file for other programs
+#
+# *ONNX* is a file format for networks: a graph of standard operators, and the weights. *ONNX Runtime* and other
+# programs run it, in many languages, and none of them needs PyTorch. What they have of your model is this file and
+# nothing else: no class, no `eval()`, no folder that you forgot to copy.
+#
+# Since torch 2.9, `torch.onnx.export` goes through `torch.export` by default (`dynamo=True`). Three of its defaults
+# suit a quick look better than a file that you hand on: all sizes are constants, all but the smallest weights go to a
+# second file beside the first, and the output is named after the operation that made it.
+#
+# **Exercise 8.4** (25 min, ●●●). Write `to_onnx(model, example, path)`.
+#
+# - `model` is an `nn.Module` that takes one tensor `(n, ...)`, with n the batch; `example` is such a tensor, of one row
+#   or more.
+# - Write an ONNX file at `path`, a `pathlib.Path` in a folder that exists. ONNX Runtime computes from it what `model`
+#   computes in eval mode, whatever mode `model` is in: its *logits*, with nothing added, to 1e-5 of the largest.
+# - The batch size is dynamic: 1, 4 and 8 rows are all fine.
+# - The file is all that is needed: a copy of it in another folder opens there.
+# - Its input is called `input`, as in the `forward` of the models in the check, and its output `output`.
+# - Afterwards every module of `model` is in the mode that it was in before. Some may have been in train mode and some
+#   in eval mode.
+#
+# The exporter prints what it does; `verbose=False` keeps it quiet. The check exports three times and takes some
+# seconds.
+
+
+# %%
+def to_onnx(model, example, path):
+    ### BEGIN SOLUTION
+    if len(example) == 1:
+        example = torch.cat([example, example])  # a size of 1 may become a constant
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        torch.onnx.export(
+            model,
+            (example,),
+            path,
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["input"],
+            output_names=["output"],
+            external_data=False,  # the weights in the same file
+            verbose=False,
+        )
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return path
+    ### END SOLUTION
+
+
+# %%
+check("8.4", to_onnx)
+
+# %%
+to_onnx = continue_with("8.4")
+
+# %% [markdown]
+# ### The file, without PyTorch
+#
+# A new Python process that never imports torch runs the file on eight images:
+
+# %% tags=["demo"]
+import subprocess
+import sys
+
+import numpy as np
+
+path = to_onnx(model, test.inputs[:2], folder / "model.onnx") or folder / "model.onnx"
+np.save(folder / "images.npy", images.numpy())
+code = """
+import sys, time
+started = time.perf_counter()
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+logits = session.run(None, {session.get_inputs()[0].name: numpy.load(sys.argv[2])})[0]
+print("digits", logits.argmax(1).tolist(), f"after {time.perf_counter() - started:.2f} s; torch imported:", "torch" in sys.modules)
+"""
+print(subprocess.run([sys.executable, "-c", code, path, folder / "images.npy"], capture_output=True, text=True).stdout)
+print("labels", test.labels[:8].tolist())
+print(parity(model, helpers.export.OnnxSession(path), images))
+
+# %% [markdown]
+# TODO ONNX
+#
+# ### TensorRT
+#
+# TensorRT builds an engine from an ONNX file, for one kind of NVIDIA GPU. `helpers.export.to_tensorrt(onnx_path, path)`
+# is the path by its Python API; with its command-line tool it is
+#
+#     trtexec --onnx=model.onnx --saveEngine=model.engine --minShapes=input:1x1x32x32 --optShapes=input:4x1x32x32 --maxShapes=input:8x1x32x32
+#
+# The next cell runs it where TensorRT and a GPU are.
+
+# %% tags=["demo"]
+try:
+    engine = helpers.export.TensorRTEngine(helpers.export.to_tensorrt(path, folder / "model.engine"))
+    print(parity(model, lambda x: engine(x).cpu(), images))
+except helpers.export.ExportFailed as error:
+    print("not run here:", error)
+    print("No results of TensorRT have been recorded for this course yet: the row below stays empty.")
+
+# %% [markdown]
+# # Part 3: which one?
+
+# %% [markdown]
+# ## Exercise 8.5: which one is faster?
+#
+# A time is not a property of a program alone. The first call of most things is slow: memory is asked for, code is
+# compiled, caches are filled (*warm-up*). The machine does something else for a moment, and one call is an *outlier*.
+# It slows down for a minute, and whatever ran in that minute looks slow. Against the first helps a call that is not
+# timed, against the second the *median*, against the third taking turns: one call of each function, then another of
+# each, so that a slow minute strikes them all.
+#
+# The clock is an argument. In earnest it is `time.perf_counter`; the check passes a clock of its own, which makes a
+# hundred seconds pass in no time.
+#
+# **Exercise 8.5** (20 min, ●●○). Write `median_seconds(functions, rounds, clock)`.
+#
+# - `functions` is a dict: name -> a function without arguments. What a function returns is of no interest. `clock()`
+#   gives the time in seconds; only differences mean anything.
+# - First every function runs once, and these calls are not timed.
+# - Then come `rounds` rounds, at least 1. In each of them every function runs once and is timed by itself, from right
+#   before its call to right after it. The order within a round is up to you.
+# - Return a dict: name -> the median of the `rounds` times of that function, in seconds. The median of an even number
+#   of times is the mean of the middle two.
+
+
+# %%
+import statistics
+
+
+def median_seconds(functions, rounds, clock):
+    ### BEGIN SOLUTION
+    seconds = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = clock()
+            function()
+            seconds[name].append(clock() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+    ### END SOLUTION
+
+
+# %%
+check("8.5", median_seconds)
+
+# %%
+median_seconds = continue_with("8.5")
+
+# %% [markdown]
+# ### The table
+#
+# The model in every format that runs here: size of the file, seconds to export, median milliseconds and quartiles for
+# one image, timed in turns on one thread, and the largest error at batch sizes 1, 4 and 8.
+
+# %% tags=["demo"]
+from helpers.formats import compare
+
+rows = compare(model, images, folder / "formats", batch=1, rounds=50)
+print(rows)
+
+# %% [markdown]
+# TODO CHOOSE
+#
+# ### Formats, to turn by hand
+
+# %% tags=["demo"]
+from helpers.explorer import explore_export
+
+explore_export()
+
+# %% tags=["demo"]
+quiz("export")
+
+# %% tags=["demo"]
+progress()
+
+# %% [markdown]
+# ## Common mistakes
+
+# %% [markdown]
+# ## Takeaways
+#
+# - An export is right when a test says so: several batch sizes, the given inputs, eval mode, a tolerance with a reason.
+# - A trace is one run. Branches on data are frozen; torch warns, once, on stderr.
+# - The batch size of the example is in the file unless you say that it may vary. An example of one row is a special
+#   case.
+# - Export in eval mode. Of the exporters one repairs it silently, the others keep what they see.
+# - Preprocessing that is not in the model is not in the file.
+# - Formats are compared in turns, after a warm-up, by medians. A difference smaller than the quartiles is none.
+# - Which format: first where it has to run, then what you measured there.
+#
+# Words: [dynamic batch](../../docs/glossary.md#dynamic-batch), [eval mode](../../docs/glossary.md#eval-mode),
+# [export](../../docs/glossary.md#export), [latency](../../docs/glossary.md#latency),
+# [ONNX](../../docs/glossary.md#onnx), [ONNX Runtime](../../docs/glossary.md#onnx-runtime),
+# [operator](../../docs/glossary.md#operator), [parity](../../docs/glossary.md#parity),
+# [script](../../docs/glossary.md#script), [TensorRT](../../docs/glossary.md#tensorrt),
+# [tolerance](../../docs/glossary.md#tolerance), [torch.export](../../docs/glossary.md#torchexport),
+# [TorchScript](../../docs/glossary.md#torchscript), [trace](../../docs/glossary.md#trace).
