@@ -127,7 +127,7 @@ def compare(
     expect.whole_number("batch", batch)
     done, runs = _built(model, inputs, Path(folder), compiled, freeze_branches)
     reports = _proved(model, runs, inputs)
-    return _timed(done, runs, reports, rows_of(rows, batch), rounds)
+    return _timed(done, runs, reports, rows_of(rows, batch), rounds, warm_up=3)  # TorchScript optimises in its first two runs
 
 
 def _built(
@@ -166,12 +166,17 @@ def _proved(model: nn.Module, runs: Mapping[str, Callable], inputs: Inputs, **op
 
 
 def _timed(
-    done: Mapping[str, Format], runs: Mapping[str, Callable], reports: Mapping[str, Parity], batch: tuple, rounds: int
+    done: Mapping[str, Format],
+    runs: Mapping[str, Callable],
+    reports: Mapping[str, Parity],
+    batch: tuple,
+    rounds: int,
+    warm_up: int,
 ) -> Formats:
     """The rows, with the time of what runs on this batch."""
     calls = {name: lambda run=run: run(*batch) for name, run in runs.items()}
     with one_thread(), torch.no_grad():
-        times = in_turns(calls, rounds, warm_up=3)  # TorchScript optimises in its first two runs
+        times = in_turns(calls, rounds, warm_up)
     rows = dict(done)
     for name, seconds in times.items():
         milliseconds = tuple(1000 * number for number in quartiles(seconds))
@@ -291,7 +296,9 @@ def record(models: Sequence[str] = tuple(MODELS), rounds: Mapping[int, int] = RO
             done, runs = _built(model, inputs, Path(folder) / name, compiled, MODELS[name].freeze_branches)
             reports = _proved(model, runs, inputs, batch_sizes=tuple(rounds))
             rows = tensors_of("inputs", inputs)
-            timed = {batch: _timed(done, runs, reports, rows_of(rows, batch), often) for batch, often in rounds.items()}
+            timed = {  # parity has run each batch once before
+                batch: _timed(done, runs, reports, rows_of(rows, batch), often, warm_up=2) for batch, often in rounds.items()
+            }
             found[name] = {row[0].name: _kept(dict(zip(timed, row, strict=True))) for row in zip(*timed.values(), strict=True)}
             print(f"{name}, batch of {max(timed)}", timed[max(timed)], sep="\n", flush=True)
     packages = ("torch", "torchvision", "transformers", "onnx", "onnxscript", "onnxruntime")

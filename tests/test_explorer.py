@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from helpers import explorer_lora, export, formats, lora, strategies
+from helpers import explorer_lora, formats, lora, strategies
 from helpers.backbones import glyphnet
 from helpers.batchnorm import adabn, drift, moved
 from helpers.data import digits
@@ -224,6 +224,7 @@ def test_freezing_shows_what_is_in_the_file():
             assert f"handwritten {np.mean([one.inside for one in by['head only']]):.3f}" in text
 
 
+@pytest.mark.slow
 def test_freezing_begins_with_labels_that_are_recorded_and_keeps_to_them():
     explorer = explore_freezing()
     for task in ("digits", "docstrings", "digits"):
@@ -696,21 +697,19 @@ def test_the_record_has_every_format_measured_or_a_reason(model):
 
 @pytest.mark.slow
 def test_recording_measures_each_model_in_each_format(monkeypatch, tmp_path, capsys):
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if export.importlib.util.find_spec(name) is None]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     tiny = formats.Model("tiny", lambda: (nn.Sequential(nn.Linear(3, 2), nn.Dropout()), torch.randn(4, 3)))
     monkeypatch.setattr(formats, "MODELS", {"tiny": tiny})
     state = torch.get_rng_state()
     kept = json.loads(json.dumps(formats.record(["tiny"], {1: 2, 8: 1}, compiled=False)))
     assert torch.equal(torch.get_rng_state(), state) and "tiny, batch of 8" in capsys.readouterr().out
-    assert kept["gpu"] is None and kept["versions"]["torch"] == torch.__version__
+    assert kept["gpu"] is None and torch.__version__.startswith(kept["versions"]["torch"])
     monkeypatch.setattr(formats, "RECORD", tmp_path / "formats.json")
     formats.RECORD.write_text(json.dumps(kept), encoding="utf-8")
     for rows in formats.recorded("tiny").values():
         for row in rows:
-            assert bool(row.note) == (row.name == "TensorRT" or (row.name == "ONNX Runtime" and bool(missing)))
-            assert row.note or row.parity.ok
-            assert row.note or [one.batch for one in row.parity.rows] == [1, 8]
+            assert bool(row.note) == (row.name == "TensorRT")
+            assert row.note or (row.parity.ok and [one.batch for one in row.parity.rows] == [1, 8])
 
 
 @pytest.mark.parametrize("absent", [(), ("Python",), ("PyTorch",), ("Python", "PyTorch")])
