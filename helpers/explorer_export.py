@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from helpers import formats
 from helpers.explorer_figures import GREY, choice, size
 from helpers.figures import COLORS
+from helpers.parity import listed
 
 ABSENT = {"Python": "python", "PyTorch": "torch"}  # what may be missing where a format runs -> of formats.Needs
 HEADERS = ("Python", "PyTorch", "compiler\nto make it", "one kind\nof GPU")  # of formats.Needs, in order
@@ -46,9 +47,9 @@ def export_figure(model: str, batch: int | None, absent: Collection[str]) -> tup
     _plot_sizes(axes[1], rows, fits)
     _plot_times(axes[2], rows, fits, batch)
     _plot_proof(axes[3], rows, fits)
-    where = f"without {' and '.join(absent)}" if absent else "with Python and PyTorch"
+    where = f" without {' and '.join(absent)}" if absent else ""
     best = fastest([row for row, fit in zip(rows, fits, strict=True) if fit])
-    found = f"fastest {where}: {best}" if best else f"{where} none is recorded"
+    found = f"fastest{where}: {best or 'none is recorded'}"
     about = formats.circumstances()
     fig.suptitle(f"{known.about}; batch of {batch}\n{found}", fontsize=10)
     threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
@@ -76,7 +77,7 @@ def fastest(rows: Sequence[formats.Format]) -> str:
         return ""
     first, *others = sorted(right, key=lambda row: row.milliseconds[1])
     close = [row.name for row in others if row.milliseconds[0] <= first.milliseconds[2]]
-    return f"{first.name}, not told apart from {' and '.join(close)}" if close else first.name
+    return f"{first.name}, not told apart from {listed(close)}" if close else first.name
 
 
 def why_not(row: formats.Format) -> str:

@@ -197,7 +197,7 @@ def _torchscript(model, inputs, path, freeze_branches):
 
 
 def _program(model, inputs, path):
-    program = to_program(model, inputs)
+    program = to_program(model, rows_of(tensors_of("inputs", inputs), 1))  # the file holds the example too
     torch.export.save(program, path)
     return program.module(), path
 

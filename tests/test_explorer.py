@@ -744,7 +744,7 @@ def test_formats_show_what_is_recorded(formats_record):
     assert "AOTInductor 1.0 MB, 160 ms (144 ms to 192 ms), error 2e-05, beyond tolerance." in text
     assert [note.get_text() for note in proof.texts if note.get_fontweight() == "bold"] == ["2e-05"]
     assert [bar.get_hatch() for bar in times.patches] == [None] * 4 + ["///"]
-    assert "fastest with Python and PyTorch: ONNX Runtime" in fig.get_suptitle(), "not what computes something else"
+    assert "fastest: ONNX Runtime" in fig.get_suptitle(), "not what computes something else"
     assert "a processor, Linux" in fig.get_supxlabel() and "batch of 1" in fig.get_suptitle()
     assert export_figure("resnet18", None, ())[1] == text, "None takes the first"
 
@@ -752,6 +752,8 @@ def test_formats_show_what_is_recorded(formats_record):
 def test_formats_whose_quartiles_overlap_are_not_told_apart():
     rows = [made_format("eager", 1, 4.0), made_format("TorchScript", 1, 1.3), made_format("ONNX Runtime", 1, 1.0)]
     assert fastest(rows) == "ONNX Runtime, not told apart from TorchScript"
+    more = [made_format(name, 1, 1.1) for name in ("torch.export", "AOTInductor")]
+    assert fastest([*rows, *more]) == "ONNX Runtime, not told apart from torch.export, AOTInductor and TorchScript"
     assert fastest(rows[:2]) == "TorchScript"
     wrong = formats.Format("TensorRT", False, note="no GPU")
     assert fastest([wrong, made_format("eager", 1, 1.0, error=1e-4)]) == ""
