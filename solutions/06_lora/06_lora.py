@@ -486,7 +486,6 @@ guess.beside({way.replace(" ", "_").lower(): [score.inside for score in table[wa
 topics = recorded("docstrings")
 panels = {
     "topics, 10 per class": {way: [score.inside for score in topics[10][way]] for way in WAYS},
-    "topics, 50 per class": {way: [score.inside for score in topics[50][way]] for way in WAYS},
     "word order, 100 per class": {way: [score.inside for score in table[way]] for way in WAYS},
 }
 show(*draws_figure(panels))
