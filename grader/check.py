@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 import textwrap
+from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -203,28 +204,29 @@ def _is_reference(thing: Any, reference: Any) -> bool:
         return False
     if thing.__code__ is getattr(reference, "__code__", None):
         return True
-    global_names, names = _names(thing.__code__)
-    reached = [thing.__globals__.get(name) for name in global_names]
-    reached += [cell.cell_contents for cell in thing.__closure__ or () if _is_filled(cell)]
-    for _ in range(2):  # package.module.function
-        modules = [value for value in reached if isinstance(value, ModuleType)]
-        reached += [vars(module).get(name) for module in modules for name in names]
-    return any(value is reference for value in reached)
+    cells = dict(zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True))
+    names = thing.__globals__ | {name: cell.cell_contents for name, cell in cells.items() if _is_filled(cell)}
+    return any(value is reference for value in _loaded(thing.__code__, names))
 
 
 def _methods(cls: type) -> set[CodeType]:
     return {part.__code__ for part in vars(cls).values() if isinstance(part, FunctionType)}
 
 
-def _names(code: CodeType) -> tuple[set[str], set[str]]:
-    """The names that the code looks up globally, and all names including attributes; functions inside it included."""
-    global_names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    names = set(code.co_names)
+def _loaded(code: CodeType, names: dict[str, Any]) -> Iterator[Any]:
+    """What the code, functions inside it included, looks up by a name or as `module.name`."""
+    value = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
+            value = names.get(instruction.argval)
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, ModuleType):
+            value = vars(value).get(instruction.argval)
+        else:
+            value = None
+        yield value
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            inner_globals, inner_names = _names(constant)
-            global_names, names = global_names | inner_globals, names | inner_names
-    return global_names, names
+            yield from _loaded(constant, names)
 
 
 def _is_filled(cell: Any) -> bool:

@@ -502,6 +502,14 @@ def test_a_method_with_the_references_name_is_no_reference():
     assert check("2.2", solution) is None
 
 
+def test_an_attribute_with_the_references_name_is_no_reference():
+    def solution(backbone, images, batch_size):
+        backbone.extract = helpers.features.__name__  # the module and the name, but never helpers.features.extract
+        return right(backbone, images, batch_size)
+
+    assert check("2.2", solution) is None
+
+
 def test_after_a_loop_that_never_ends_the_other_experiments_are_not_waited_for(monkeypatch, capsys):
     calls = []
 
