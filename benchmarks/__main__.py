@@ -43,7 +43,9 @@ allocation and release (`benchmarks/memory.py`)."""
 def main() -> None:
     names = {module.__name__.partition(".")[2]: heading for heading, module in GROUPS.items()}
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("groups", nargs="*", metavar="group", help=f"to print, of {', '.join(names)}; none: all, written to a file")
+    parser.add_argument(
+        "groups", nargs="*", metavar="group", help=f"to print, of {', '.join(names)}; none: all, written to a file"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.groups if name not in names]:

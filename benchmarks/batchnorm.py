@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import Comparison, timed
+from benchmarks.timing import Comparison
 from helpers.backbones import glyphnet
 from helpers.data import digits
+from helpers.timing import timed
 
 Data = tuple[nn.Module, list[Tensor]]  # a model, and the batches it is run on
 

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from benchmarks.timing import Comparison, timed
+from benchmarks.timing import Comparison
 from helpers.backbones import glyphnet, text_backbone
 from helpers.data import digits, docstrings
 from helpers.features import cached_features, drop_head, extract
+from helpers.timing import timed
 
 
 def _glyphnet() -> tuple[nn.Module, Tensor]:

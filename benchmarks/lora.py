@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.memory import held_bytes, peak_bytes
-from benchmarks.timing import Comparison, timed
+from benchmarks.timing import Comparison
 from helpers import lora
 from helpers.finetune import train_only
 from helpers.text import mean_pool
+from helpers.timing import timed
 from helpers.training import one_thread, train_mode
 
 CLASSES = 10

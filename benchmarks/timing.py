@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from helpers.timing import quartiles, results_in_turns
-from helpers.timing import timed as timed  # what a Comparison's build makes its functions with
 
 
 @dataclass(frozen=True)
@@ -57,5 +56,5 @@ class Comparison:
 
 
 def interleaved(ours: Callable[[], float], peer: Callable[[], float], rounds: int, warm_up: int = 1) -> Timing:
-    """Run ours, peer, ours, peer, ...; each returns the seconds, or bytes, that it took. The first `warm_up` rounds do not count."""
+    """Run ours, peer, ours, peer, ...; each returns its seconds, or bytes. The first `warm_up` rounds do not count."""
     return Timing(**results_in_turns({"ours": ours, "peer": peer}, rounds, warm_up))

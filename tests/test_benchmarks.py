@@ -4,7 +4,8 @@ import pytest
 
 from benchmarks import imports
 from benchmarks.__main__ import GROUPS, RESULTS, row
-from benchmarks.timing import Comparison, Timing, interleaved, timed
+from benchmarks.timing import Comparison, Timing, interleaved
+from helpers.timing import timed
 
 
 class Clock:

@@ -4,16 +4,22 @@ import statistics
 
 import pytest
 import torch
+from torch import nn
 
+from helpers import lora
 from helpers.backbones import stages
 from helpers.strategies import (
     DRAWS,
     FIVE,
     LEARNING_RATES,
+    LORA_LEARNING_RATES,
     RECORD,
     RECORDED,
+    TASKS,
     Scores,
+    adapted,
     classifier,
+    learning_rates,
     letters_kept,
     printed,
     recorded,
@@ -21,7 +27,6 @@ from helpers.strategies import (
     strategies,
     train,
 )
-from helpers.transfer import TASKS
 
 DIGITS = TASKS["digits"]
 
@@ -41,7 +46,7 @@ def test_a_classifier_is_the_backbone_itself_with_a_head_that_the_seed_decides()
 def test_there_is_a_strategy_for_every_depth_of_the_backbone():
     assert strategies("digits")[:6] == ("head only", "last stage", *(f"last {k} stages" for k in (2, 3, 4)), "everything")
     assert set(FIVE) < set(strategies("digits"))
-    with pytest.raises(ValueError, match=r"^task must be one of 'digits', 'docstrings', got 'digit'.$"):
+    with pytest.raises(ValueError, match=r"^task must be one of 'digits', 'docstrings', 'word order', got 'digit'.$"):
         strategies("digit")
 
 
@@ -71,18 +76,30 @@ def test_before_any_training_nothing_is_forgotten_and_printed_digits_are_another
 def test_the_record_has_every_draw_and_its_recipe():
     for task in TASKS:
         assert {labels: set(by) for labels, by in recorded(task).items()} == {
-            labels: set(names or strategies(task)) for labels, names in RECORDED[task].items()
+            labels: set(names) for labels, names in RECORDED[task].items()
         }
         for by in recorded(task).values():
             assert {len(draws) for draws in by.values()} == {DRAWS[task]}
             for way, draws in by.items():
                 assert all(isinstance(score, Scores) and 0 <= score.inside <= 1 for score in draws)
-                assert way == "head only" or all(score.lr in LEARNING_RATES[task] for score in draws)
+                assert {score.lr for score in draws} <= set(learning_rates(task, way))
     assert RECORD.stat().st_size < 50_000
 
 
+def test_lora_trains_adapters_of_every_convolution_and_the_head_and_moves_nothing_else():
+    model = classifier(DIGITS.backbone(True), 10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    convolutions = adapted(model)
+    assert len(convolutions) == sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    train("LoRA rank 2", model, DIGITS.examples("train", 2, 0), lr=1e-2, steps=12, batch_size=8, seed=0)
+    assert list(lora.layers(model)) == convolutions
+    lora.remove(model)
+    after = model.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["head.weight", "head.bias"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["head only", "LP-FT"])
+@pytest.mark.parametrize("way", ["head only", "LP-FT", "LoRA rank 4"])
 def test_a_kept_result_is_measured_again(way):
     kept = recorded("digits")[10][way][0]
     again = run("digits", way, 10, 0, kept.lr)
@@ -116,3 +133,24 @@ def test_what_chapter_04_says_of_the_record_holds():
     assert spreads["LP-FT"] > 3 * max(spread for way, spread in spreads.items() if way != "LP-FT")
     worst = min(fifty["LP-FT"], key=lambda score: score.source)
     assert worst.lr == max(LEARNING_RATES["digits"]) and worst.source < 0.5 and worst.inside > 0.95
+
+
+def overlap(rows):
+    """Whether there are accuracies that lie within one standard deviation of every mean."""
+    values = [[score.inside for score in draws] for draws in rows]
+    low = max(statistics.mean(inside) - statistics.stdev(inside) for inside in values)
+    return low < min(statistics.mean(inside) + statistics.stdev(inside) for inside in values)
+
+
+def test_what_chapter_06_says_of_the_record_holds():
+    table, topics, digits = recorded("word order")[100], recorded("docstrings")[10], recorded("digits")[10]
+    ways = ("head only", "LoRA rank 8", "everything")
+    assert overlap(topics[way] for way in ways)
+    assert mean(table["everything"], "inside") - mean(table["head only"], "inside") == pytest.approx(0.2, abs=0.02)
+    assert overlap(draws for way, draws in table.items() if way != "head only")
+    assert not overlap(table[way] for way in ("head only", "LoRA rank 1"))
+    forgot = digits["LoRA rank 4"]
+    assert overlap([forgot, digits["head only"]]) and overlap([forgot, digits["everything"]])
+    assert mean(forgot, "source") < mean(digits["everything"], "source") - 0.1
+    assert min(forgot, key=lambda score: score.source).lr == min(LORA_LEARNING_RATES)
+    assert digits["everything"][0].trainable / forgot[0].trainable == pytest.approx(17, abs=0.5)

@@ -18,7 +18,7 @@
 # | | |
 # |---|---|
 # | you need | chapters 00, 02 and 04; no GPU, no network |
-# | time | three hours for you; TODO MINUTES for two CPU cores (measured; without a GPU) |
+# | time | three hours for you; five minutes for two CPU cores (measured; without a GPU) |
 # | exercises | 7 |
 #
 # Afterwards you can
@@ -491,7 +491,14 @@ panels = {
 show(*draws_figure(panels))
 
 # %% [markdown]
-# TODO COMPARE
+# On topics three draws cannot order the three ways: they lie within each other's spread. On word order the head alone
+# stays 0.2 behind, because no head can read from the features what the encoder did not put there. LoRA and everything
+# differ by less than two draws of the same way do. That is the case for LoRA, and all that is shown here: the accuracy
+# of fine-tuning, at 1/300 of the gradients and of the optimizer's state, and one small file for each task.
+#
+# It is not 300 times faster. The forward pass is the same, and of the backward pass only the part that makes gradients
+# for weights is spared. Head only is slower than it need be: the frozen encoder computes the same features again and
+# again, which chapter 02 computes once.
 
 # %% [markdown]
 # # Part 3: merged, folded, saved
@@ -598,6 +605,7 @@ print(f"and afterwards:             {difference(adapted, logits):.1e}")
 adapted.train()
 print(f"compared with dropout on:   {difference(adapted, logits):.1e}")
 adapted.eval()
+updates = [(layer.base.weight.detach().clone(), layer.delta().detach()) for layer in lora.layers(adapted).values()]
 for layer in lora.layers(adapted).values():  # in place, and no flag that says so
     layer.base.weight.data += layer.delta().detach()
 print(f"added, but still unmerged:  {difference(adapted, logits):.1e}")
@@ -605,31 +613,30 @@ for layer in lora.layers(adapted).values():
     layer.base.weight.data -= layer.delta().detach()
 print(f"subtracted again:           {difference(adapted, logits):.1e}")
 
-print("\nweights changed by adding the update and subtracting it again:")
+print("\nadding the update and subtracting it again:")
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    changed = total = 0
-    for layer in lora.layers(adapted).values():
-        weight, delta = layer.base.weight.detach().to(dtype), layer.delta().detach().to(dtype)
-        changed += (weight + delta - delta != weight).sum().item()
-        total += weight.numel()
-    print(f"    {str(dtype):<16}{changed / total:>7.1%}")
+    weights = torch.cat([weight.flatten() for weight, _ in updates]).to(dtype)
+    deltas = torch.cat([delta.flatten() for _, delta in updates]).to(dtype)
+    lost = (weights + deltas - deltas - weights).float()
+    share = (lost != 0).float().mean()
+    print(f"    {dtype!s:<16}{share:>6.1%} of the weights changed, by {lost.norm() / deltas.float().norm():.1e} of the update")
 
 # %% [markdown]
 # Merged and unmerged agree to rounding. The double count is the silent one: an update that is in the weight and beside
 # it too is applied twice, and nothing raises. Saving a model while it is merged and loading it as unmerged is the same
 # mistake across two programs; `helpers.lora` makes being merged a part of the checkpoint. And subtracting is no way
-# back: TODO SUBTRACT Keep the old weight, or keep it out of place.
+# back: TODO Keep the old weight, or keep it out of place.
 #
 # ### What merging saves
 #
-# Unmerged, each adapted layer runs three products in place of one. The encoder on 32 texts, plain, adapted and merged,
+# Unmerged, each adapted layer runs three products in place of one. The encoder on one text, plain, adapted and merged,
 # in turns:
 
 # %% tags=["demo"]
 from helpers.timing import in_turns
 from helpers.training import one_thread
 
-batch = {name: tensor for name, tensor in adapted.backbone.preprocess(test.inputs[:32]).items()}
+batch = adapted.backbone.preprocess(test.inputs[:1])
 plain, folded = fresh().eval(), copy.deepcopy(adapted)
 lora.merge(folded)
 lora.remove(folded)  # plain layers again, with the merged weights
@@ -644,7 +651,7 @@ def on(model):
 
 
 with one_thread():
-    seconds = in_turns({"plain": on(plain), "unmerged": on(adapted), "merged": on(folded)}, rounds=9)
+    seconds = in_turns({"plain": on(plain), "unmerged": on(adapted), "merged": on(folded)}, rounds=101)
 for name, values in seconds.items():
     ratios = torch.tensor([value / base for value, base in zip(values, seconds["plain"])])
     print(f"{name:<10}{1000 * torch.tensor(values).median():>7.1f} ms   {ratios.median():.2f} of plain")
@@ -745,7 +752,10 @@ show(
 print("trainable:", ", ".join(f"{way} {digits[way][0].trainable:,}" for way in ways))
 
 # %% [markdown]
-# TODO CONV
+# On handwritten digits the three do not differ by more than their draws. On letters LoRA has lost *more* than
+# fine-tuning everything, although it trains 17 times fewer numbers, and not one weight of glyphnet. Few trained numbers
+# do not mean a small change: compare how far the outputs moved, not how many numbers moved them. (The learning rates
+# that were chosen do not explain it. The draw with the lowest one kept the fewest letters.)
 
 # %% [markdown]
 # ### A head that nobody trains
@@ -885,7 +895,9 @@ print(
 print(f"here:           {evaluate(adapted, test):.3f}")
 
 # %% [markdown]
-# TODO SAVED
+# 300 times smaller, and the accuracy is the same to the last digit. The file alone is nothing: it needs the same
+# pre-trained weights, and a model with adapters of the same names, rank and alpha. "Train for fifty customers, keep one
+# network" rests on that, and so does the strictness that exercise 6.6 asks for.
 
 # %% [markdown]
 # # Part 4: which rank?
@@ -955,19 +967,24 @@ for number, (label, matrix) in enumerate((("update", update), ("pre-trained weig
     ax.plot(range(1, len(values) + 1), values / values[0], label=label, markevery=32, markersize=4, **style(number))
 ax.set(xlabel="singular value", ylabel="share of the largest", xscale="log")
 ax.legend(frameon=False)
-show(fig, "TODO SVD_ALT")
+show(fig, "TODO")
 
-by_kind = {}
+by_kind, held = {}, []
 for name in matrices:
     kind = ".".join(name.split(".")[-3:-1])
     by_kind.setdefault(kind, []).append(rank_of_update(old[name], new[name], 0.9))
+    squares = torch.linalg.svdvals((new[name] - old[name]).detach()).square()
+    held.append((squares[:8].sum() / squares.sum()).item())
 random_rank = rank_of_update(torch.zeros(384, 384), noise, 0.9)
 print(f"rank that holds 90 % of the update, of at most 384 (random 384 x 384: {random_rank})")
 for kind, ranks in by_kind.items():
     print(f"    {kind:<20} {', '.join(map(str, ranks))}   layers 0 to 5")
+print(
+    f"share that the best matrix of rank 8 holds: {min(held):.0%} to {max(held):.0%}, half of the layers below {sorted(held)[len(held) // 2]:.0%}"
+)
 
 # %% [markdown]
-# TODO SVD
+# TODO
 #
 # ### Accuracy against rank
 #
@@ -989,14 +1006,20 @@ ax.set(xscale="log", xlabel="rank", ylabel="accuracy on test texts")
 ax.set_xticks(ranks, [str(rank) for rank in ranks])
 ax.minorticks_off()
 ax.legend(frameon=False, loc="lower right")
-show(fig, "TODO RANK_ALT")
+show(
+    fig,
+    "Accuracy against rank: the dots and means of ranks 1, 2, 8 and 32 lie within 0.03 of each other and of fine-tuning everything; the head alone is 0.2 below.",
+)
 for rank, row in zip(ranks, scores):
     print(
         f"rank {rank:>2}: {row.mean():.3f} ± {row.std():.3f}   learning rates chosen: {[s.lr for s in table[f'LoRA rank {rank}']]}"
     )
 
 # %% [markdown]
-# TODO RANKS
+# Every rank is within the spread of every other, and of fine-tuning everything; the head alone is not. On 340 texts an
+# accuracy of 0.9 has a standard error of 0.016 by itself, so three draws cannot tell 0.896 from 0.912. "Rank 4 to 8
+# suffices" is right here, and says little, since rank 1 does too. It is a statement about this task, this network and
+# these layers. Measure on yours: start low, and go up for as long as validation rewards it.
 #
 # ### The savings, to turn by hand
 #
