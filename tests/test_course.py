@@ -81,9 +81,13 @@ def test_every_exercise_is_in_the_chapter_with_its_points(script):
         assert metas[f"check-{key}"].points == exercise.points and metas[f"check-{key}"].locked
         assert metas[f"answer-{key}"].solution and not metas[f"answer-{key}"].locked
     assert sum(meta.grade for meta in metas.values()) == len(exercises(topic))
-    statements = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
-    for number in exercises(topic):
-        assert re.search(rf"\*\*Exercise {re.escape(number)}\*\* \(\d+ min, [●○]{{3}}\)", statements), "minutes and difficulty"
+    for number, exercise in exercises(topic).items():
+        head = rf"\*\*Exercise {re.escape(number)}\*\* \(\d+ min, [●○]{{3}}\)"
+        (statement,) = [c.source for c in nb.cells if c.cell_type == "markdown" and re.search(head, c.source)]
+        if any(experiment.seconds > 10 for experiment in exercise.experiments):
+            assert re.search(r"The check (trains|exports) .* seconds?\b", " ".join(statement.split())), (
+                "what takes long, says so"
+            )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
@@ -148,7 +152,7 @@ def test_a_solution_notebook_runs_and_every_check_passes(name):
     checks = [c for c in nb.cells if c.metadata.get("nbgrader", {}).get("grade")]
     assert checks
     for cell in checks:
-        assert "passed" in text_of(cell) and "not yet" not in text_of(cell) and "error" not in text_of(cell)
+        assert set(re.findall(r" {2}(passed|not attempted|not yet|error)$", text_of(cell), re.MULTILINE)) == {"passed"}
     assert not any(o.get("name") == "stderr" for c in nb.cells for o in c.get("outputs", ())), "nothing on stderr"
 
 

@@ -78,9 +78,3 @@ def test_a_misconception_written_again_in_the_same_words_is_noticed():
 
     found = list(_alike_pairs({"doubled": (doubled.subject, again)}))
     assert found == ["“doubled”: again and doubled are the same solution in other words"]
-
-
-@pytest.mark.parametrize(("topic", "exercise"), ALL)
-def test_only_an_exercise_that_says_so_may_take_longer_than_ten_seconds(topic, exercise):
-    """2.3 trains, and its statement says what that takes; benchmarks/checks.py measures."""
-    assert all(experiment.seconds <= 10 or exercise.number == "2.3" for experiment in exercise.experiments)

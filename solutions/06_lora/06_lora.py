@@ -625,7 +625,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 # Merged and unmerged agree to rounding. The double count is the silent one: an update that is in the weight and beside
 # it too is applied twice, and nothing raises. Saving a model while it is merged and loading it as unmerged is the same
 # mistake across two programs; `helpers.lora` makes being merged a part of the checkpoint. And subtracting is no way
-# back: TODO Keep the old weight, or keep it out of place.
+# back: one weight in ten comes out changed. In float32 that is 2e-7 of the update, which nobody would notice. In
+# bfloat16 it is 1 % of the update, and it stays in the weights for good. Keep the old weight, or keep it out of place.
 #
 # ### What merging saves
 #
@@ -962,12 +963,15 @@ name = next(name for name in matrices if "layer.5.attention.self.value" in name)
 update = (new[name] - old[name]).detach()
 noise = torch.randn(update.shape, generator=torch.Generator().manual_seed(0))
 fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
+alt = "Singular values as shares of the largest, the 2nd, 20th and 100th."
 for number, (label, matrix) in enumerate((("update", update), ("pre-trained weight", old[name].detach()), ("random", noise))):
     values = torch.linalg.svdvals(matrix)
-    ax.plot(range(1, len(values) + 1), values / values[0], label=label, markevery=32, markersize=4, **style(number))
+    values = values / values[0]
+    ax.plot(range(1, len(values) + 1), values, label=label, markevery=32, markersize=4, **style(number))
+    alt += f" {label}: {values[1]:.2f}, {values[19]:.2f}, {values[99]:.2f}."
 ax.set(xlabel="singular value", ylabel="share of the largest", xscale="log")
 ax.legend(frameon=False)
-show(fig, "TODO")
+show(fig, alt)
 
 by_kind, held = {}, []
 for name in matrices:
@@ -984,7 +988,10 @@ print(
 )
 
 # %% [markdown]
-# TODO
+# The update is not noise: its first direction stands out, and 22 of 384 hold 90 % of this one. But it is not of rank 8
+# either. Most of the other matrices need 40 to 160 directions for 90 %, and the best matrix of rank 8 holds about half
+# of a typical update. So "fine-tuning is low rank" is not what one sees here. What LoRA needs is less: that *some* good
+# update has a low rank, not that fine-tuning everything finds one. Whether that is so, accuracy tells.
 #
 # ### Accuracy against rank
 #
@@ -1005,11 +1012,8 @@ for number, way in ((1, "head only"), (2, "everything")):
 ax.set(xscale="log", xlabel="rank", ylabel="accuracy on test texts")
 ax.set_xticks(ranks, [str(rank) for rank in ranks])
 ax.minorticks_off()
-ax.legend(frameon=False, loc="lower right")
-show(
-    fig,
-    "Accuracy against rank: the dots and means of ranks 1, 2, 8 and 32 lie within 0.03 of each other and of fine-tuning everything; the head alone is 0.2 below.",
-)
+ax.legend(frameon=False, loc="center")
+show(fig, "Mean accuracy by rank: " + ", ".join(f"{rank} {row.mean():.3f}" for rank, row in zip(ranks, scores)) + ".")
 for rank, row in zip(ranks, scores):
     print(
         f"rank {rank:>2}: {row.mean():.3f} ± {row.std():.3f}   learning rates chosen: {[s.lr for s in table[f'LoRA rank {rank}']]}"

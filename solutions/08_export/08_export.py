@@ -207,6 +207,8 @@ with torch.no_grad():
 # - Afterwards every module of `model` is in the mode that it was in before. Some may have been in train mode and some
 #   in eval mode.
 # - If tracing fails too, let the error through. The modes are as before, then too.
+#
+# The check exports several models, and takes a second or two.
 
 
 # %%
@@ -302,6 +304,8 @@ print("parity:", largest_error(model, scripted, images, (1, 4, 8)))
 #   in eval mode.
 # - What `torch.export` refuses, such as an `if` that depends on the numbers in `x`, is an error: let it through. The
 #   modes are as before, then too.
+#
+# The check exports several models, and takes a second or two.
 
 
 # %%
