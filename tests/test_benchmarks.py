@@ -1,9 +1,11 @@
 import re
 
 import pytest
+import torch
 
-from benchmarks import imports
-from benchmarks.__main__ import GROUPS, RESULTS, row
+from benchmarks import export, imports, lora
+from benchmarks.__main__ import GROUPS, RESULTS, measured, row
+from benchmarks.memory import held_bytes, peak_bytes
 from benchmarks.timing import Comparison, Timing, interleaved
 from helpers.timing import timed
 
@@ -73,3 +75,57 @@ def test_what_a_module_must_import_is_what_it_and_those_it_imports_name_of_other
     statements = imports.required("helpers.predict")
     assert "import statistics" in statements and "from numbers import Integral, Real" in statements
     assert not any("helpers" in statement for statement in statements)
+
+
+def test_a_row_says_why_it_was_not_measured():
+    def build():
+        import a_package_that_is_not_there  # noqa: F401
+
+    assert measured(Comparison("what", "ours", "peer", build, rounds=2)) == (
+        "| what | ours | peer | not measured: No module named 'a_package_that_is_not_there' |  |  |"
+    )
+
+
+def test_peak_memory_is_the_most_that_is_held_at_one_time():
+    def one_after_the_other():
+        for _ in range(3):
+            torch.zeros(250_000)
+
+    def together():
+        return [torch.zeros(250_000) for _ in range(3)]
+
+    assert peak_bytes(one_after_the_other) == 1_000_000
+    assert peak_bytes(together) == 3_000_000
+
+
+def test_memory_behind_several_views_counts_once():
+    x = torch.zeros(1000)
+    assert held_bytes([x, x[:10], x.view(10, 100), torch.zeros(1)]) == 4004
+
+
+def test_a_step_of_ours_trains_what_a_step_of_peft_trains_from_the_same_loss():
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    task = lora.minilm(batch=2, tokens=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    models = [variant(task).eval() for variant in (lora.ours, lora.peft)]
+    sizes = [sorted(p.numel() for p in model.parameters() if p.requires_grad) for model in models]
+    assert sizes[0] == sizes[1] == sorted([*[8 * 16] * 8, 16 * 10, 10])
+    with torch.no_grad():
+        assert torch.equal(*(model(*task.inputs) for model in models))
+
+
+def test_a_training_step_holds_at_least_the_weights_and_moves_what_trains_alone():
+    torch.manual_seed(0)
+    task = lora.minilm(batch=2, tokens=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    step = lora.Step(lora.head(task), task, "cpu")
+    before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
+    step()
+    moved = [name for name, tensor in step.model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert moved == ["head.weight", "head.bias"]
+    assert step.peak_bytes() > held_bytes(step.model.parameters())
+
+
+def test_latency_is_that_of_the_same_outputs():
+    model, inputs = export._model("glyphnet", "cpu")
+    with torch.no_grad():
+        assert torch.allclose(export._session("glyphnet", "cpu")(*inputs), model(*inputs), atol=1e-4)

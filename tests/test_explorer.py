@@ -680,7 +680,6 @@ def test_a_record_that_there_is_not_is_told(tmp_path, monkeypatch):
     assert not ExportExplorer().batch.options
 
 
-@pytest.mark.skipif(not formats.RECORD.exists(), reason="recorded on a quiet machine: python -m helpers.formats")
 @pytest.mark.parametrize("model", formats.MODELS)
 def test_the_record_has_every_format_measured_or_a_reason(model):
     assert list(formats.recorded(model)) == list(formats.ROUNDS)
