@@ -247,7 +247,7 @@ class _Conv(Layer):
 
     def product(self, adapter: Adapter, x: Tensor) -> Tensor:
         base = self.base
-        kernels = adapter.A.repeat(base.groups, 1).view(-1, *base.weight.shape[1:])
+        kernels = adapter.A.expand(base.groups, -1, -1).reshape(-1, *base.weight.shape[1:])  # one group: A itself, no copy
         low = base._conv_forward(x, kernels, None) * adapter.scaling  # what its forward calls with its own weight
         return self.convolve(low, adapter.B.view(*adapter.B.shape, *self._ones()), groups=base.groups)
 

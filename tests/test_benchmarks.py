@@ -82,7 +82,7 @@ def test_a_row_says_why_it_was_not_measured():
         import a_package_that_is_not_there  # noqa: F401
 
     assert measured(Comparison("what", "ours", "peer", build, rounds=2)) == (
-        "| what | ours | peer | not measured: No module named 'a_package_that_is_not_there' |  |  |"
+        "| what | ours | peer | not measured: ModuleNotFoundError: No module named 'a_package_that_is_not_there' |  |  |"
     )
 
 
