@@ -119,8 +119,7 @@ def compare(
         folder: for the files, made if missing.
         batch: rows in what is timed.
         rounds: how often each is timed.
-        compiled: torch.compile and AOTInductor too. They need a C++ compiler and took over a minute for glyphnet
-            on a CPU of 2026.
+        compiled: torch.compile and AOTInductor too. They need a C++ compiler, and take half a minute for a small network.
         freeze_branches: as for `to_torchscript`.
     """
     rows = tensors_of("inputs", inputs)

@@ -44,7 +44,7 @@ from helpers.training import accuracy, evaluate, fit, seed_everything
 TASKS = transfer.TASKS | {"word order": transfer.TASKS["docstrings"]._replace(examples=word_order, steps=100)}
 FIVE = ("head only", "last stage", "everything", "gradual unfreezing", "LP-FT")
 LEARNING_RATES = {task: known.learning_rates for task, known in TASKS.items()}
-HEAD_LEARNING_RATES = (3e-3, 1e-2, 3e-2)  # of a head alone, which takes higher ones
+HEAD_LEARNING_RATES = {"digits": (3e-3, 1e-2, 3e-2), "docstrings": (3e-3, 1e-2, 3e-2), "word order": (1e-2, 3e-2, 1e-1)}
 LORA_LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 ALPHA = 16
 RANKS = (1, 2, 8, 32)
@@ -146,7 +146,7 @@ def learning_rates(task: str, strategy: str) -> tuple[float, float, float]:
     """The three learning rates that `measure` tries."""
     if strategy.startswith("LoRA"):
         return LORA_LEARNING_RATES
-    return HEAD_LEARNING_RATES if strategy == "head only" else LEARNING_RATES[_known(task)]
+    return (HEAD_LEARNING_RATES if strategy == "head only" else LEARNING_RATES)[_known(task)]
 
 
 def adapted(model: nn.Sequential) -> list[str]:

@@ -46,7 +46,7 @@ def means(name, title):
 
 def run(path, tmp_path, **options):
     nb = nbformat.read(path, 4)
-    NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}, **options).execute()
+    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}, **options).execute()
     return nb
 
 

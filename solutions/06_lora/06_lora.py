@@ -59,8 +59,11 @@ from grader import check, continue_with, hint, progress, quiz
 # They are means over tokens, and say little about order. So the second task needs another encoder, not only another
 # head.
 #
+# Three ways are compared all through this chapter: train the **head only**; train the head and **LoRA**, here thin
+# matrices of rank 8 beside the queries and values of every layer; train **everything**.
+#
 # **Predict before you run.** The second task has 100 labelled texts of each class. What share of 340 new texts does
-# each way get right, with the same steps and the same search for a learning rate? Guessing gets 0.5.
+# each way get right, with the same steps and a search for its learning rate? Guessing gets 0.5.
 
 # %% tags=["demo"]
 from helpers.predict import predict
@@ -81,11 +84,9 @@ def fresh(seed=0):
     return classifier(text_backbone(max_length=32), classes=2, seed=seed)
 
 
-for label in (0, 1, 0, 1):
-    row = (train.labels == label).nonzero()[3 + label].item()
-    print(f"{train.classes[label]:<12}{train.inputs[row]}")
-    train.labels[row] = -1
-train = word_order("train", labels_per_class=100)
+for label in (0, 1):
+    for row in (train.labels == label).nonzero()[3:5, 0]:
+        print(f"{train.classes[label]:<12}{train.inputs[row]}")
 
 # %% [markdown]
 # # Part 1: the layer
@@ -98,12 +99,16 @@ train = word_order("train", labels_per_class=100)
 #
 # $$ y = W x + b + \frac{\alpha}{r} \, B A x $$
 #
-# `A` has $r$ rows and `B` has $r$ columns, so `B A` has the size of `W` and a rank of at most $r$. Of a matrix of 768 x
-# 768 that has 589,824 numbers, with $r = 8$, two of 768 x 8 train: 12,288 numbers, 48 times fewer.
+# The *rank* of a matrix is the number of its independent rows. `A` has $r$ rows and `B` has $r$ columns, so `B A` has
+# the size of `W` and a rank of at most $r$. The matrices of all layers together are an *adapter*.
 #
 # Two details decide whether it works. An entry of `B A` is a sum of $r$ terms, and the factor $\alpha / r$ keeps the
-# update's size in hand when the rank changes. And a new layer has to compute what the old one did, or training starts
-# from a network that has been spoiled: `B A` is zero at first, without taking the gradient away from both.
+# update from growing with the rank. $\alpha$ is a number that you choose, often 16 or twice the rank. And a new layer
+# has to compute what the old one did, or training starts from a network that has been spoiled: `B A` is zero at first,
+# but not in such a way that neither factor gets a gradient.
+#
+# The bias stays as it is. If it trained, `A` and `B` would not hold the whole change, and taking them away would not
+# bring the old layer back.
 #
 # **Exercise 6.1** (25 min, ●●○). Write the class `LoRALinear`. `base` is an `nn.Linear`, with or without a bias.
 #
@@ -112,7 +117,9 @@ train = word_order("train", labels_per_class=100)
 #   one tensor each, and nothing else is: all of `base` is frozen, and there are no further biases. What they are
 #   called, and whether they stand in an `nn.Linear`, is up to you.
 # - A new layer computes what `base` computes, and yet a gradient reaches `A` or `B`. Once both hold numbers, it reaches
-#   both, and the gradient of the input comes through `base` and the update.
+#   both, and the gradient of the input comes through `base` and the update. What is not zero at first starts as
+#   `nn.Linear` starts its weight, `nn.init.kaiming_uniform_(…, a=5**0.5)`: the learning rates below were found with
+#   that.
 # - The layer works with `base` itself, not with a copy, and does not change its weight: numbers written into
 #   `base.weight` later count.
 # - As for `nn.Linear`, the input may have any dimensions before the last: `(in_features,)`, `(n, in_features)`, `(n,
@@ -151,7 +158,8 @@ LoRALinear = continue_with("6.1")
 # ### One of the two at zero
 #
 # Four ways to start the same layer, on the queries of MiniLM's first layer: what a new layer changes, which gradients
-# arrive, and the loss on a small regression before and after 50 steps of AdamW.
+# arrive, and the loss before and after 50 steps of AdamW. The goal is the layer's own output plus noise along one fixed
+# direction.
 
 # %% tags=["demo"]
 from helpers import lora
@@ -168,7 +176,7 @@ generator = torch.Generator().manual_seed(0)
 direction = torch.randn(1, 384, generator=generator)
 goal = query(x).detach() + 0.1 * torch.randn(512, 1, generator=generator) @ direction
 
-print(f"{'A':<8}{'B':<8}{'changes by':>11}{'gradient A':>12}{'gradient B':>12}{'loss before':>13}{'after':>9}")
+print(f"{'A':<8}{'B':<8}{'changed by':>11}{'gradient A':>12}{'gradient B':>12}{'loss before':>13}{'after':>9}")
 for start_a, start_b in (("zero", "zero"), ("random", "zero"), ("zero", "random"), ("random", "random")):
     torch.manual_seed(0)
     layer = lora.Linear(copy.deepcopy(query), rank=8, alpha=16)
@@ -182,52 +190,60 @@ for start_a, start_b in (("zero", "zero"), ("random", "zero"), ("zero", "random"
         optimizer.zero_grad()
         losses[-1].backward()
         if step == 0:
-            changed = (outputs - query(x)).abs().max().item()
+            changed = ((outputs - query(x)).norm() / query(x).norm()).item()
             gradients = [parameter.grad.norm().item() for parameter in (layer.A, layer.B)]
         optimizer.step()
     print(
-        f"{start_a:<8}{start_b:<8}{changed:>11.2f}{gradients[0]:>12.5f}{gradients[1]:>12.5f}"
+        f"{start_a:<8}{start_b:<8}{changed:>11.0%}{gradients[0]:>12.5f}{gradients[1]:>12.5f}"
         f"{losses[0].item():>13.4f}{losses[-1].item():>9.4f}"
     )
 
 # %% [markdown]
 # Both at zero: each gradient is a product with the other factor, so nothing ever arrives. No error, no warning, and the
-# head beside it may still learn. Both at random: the network that was loaded is gone before the first step. One at zero
-# is right, and either may be it; the paper takes B.
+# head beside it may still learn. Both at random: the layer computes something else before the first step, and training
+# first has to undo that. One at zero is right, and here it matters which. With A at zero, B is a random choice of 8
+# directions for the output, and the goal lies in none of them. The paper puts B at zero; Hayou et al. 2024 compare the
+# two and find the same side better.
 #
 # ### What alpha / rank is for
 #
-# A larger rank adds more terms to every output. Three scalings after ten steps of AdamW at one learning rate: the size
+# A larger rank adds more terms to every output. Three scalings that agree at rank 8, after ten steps of AdamW: the size
 # of the update, as a share of the weight's.
 
 # %% tags=["demo"]
-scalings = {"alpha / rank": lambda rank: 16 / rank, "alpha / sqrt(rank)": lambda rank: 16 / rank**0.5, "2": lambda rank: 2.0}
-print(f"{'rank':<6}" + "".join(f"{name:>20}" for name in scalings))
-for rank in (1, 4, 16, 64, 256):
-    sizes = []
-    for scaling in scalings.values():
-        torch.manual_seed(0)
-        layer = lora.Linear(copy.deepcopy(query), rank=rank, alpha=rank * scaling(rank))
-        optimizer = torch.optim.AdamW([layer.A, layer.B], lr=1e-3)
-        for _ in range(10):
-            optimizer.zero_grad()
-            F.mse_loss(layer(x), goal).backward()
-            optimizer.step()
-        sizes.append((layer.delta().norm() / query.weight.norm()).item())
-    print(f"{rank:<6}" + "".join(f"{size:>20.4f}" for size in sizes))
+scalings = {
+    "alpha / rank": lambda rank: 16 / rank,
+    "alpha / sqrt(rank)": lambda rank: 2 * (8 / rank) ** 0.5,
+    "always 2": lambda rank: 2.0,
+}
+for lr in (1e-4, 1e-3):
+    print(f"\nlr {lr:<6g} rank" + "".join(f"{name:>20}" for name in scalings))
+    for rank in (1, 8, 64, 256):
+        sizes = []
+        for scaling in scalings.values():
+            torch.manual_seed(0)
+            layer = lora.Linear(copy.deepcopy(query), rank=rank, alpha=rank * scaling(rank))
+            optimizer = torch.optim.AdamW([layer.A, layer.B], lr=lr)
+            for _ in range(10):
+                optimizer.zero_grad()
+                F.mse_loss(layer(x), goal).backward()
+                optimizer.step()
+            sizes.append((layer.delta().norm() / query.weight.norm()).item())
+        print(f"{rank:>14}" + "".join(f"{size:>20.4f}" for size in sizes))
 
 # %% [markdown]
-# The rank goes up 256 times. With alpha / rank the size of the update stays nearly where it was (it even falls a
-# little), so a learning rate found at one rank is of use at another. A fixed factor lets it grow 15 times. Dividing by
-# the square root, *rsLoRA* (Kalajdzievski 2023), lies between; it is meant for large ranks, where alpha / rank may
-# leave the update too small. (Ten steps on one layer. It shows the direction, not which is better.)
+# Read down each column. Without a factor that falls with the rank the update grows, up to 15 times. With alpha / rank
+# it shrinks, to a half or to a ninth. With the square root, *rsLoRA* (Kalajdzievski 2023), it stays where it was in
+# small steps and grows threefold in larger ones. So "alpha / rank makes the rank not matter" is not quite what happens:
+# a learning rate found at one rank is a good place to start at another, and no more. alpha / rank is what the paper and
+# most files have; rsLoRA is meant for large ranks, where alpha / rank leaves little. (Ten steps on one layer. It shows
+# directions, not which is better.)
 
 # %% [markdown]
 # ## Exercise 6.2: what an adapter costs
 #
-# By hand first: a layer from 768 to 768 features has 768 x 768 = 589,824 weights. At rank 8, `A` has 8 x 768 numbers
-# and `B` 768 x 8, which makes 12,288, or 48 times fewer. An adapter saves numbers as long as its rank is below in x out
-# / (in + out); here that is 384.
+# By hand first, on paper: a layer from 768 to 768 features, rank 8. How many numbers has its weight, how many have `A`
+# and `B`, and at which rank are they equal?
 #
 # Each number that trains also needs memory for its gradient and for what the optimizer remembers of it. A frozen weight
 # has neither. This is where LoRA saves memory: the frozen weights themselves stay where they were.
@@ -238,14 +254,14 @@ for rank in (1, 4, 16, 64, 256):
 #   dtype. `rank` is a whole number, at least 1. `optimizer` is `"sgd"`, `"momentum"` or `"adamw"`.
 # - A layer's weight counts as a matrix. That of a convolution is (out_channels, in_channels / groups x kernel), the
 #   kernel being its height x width. `A` is (rank, columns) and `B` is (rows, rank). Neither has a bias.
-# - Return a dict of four whole numbers, each summed over all layers: - `"full"`: the numbers in the weights. Biases are
-#   not adapted, and not counted; - `"adapter"`: the numbers in all `A` and `B`; - `"gradient_bytes"`: the bytes of all
-#   gradients, if only `A` and `B` train. `A`, `B` and their gradients have the dtype of
-#     the layer's weight;
-# - `"optimizer_bytes"`: the bytes of what the optimizer keeps while only `A` and `B` train, in the same dtype. Plain
-#   SGD
-#     keeps nothing, SGD with momentum one number for each number that trains, AdamW two. (AdamW also counts its steps, once
-#     for each tensor. Leave that out.)
+# - Return a dict of four whole numbers, each summed over all layers:
+#     - `"full"`: the numbers in the weights. Biases are not adapted, and not counted.
+#     - `"adapter"`: the numbers in all `A` and `B`.
+#     - `"gradient_bytes"`: the bytes of all gradients, if only `A` and `B` train. `A`, `B` and their gradients have the
+#       dtype of the layer's weight.
+#     - `"optimizer_bytes"`: the bytes of what the optimizer keeps then, in the same dtype. Plain SGD keeps nothing, SGD
+#       with momentum one number for each number that trains, AdamW two. (AdamW also counts its steps, once for each
+#       tensor. Leave that out.)
 # - A weight counts once, and gets one adapter, however often its layer is in the list and however many of the layers
 #   share it.
 
@@ -283,7 +299,8 @@ cost = continue_with("6.2")
 #
 # A layer of 768 x 768 has 589,824 numbers in its weight. At rank 8, A has 8 x 768 and B has 768 x 8: 12,288 together,
 # **48 times fewer**. "LoRA trains 100 times fewer parameters" is true of some layers and ranks, and the factor depends
-# on what you divide by.
+# on what you divide by. The paper's "10,000 times" divides all 175 billion weights of GPT-3 by the adapters of some of
+# its layers.
 
 # %% tags=["demo"]
 print("768 x 768, rank 8:", cost([nn.Linear(768, 768)], 8, "adamw"))
@@ -293,18 +310,18 @@ chosen = {
     "every nn.Linear": [module for module in modules.values() if isinstance(module, nn.Linear)],
 }
 everything = sum(parameter.numel() for parameter in modules[""].parameters())
-print(f"\n{'MiniLM':<20}{'rank':>5}{'A and B':>12}{'fewer than their weights':>26}{'fewer than the model':>22}")
+print(f"\n{'MiniLM':<20}{'rank':>5}{'A and B':>12}{'of their weights':>18}{'of the model':>14}")
 for name, layers in chosen.items():
     for rank in (1, 8, 64, 192, 384):
         counts = cost(layers, rank, "adamw")
         print(
-            f"{name:<20}{rank:>5}{counts['adapter']:>12,}{counts['full'] / counts['adapter']:>20.1f} times"
-            f"{everything / counts['adapter']:>16.1f} times"
+            f"{name:<20}{rank:>5}{counts['adapter']:>12,}{counts['adapter'] / counts['full']:>18.1%}"
+            f"{counts['adapter'] / everything:>14.2%}"
         )
 
 # %% [markdown]
 # At rank 192 the adapters of a 384 x 384 layer hold as many numbers as its weight, and above it more: rank * (in + out)
-# against in * out. Counted against all 22.6 million parameters of the encoder every factor looks larger, since most of
+# against in * out. Counted against all 22.6 million parameters of the encoder every share looks small, since most of
 # them (11.7 million alone in the table of word pieces) would not have been adapted anyway.
 #
 # ### What it does not save
@@ -315,6 +332,7 @@ for name, layers in chosen.items():
 
 # %% tags=["demo"]
 from helpers.finetune import report, train_only
+from helpers.training import train_mode
 
 
 def kept_for_backward(model, inputs, labels):
@@ -333,23 +351,24 @@ def kept_for_backward(model, inputs, labels):
     return sum(kept.values())
 
 
-print(f"{'megabytes':<14}{'weights':>9}{'gradients':>11}{'AdamW':>9}{'activations':>13}")
+print(f"{'megabytes':<14}{'weights':>9}{'gradients':>11}{'AdamW':>9}{'activations':>13}{'together':>10}")
 for way in ("head only", "LoRA rank 8", "everything"):
-    model = fresh().train()
+    model = fresh()
     if way == "head only":
         train_only(model, ["head"])
     elif way == "LoRA rank 8":
         lora.inject(model, ["query", "value"], rank=8, alpha=16, train=["head"])
+    train_mode(model)  # as in training here: what is frozen is in eval mode
     counts, activations = report(model), kept_for_backward(model, train.inputs[:16], train.labels[:16])
-    sizes = (4 * counts.all, counts.gradient_bytes, counts.adamw_bytes, activations)
-    print(f"{way:<14}" + "".join(f"{size / 1e6:>{width}.2f}" for size, width in zip(sizes, (9, 11, 9, 13))))
+    sizes = [4 * counts.all, counts.gradient_bytes, counts.adamw_bytes, activations]
+    print(f"{way:<14}" + "".join(f"{size / 1e6:>{width}.2f}" for size, width in zip([*sizes, sum(sizes)], (9, 11, 9, 13, 10))))
 
 # %% [markdown]
-# Gradients and optimizer state shrink 300 times. The weights stay, all of them. Of the activations two thirds stay: the
-# gradient has to travel through every layer above the first adapter, frozen or not. A frozen backbone below the head
-# keeps next to nothing. How much of the total LoRA saves depends on which part is largest: for large models with small
-# batches that is gradients and optimizer state. For GPT-3, Hu et al. (2021, section 4.2) report 350 GB in place of 1.2
-# TB.
+# Gradients and optimizer state shrink 300 times. The weights stay, all of them. So does a good part of the activations:
+# the gradient has to travel through every layer above the first adapter, frozen or not. What goes is what only the
+# frozen weights' own gradients would have needed. A frozen backbone below the head keeps next to nothing. How much of
+# the total LoRA saves depends on which part is largest: for large models with small batches that is gradients and
+# optimizer state. For GPT-3, Hu et al. (2021, section 4.2) report 350 GB in place of 1.2 TB.
 
 # %% [markdown]
 # ## Exercise 6.3: put the layers in
@@ -358,6 +377,14 @@ for way in ("head only", "LoRA rank 8", "everything"):
 # others in their places. A name has components, with dots between them: `encoder.layer.10.attention.query`. In a
 # transformer of twelve layers twelve names end in `query`, so a *target* is mostly the end of a name. Where the end
 # begins matters: `query` is the last component of that name, and a part of `query_norm`, which is another layer.
+#
+# In a layer of attention three linear layers make three vectors of each token: query, key and value. The paper adapts
+# query and value. (Dettmers et al. 2023 found for large language models that adapting more layers helps, and a larger
+# rank hardly.)
+#
+# Three things from torch: `model.get_submodule("encoder.layer")` gives a module by its name. `setattr(parent, "0",
+# new)` puts one in its place, in an `nn.Sequential` too, but reads no dots. `named_modules()` gives a module under its
+# first name only, `named_modules(remove_duplicate=False)` under each.
 #
 # What was replaced should be seen. A function that finds nothing and says nothing leaves a model without an adapter,
 # and it trains all the same.
@@ -431,11 +458,8 @@ for model, targets in (
 
 # %% [markdown]
 # `"dense"` is three kinds of layers in a transformer block: the output of attention and both halves of the feed-forward
-# part. `"output.dense"` is still two of them. Assert what you meant:
-#
-#     assert replace(model, ["query", "value"], make) == [f"...layer.{i}.attention.self.{part}" for i in range(6) for part in ("query", "value")]
-#
-# (The reference refuses what it has no adapter for. `make` above took anything.)
+# part. `"output.dense"` is still two of them. So say what you meant: `assert len(hit) == 12`. And mind that `replace`
+# puts in whatever `make` gives it; `lora.inject` of `helpers` raises for a layer that it has no adapter for.
 
 # %% [markdown]
 # # Part 2: is it as good?
@@ -443,9 +467,13 @@ for model, targets in (
 # %% [markdown]
 # ## Three ways, the same budget
 #
-# Head only, your LoRA layers at rank 8 on all queries and values, and everything. Each gets the same 100 texts per
-# class, 100 steps of 16, and the best of three learning rates on 200 validation texts. That search was run and recorded
-# before; here its winners of the first draw run again.
+# Head only, your LoRA layers at rank 8 on all queries and values, and everything. `LoRALinear` freezes the layer inside
+# it and nothing else: embeddings, keys and norms would go on training. So first freeze all but the head, then put the
+# layers in, and count: 73,728 + 770 = 74,498 numbers train.
+#
+# Each way gets the same 100 texts per class, 100 steps of 16, and the best of three learning rates on 200 validation
+# texts. The three are its own: 0.00005 to 0.0005 for everything, 0.001 to 0.01 for LoRA, 0.01 to 0.1 for the head. That
+# search was run and recorded before; here its winners of the first draw run again. (It takes one to three minutes.)
 
 
 # %% tags=["demo"]
@@ -491,14 +519,20 @@ panels = {
 show(*draws_figure(panels))
 
 # %% [markdown]
-# On topics three draws cannot order the three ways: they lie within each other's spread. On word order the head alone
-# stays 0.2 behind, because no head can read from the features what the encoder did not put there. LoRA and everything
-# differ by less than two draws of the same way do. That is the case for LoRA, and all that is shown here: the accuracy
-# of fine-tuning, at 1/300 of the gradients and of the optimizer's state, and one small file for each task.
+# Compare inside a panel; the panels differ in labels and steps as well. On topics three draws cannot order the three
+# ways: they lie within each other's spread. On word order the head alone is far behind. It is well above guessing, so
+# the features say something about order, but a linear head does not get enough out of it. LoRA and everything are less
+# far apart than two draws of the same way. That is the case for LoRA, and all that is shown here: an accuracy that
+# three draws cannot tell from that of fine-tuning everything, at 1/300 of the gradients and of the optimizer's state,
+# and one small file for each task.
 #
-# It is not 300 times faster. The forward pass is the same, and of the backward pass only the part that makes gradients
-# for weights is spared. Head only is slower than it need be: the frozen encoder computes the same features again and
-# again, which chapter 02 computes once.
+# The learning rates chosen for LoRA are 7 to 20 times those for everything. A rate taken over from full fine-tuning is
+# far too low for LoRA, and a common reason for a LoRA that "does not learn".
+#
+# It is not 300 times faster. In the table above LoRA took about half the seconds of everything, and the head a quarter.
+# The whole forward pass is still there, with two thin products more; what is spared are the gradients of frozen
+# weights, AdamW's step on them, and dropout in the frozen layers. Head only is slower than it need be: the frozen
+# encoder computes the same features again and again, which chapter 02 computes once.
 
 # %% [markdown]
 # # Part 3: merged, folded, saved
@@ -513,7 +547,9 @@ show(*draws_figure(panels))
 #
 # A *context manager* does something when a `with` block begins, and undoes it when the block ends, however it ends:
 #
-# ```python @contextmanager def name(argument):
+# ```python
+# @contextmanager
+# def name(argument):
 #     ...          # before the block
 #     yield        # the block runs here; an error in it comes out of this line
 #     ...          # after it
@@ -617,16 +653,26 @@ print("\nadding the update and subtracting it again:")
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     weights = torch.cat([weight.flatten() for weight, _ in updates]).to(dtype)
     deltas = torch.cat([delta.flatten() for _, delta in updates]).to(dtype)
+    exact = torch.cat([delta.flatten() for _, delta in updates])
+    missed = (weights + deltas).double() - weights.double() - exact.double()
     lost = (weights + deltas - deltas - weights).float()
-    share = (lost != 0).float().mean()
-    print(f"    {dtype!s:<16}{share:>6.1%} of the weights changed, by {lost.norm() / deltas.float().norm():.1e} of the update")
+    print(
+        f"    {dtype!s:<16}merged, the weight misses {missed.norm() / exact.norm():.1e} of the update; "
+        f"afterwards {(lost != 0).float().mean():.1%} of the weights are others, by {lost.norm() / exact.norm():.1e} of it"
+    )
+for layer, (weight, _) in zip(lora.layers(adapted).values(), updates):
+    layer.base.weight.data.copy_(weight)  # the bits that were kept
 
 # %% [markdown]
-# Merged and unmerged agree to rounding. The double count is the silent one: an update that is in the weight and beside
-# it too is applied twice, and nothing raises. Saving a model while it is merged and loading it as unmerged is the same
-# mistake across two programs; `helpers.lora` makes being merged a part of the checkpoint. And subtracting is no way
-# back: one weight in ten comes out changed. In float32 that is 2e-7 of the update, which nobody would notice. In
-# bfloat16 it is 1 % of the update, and it stays in the weights for good. Keep the old weight, or keep it out of place.
+# Merged and unmerged agree to rounding, in eval mode. Compare there: dropout alone makes a difference of a third, which
+# hides an error of any size. The double count is the silent mistake: an update that is in the weight and beside it too
+# is applied twice, and nothing raises. Saving a model while it is merged and loading it as unmerged is the same mistake
+# across two programs; `helpers.lora` makes being merged a part of the checkpoint.
+#
+# Subtracting is no way back: one weight in ten comes out changed. In float32 nobody would notice. In bfloat16 it is 1 %
+# of the update, and it stays in the weights for good. Keep the old weight. And a weight in bfloat16 holds only the
+# nearest of its few values to W + delta, so merging itself costs @@MISSED@@ of the update there: merge in float32,
+# round once, and test the model that is merged.
 #
 # ### What merging saves
 #
@@ -658,6 +704,9 @@ for name, values in seconds.items():
     print(f"{name:<10}{1000 * torch.tensor(values).median():>7.1f} ms   {ratios.median():.2f} of plain")
 
 # %% [markdown]
+# Unmerged costs some percent here, merged nothing that can be measured. The price: a merged network serves one task, an
+# unmerged one any task whose adapter you switch on.
+#
 # ### Tied weights
 #
 # Language models often use one matrix twice: as the table of embeddings, and as the last layer. Merging an adapter of
@@ -668,7 +717,7 @@ torch.manual_seed(0)
 tied = nn.ModuleDict({"embed": nn.Embedding(100, 16), "norm": nn.LayerNorm(16), "head": nn.Linear(16, 100, bias=False)})
 tied["head"].weight = tied["embed"].weight
 lora.inject(tied, ["head"], rank=2, alpha=4)
-nn.init.normal_(tied["head"].B)
+nn.init.normal_(tied["head"].B)  # as if it had been trained, and far
 before = tied["embed"](torch.arange(100)).detach().clone()
 try:
     lora.merge(tied)
@@ -714,8 +763,9 @@ class LoRAConv2d(nn.Module):
         for parameter in base.parameters():
             parameter.requires_grad = False
         rows, columns = base.weight.flatten(1).shape
-        self.A = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
-        self.B = nn.Parameter(torch.zeros(rows, rank))
+        self.A = nn.Parameter(base.weight.new_empty(rank, columns))
+        self.B = nn.Parameter(base.weight.new_zeros(rows, rank))
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)
         self.scaling = alpha / rank
         ### END SOLUTION
 
@@ -733,6 +783,9 @@ check("6.5", LoRAConv2d)
 LoRAConv2d = continue_with("6.5")
 
 # %% [markdown]
+# (peft counts as we do where groups = 1. The authors' loralib folds the kernel in another way, so its files and counts
+# differ. `helpers.lora` never builds W + delta: it runs a convolution to `rank` channels and one of kernel 1 after it.)
+#
 # ### LoRA in a convolutional network
 #
 # glyphnet on handwritten digits, 10 labels per class, as in chapter 04: the same steps, the same search. LoRA at rank 4
@@ -753,10 +806,11 @@ show(
 print("trainable:", ", ".join(f"{way} {digits[way][0].trainable:,}" for way in ways))
 
 # %% [markdown]
-# On handwritten digits the three do not differ by more than their draws. On letters LoRA has lost *more* than
-# fine-tuning everything, although it trains 17 times fewer numbers, and not one weight of glyphnet. Few trained numbers
-# do not mean a small change: compare how far the outputs moved, not how many numbers moved them. (The learning rates
-# that were chosen do not explain it. The draw with the lowest one kept the fewest letters.)
+# On handwritten digits everything is ahead of the head in each of the five draws, by less than 0.02, and LoRA is in
+# between. On printed digits and on letters the head alone is best. LoRA kept fewer letters than everything in each
+# draw, although it trains 17 times fewer numbers and not one weight of glyphnet: few trained numbers do not mean a
+# small change. This is one small network and one range of learning rates. For large language models Biderman et al.
+# 2024 found the reverse, and put it into their title: "LoRA Learns Less and Forgets Less".
 
 # %% [markdown]
 # ### A head that nobody trains
@@ -787,9 +841,12 @@ print(f"after remove:                             letters kept {letters_kept(net
 
 # %% [markdown]
 # The digits are still told apart, at three or four points less: the adapters bend the features until they suit a head
-# that knows nothing. That costs most of the letters. Nothing raised; the head was simply not among the names. And
-# whatever the adapters did, taking them off brings every letter back, because no weight of glyphnet has changed. A
-# network that was fine-tuned as a whole has no such way back.
+# that knows nothing. That costs most of the letters. Nothing raised; the head was simply not among the names. (The
+# learning rates are those found with a trained head.)
+#
+# And whatever the adapters did, taking them off brings every letter back: no weight of glyphnet has changed, and no
+# running statistic either, since `fit` keeps frozen BatchNorms in eval mode. After a loop with a plain `model.train()`
+# that would not be so (chapter 05). A network that was fine-tuned as a whole has no such way back.
 
 # %% [markdown]
 # ## Exercise 6.6: save what was trained, and nothing else
@@ -859,7 +916,7 @@ check("6.6", AdapterFile)
 AdapterFile = continue_with("6.6")
 
 # %% [markdown]
-# ### A file of one hundredth
+# ### A file of one three-hundredth
 #
 # Save the adapter of the word-order task, and load it elsewhere: in a new Python process, which has nothing but the
 # package, the file and the pre-trained weights.
@@ -890,15 +947,14 @@ print(f"before loading: {evaluate(model, word_order('test')):.3f}")
 AdapterFile(sys.argv[1]).load(model)
 print(f"after loading:  {evaluate(model, word_order('test')):.3f}")
 """
-print(
-    subprocess.run([sys.executable, "-c", elsewhere, folder / "word_order.safetensors"], capture_output=True, text=True).stdout
-)
+program = [sys.executable, "-c", elsewhere, folder / "word_order.safetensors"]
+print(subprocess.run(program, capture_output=True, text=True, check=True).stdout.rstrip())
 print(f"here:           {evaluate(adapted, test):.3f}")
 
 # %% [markdown]
-# 300 times smaller, and the accuracy is the same to the last digit. The file alone is nothing: it needs the same
-# pre-trained weights, and a model with adapters of the same names, rank and alpha. "Train for fifty customers, keep one
-# network" rests on that, and so does the strictness that exercise 6.6 asks for.
+# 300 times smaller, and the accuracy is the same to the last digit. (It had 60 steps, not 100.) The file alone is
+# nothing: it needs the same pre-trained weights, and a model with adapters of the same names, rank and alpha. "Train
+# for fifty customers, keep one network" rests on that, and so does the strictness that exercise 6.6 asks for.
 
 # %% [markdown]
 # # Part 4: which rank?
@@ -948,9 +1004,10 @@ rank_of_update = continue_with("6.7")
 # %% [markdown]
 # ### Is a full update low rank?
 #
-# LoRA's idea is that what fine-tuning adds to a weight has a low rank. Here is what fine-tuning everything added, on
-# the word-order task: singular values of one matrix, largest first, as a share of the largest. Beside it a matrix of
-# the same shape with independent random entries, and the pre-trained weight itself.
+# Hu et al. call their idea a low *intrinsic rank*, after Aghajanyan et al. 2020: a good update of low rank exists.
+# Whether fine-tuning everything finds one is another question. Here is what it added on the word-order task: singular
+# values of one matrix, largest first, as a share of the largest. Beside it a matrix of the same shape with independent
+# random entries, and the pre-trained weight itself.
 
 # %% tags=["demo"]
 import matplotlib.pyplot as plt
@@ -975,23 +1032,35 @@ show(fig, alt)
 
 by_kind, held = {}, []
 for name in matrices:
-    kind = ".".join(name.split(".")[-3:-1])
+    kind = name.split(".layer.")[1].partition(".")[2].removesuffix(".weight")
     by_kind.setdefault(kind, []).append(rank_of_update(old[name], new[name], 0.9))
     squares = torch.linalg.svdvals((new[name] - old[name]).detach()).square()
     held.append((squares[:8].sum() / squares.sum()).item())
 random_rank = rank_of_update(torch.zeros(384, 384), noise, 0.9)
-print(f"rank that holds 90 % of the update, of at most 384 (random 384 x 384: {random_rank})")
+print(f"rank that holds 90 % of the update, of at most 384, in layers 0 to 5 (random 384 x 384: {random_rank})")
 for kind, ranks in by_kind.items():
-    print(f"    {kind:<20} {', '.join(map(str, ranks))}   layers 0 to 5")
-print(
-    f"share that the best matrix of rank 8 holds: {min(held):.0%} to {max(held):.0%}, half of the layers below {sorted(held)[len(held) // 2]:.0%}"
-)
+    print(f"    {kind:<24}{', '.join(map(str, ranks))}")
+print(f"share in the best matrix of rank 8: {min(held):.0%} to {max(held):.0%}, median {sorted(held)[len(held) // 2]:.0%}")
 
 # %% [markdown]
 # The update is not noise: its first direction stands out, and 22 of 384 hold 90 % of this one. But it is not of rank 8
 # either. Most of the other matrices need 40 to 160 directions for 90 %, and the best matrix of rank 8 holds about half
-# of a typical update. So "fine-tuning is low rank" is not what one sees here. What LoRA needs is less: that *some* good
-# update has a low rank, not that fine-tuning everything finds one. Whether that is so, accuracy tells.
+# of a typical update. Is the rest needed? The squares say how much of the *numbers* is kept. How much of the *function*
+# is kept, the network has to say: here every update is cut to its best approximation of a rank, and all else that
+# fine-tuning moved stays as it became.
+
+# %% tags=["demo"]
+parts = {name: torch.linalg.svd((new[name] - old[name]).detach(), full_matrices=False) for name in matrices}
+cut = copy.deepcopy(models["everything"])
+weights = dict(cut.named_parameters())
+for rank in (0, 1, 2, 8, 32, 384):
+    with torch.no_grad():
+        for name, (u, s, vt) in parts.items():
+            weights[name].copy_(old[name] + (u[:, :rank] * s[:rank]) @ vt[:rank])
+    print(f"updates cut to rank {rank:>3}: accuracy {evaluate(cut, test):.3f}")
+
+# %% [markdown]
+# @@CUT@@
 #
 # ### Accuracy against rank
 #
@@ -1020,10 +1089,12 @@ for rank, row in zip(ranks, scores):
     )
 
 # %% [markdown]
-# Every rank is within the spread of every other, and of fine-tuning everything; the head alone is not. On 340 texts an
-# accuracy of 0.9 has a standard error of 0.016 by itself, so three draws cannot tell 0.896 from 0.912. "Rank 4 to 8
-# suffices" is right here, and says little, since rank 1 does too. It is a statement about this task, this network and
-# these layers. Measure on yours: start low, and go up for as long as validation rewards it.
+# The means of all ranks lie within 0.02 of each other. Rank 1 is below rank 8 and below everything in each of the three
+# draws, by 0.003 to 0.03: a hint, not a proof. Ranks 2, 8 and 32 cannot be told apart, and the head alone can from all
+# of them. So "rank 4 to 8 suffices" is right here, and rank 2 seems to suffice as well. It is a statement about this
+# task, this network and these layers. Measure on yours: start low, and go up for as long as validation rewards it.
+# (alpha was 16 for every rank. Several of the rates chosen are the lowest on offer, so LoRA may be a little better than
+# shown.)
 #
 # ### The savings, to turn by hand
 #
@@ -1047,15 +1118,19 @@ progress()
 # ## Takeaways
 #
 # - A product of two thin matrices beside a frozen weight; one factor starts at zero, the other does not.
-# - alpha / rank keeps the size of the update when the rank changes, so the learning rate found stays of use.
+# - alpha / rank keeps the update from growing with the rank. LoRA's learning rate is well above that of full
+#   fine-tuning.
 # - Gradients and optimizer state shrink by hundreds. Weights stay, and so do most activations.
 # - Names decide what is adapted. Look at the list of what was hit, and say by name that the head trains.
 # - Merge by keeping the old weight. Adding and subtracting loses bits, and what is merged must say so.
 # - An adapter is a small file that means nothing without the network it was trained on. Load it strictly.
 # - Which rank, and whether LoRA at all, is a measurement: head only, LoRA and everything with the same search.
 #
-# Words: [activations](../../docs/glossary.md#activations), [adapter](../../docs/glossary.md#adapter),
+# Words: [activations](../../docs/glossary.md#activations), [adapter](../../docs/glossary.md#adapter), [context
+# manager](../../docs/glossary.md#context-manager), [intrinsic rank](../../docs/glossary.md#intrinsic-rank),
 # [LoRA](../../docs/glossary.md#lora), [merging](../../docs/glossary.md#merging),
-# [moments](../../docs/glossary.md#moments), [rank](../../docs/glossary.md#rank), [singular
-# value](../../docs/glossary.md#singular-value), [stage](../../docs/glossary.md#stage), [tied
-# weights](../../docs/glossary.md#tied-weights), [validation examples](../../docs/glossary.md#validation-examples).
+# [moments](../../docs/glossary.md#moments), [rank](../../docs/glossary.md#rank),
+# [rsLoRA](../../docs/glossary.md#rslora), [safetensors](../../docs/glossary.md#safetensors), [singular
+# value](../../docs/glossary.md#singular-value), [stage](../../docs/glossary.md#stage),
+# [target](../../docs/glossary.md#target), [tied weights](../../docs/glossary.md#tied-weights), [validation
+# examples](../../docs/glossary.md#validation-examples).
