@@ -97,7 +97,8 @@ def to_program(model: nn.Module, example: Inputs, axes: Mapping[int, str] | None
 
     Args:
         model: any model whose `forward` does not branch on the values of tensors.
-        example: inputs of the right shapes and dtypes; their values do not matter.
+        example: inputs of the right shapes and dtypes; their values do not matter. The program keeps a copy of them:
+            of a slice as it is, `torch.export.save` would write all of the memory that it is a slice of.
         axes: further dimensions that may vary, in every input that has them: {1: "tokens"}. Sizes above 1.
 
     Raises:

@@ -601,3 +601,12 @@ def test_minilm_is_exported_for_any_number_of_texts_and_tokens():
     assert parity(backbone.encoder, to_torchscript(backbone.encoder, example, freeze_branches=True), others).ok
     with pytest.raises(ValueError, match=r"prepares them in Python: export what comes after, as text_backbone\(\).encoder.$"):
         to_program(backbone, example[:1])
+
+
+def test_the_file_of_a_program_holds_no_more_than_the_rows_of_its_example(tmp_path):
+    everything = torch.randn(1000, 100)
+    sizes = []
+    for name, example in (("slice.pt2", everything[:2]), ("clone.pt2", everything[:2].clone())):
+        torch.export.save(to_program(nn.Linear(100, 2), example), tmp_path / name)
+        sizes.append((tmp_path / name).stat().st_size)
+    assert sizes[0] == sizes[1] < everything.nbytes / 10

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -219,9 +218,6 @@ def _layer(trial: Trial, base: nn.Linear, rank: int) -> lora.Linear:
     with torch.no_grad():
         layer.A.copy_(trial.normal(*layer.A.shape))
         layer.B.copy_(trial.normal(*layer.B.shape) / 2)
-    # As the statement describes it. The layer's own methods expect that merge() was called before `merged` is True.
-    layer.delta = lambda: SCALING * (layer.B.float() @ layer.A.float())
-    layer._load_from_state_dict = MethodType(nn.Module._load_from_state_dict, layer)
     return layer
 
 
