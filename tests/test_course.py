@@ -16,6 +16,7 @@ from nbclient.exceptions import CellExecutionError
 from grader import golden
 from grader.authoring import MISTAKES, common_mistakes, make_course, notebook
 from grader.checks import TOPICS, exercises
+from helpers import formats
 from helpers.backbones import glyphnet
 from helpers.data import digits, docstrings
 from helpers.transfer import TASKS, recorded
@@ -231,6 +232,118 @@ def test_what_chapter_05_says_of_its_figures_holds():
     samples = means("05_batchnorm", "accuracy on all grey test digits")
     assert samples["10 images"] > 0.8 and samples["100 images"] > samples["800 images"] - 0.02
     assert next(value for name, value in samples.items() if "all ones" in name) < samples["30 images"]
+
+
+@pytest.mark.slow
+def test_what_chapter_06_says_of_its_results_holds():
+    text = "\n".join(text_of(cell) for cell in solved("06_lora").cells)
+    starts = {
+        row[1] + row[2]: [float(x) for x in row[3].replace("%", "").split()] for row in re.finditer(STARTS, text, re.MULTILINE)
+    }
+    changed, *gradients, before, after = starts["zerozero"]
+    assert gradients == [0, 0] and before == after and changed == 0
+    assert starts["randomrandom"][0] > 10 and starts["randomrandom"][3] > 5 * before
+    assert before - starts["randomzero"][4] > 10 * (before - starts["zerorandom"][4]) > 0
+    small, large = ([numbers(line) for line in block.splitlines()[1:5]] for block in re.split(r"^lr 0.*", text, flags=re.M)[1:])
+    for rows, shrinks, keeps, grows in ((small, (8, 10), (0.8, 1.3), (13, 16)), (large, (1.9, 2.3), (2.5, 3.5), (5, 9))):
+        sizes = {int(rank): by for rank, *by in rows}
+        assert shrinks[0] < sizes[1][0] / sizes[256][0] < shrinks[1]
+        assert keeps[0] < sizes[256][1] / sizes[1][1] < keeps[1]
+        assert grows[0] < max(by[2] for by in sizes.values()) / sizes[1][2] < grows[1]
+    memory = {
+        row[1]: numbers(row[2])
+        for row in re.finditer(r"^(head only|LoRA rank 8|everything) +((?:\d+\.\d\d *){5})$", text, re.M)
+    }
+    assert memory["everything"][1] > 300 * memory["LoRA rank 8"][1] and memory["LoRA rank 8"][0] > memory["everything"][0]
+    assert 0.5 < memory["LoRA rank 8"][3] / memory["everything"][3] < 0.7
+    assert 0.3 < memory["LoRA rank 8"][4] / memory["everything"][4] < 0.36
+    here = {
+        row[1]: float(row[2]) for row in re.finditer(r"^(head only|LoRA rank 8|everything) +(0\.\d{3}) +\d+\.\d ", text, re.M)
+    }
+    assert min(here["LoRA rank 8"], here["everything"]) > here["head only"] + 0.1
+    merged = {row[1]: float(row[2]) for row in re.finditer(r"^([a-z][a-z ,]+): +(\d\.\de[+-]\d\d)$", text, re.MULTILINE)}
+    assert merged["merged"] < 1e-5 and merged["and afterwards"] == 0 and merged["subtracted again"] < 1e-5
+    assert merged["compared with dropout on"] > 0.1 and merged["added, but still unmerged"] > 0.1
+    lost = {
+        row[1]: numbers(row[2].replace("% others", ""))
+        for row in re.finditer(r"^torch\.(\w+) +(.+ others .+)$", text, re.MULTILINE)
+    }
+    assert all(5 < share < 15 for _, share, _ in lost.values())
+    assert lost["float32"][2] < 1e-6 and 0.005 < lost["bfloat16"][2] < lost["bfloat16"][0] == pytest.approx(0.02, abs=0.005)
+    frozen, trained = (
+        numbers(line.replace("±", ""))
+        for line in re.findall(r"^head (?:frozen|trained) +handwritten (.+?)$", text.replace("letters kept", ""), re.M)
+    )
+    assert 0.02 < trained[0] - frozen[0] < 0.06 and frozen[2] < trained[2] and "after remove:" in text
+    assert float(re.search(r"after remove: +letters kept (0\.\d+)", text)[1]) == pytest.approx(0.981, abs=0.002)
+    small, large = (
+        int(re.search(rf"^{name}\.safetensors +([\d,]+) bytes", text, re.M)[1].replace(",", ""))
+        for name in ("word_order", "everything")
+    )
+    assert large / small == pytest.approx(300, rel=0.01)
+    assert re.search(r"after loading:  (0\.\d{3})\nhere:           \1$", text, re.MULTILINE)
+    cut = {int(rank): float(score) for rank, score in re.findall(r"cut to rank +(\d+): accuracy (0\.\d+)", text)}
+    assert cut[0] < 0.6 < cut[1] and abs(cut[2] - cut[384]) < 0.03 and cut[384] == here["everything"]
+    held = re.search(r"best matrix of rank 8: \d+% to \d+%, median (\d+)%", text)
+    assert 40 < int(held[1]) < 65
+
+
+STARTS = r"^(zero|random) +(zero|random) +(\d+%(?: +\d\.\d+){4})$"
+
+
+def numbers(line):
+    return [float(word) for word in line.split()]
+
+
+@pytest.mark.slow
+def test_what_chapter_08_says_of_its_results_holds():
+    text = "\n".join(text_of(cell) for cell in solved("08_export").cells)
+    same = {
+        row[1]: float(row[2]) for row in re.finditer(r"^([a-z][a-z0-9 ()A-Z]+?) {2,}(\d\.\de-?\+?\d\d)$", text, re.MULTILINE)
+    }
+    assert same["the same again"] == 0 and 0 < same["one image at a time"] < 1e-6 and 0 < same["float64"] < 1e-6
+    assert 0.004 < same["bfloat16"] < 0.02
+    paper, ink, scripted = (
+        float(re.search(rf"{name} +(\S+)$", text, re.MULTILINE)[1])
+        for name in ("as in the example", "^ +inverted images", "scripted:   inverted images")
+    )
+    assert paper == scripted == 0 and ink > 1 and "rewritten with torch.where, inverted images: 0.0e+00" in text
+    assert "script of Several: NotSupportedError" in text and "Exporting a model while it is in training mode" in text
+    sizes = [
+        int(re.search(rf"^{name}\.pt2 +([\d,]+) bytes", text, re.MULTILINE)[1].replace(",", ""))
+        for name in ("with_slice", "model")
+    ]
+    assert sizes[0] - sizes[1] == pytest.approx(798 * 4096, rel=0.01), "all test images but the two of the example"
+    train_mode = {
+        row[1]: numbers(row[2])
+        for row in re.finditer(
+            r"^(\(the model in eval mode\)|torch\.\S+|the same, with dropout) +(\d\.\de\S+ +\d+ +\d+)$", text, re.M
+        )
+    }
+    right = train_mode["(the model in eval mode)"][1]
+    for name in ("torch.jit.trace", "torch.export.export"):
+        error, single, together = train_mode[name]
+        assert error > 1 and abs(together - right) <= 2 and 60 < right - single < 85
+    assert train_mode["torch.onnx.export"][0] < 1e-5 and train_mode["the same, with dropout"][0] > 0.5
+    assert 30 < right - train_mode["the same, with dropout"][1] < 70
+    assert text.count("torch imported: False") == 1 and "labels [2, 1, 7, 3, 0, 5, 4, 8]" in text
+    table = {
+        row[1]: numbers(row[2])
+        for row in re.finditer(r"^(TorchScript|torch\.export|ONNX Runtime) .*?  ((?:\S+ +){3}\de[+-]\d\d)$", text, re.MULTILINE)
+    }
+    assert len(table) == 3 and all(size < 1450 and error < 1e-5 for size, _, _, error in table.values())
+
+
+def test_what_chapter_08_says_of_the_record_holds():
+    def ratio(model, batch, name):
+        rows = {row.name: row for row in formats.recorded(model)[batch]}
+        return rows[name].milliseconds[1] / rows["eager"].milliseconds[1]
+
+    assert ratio("glyphnet", 1, "ONNX Runtime") < 0.4 and 0.6 < ratio("glyphnet", 1, "TorchScript") < 0.7
+    assert all(
+        ratio(model, batch, "torch.export") > 0.95 for model, batch in (("glyphnet", 1), ("resnet18", 1), ("MiniLM", 32))
+    )
+    assert all(ratio("MiniLM", 32, name) > 0.9 for name, needs in formats.NEEDS.items() if not needs.gpu)
 
 
 @pytest.mark.slow

@@ -529,7 +529,7 @@ show(*draws_figure(panels))
 # The learning rates chosen for LoRA are 7 to 20 times those for everything. A rate taken over from full fine-tuning is
 # far too low for LoRA, and a common reason for a LoRA that "does not learn".
 #
-# It is not 300 times faster. In the table above LoRA took about half the seconds of everything, and the head a quarter.
+# It is not 300 times faster. In the table above LoRA took about half the seconds of everything, and the head a fifth.
 # The whole forward pass is still there, with two thin products more; what is spared are the gradients of frozen
 # weights, AdamW's step on them, and dropout in the frozen layers. Head only is slower than it need be: the frozen
 # encoder computes the same features again and again, which chapter 02 computes once.
@@ -649,17 +649,15 @@ for layer in lora.layers(adapted).values():
     layer.base.weight.data -= layer.delta().detach()
 print(f"subtracted again:           {difference(adapted, logits):.1e}")
 
-print("\nadding the update and subtracting it again:")
+print(f"\n{'':<17}{'merged: misses':>16}{'subtracted again:':>24}{'by':>10}")
+exact = torch.cat([delta.flatten() for _, delta in updates])
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     weights = torch.cat([weight.flatten() for weight, _ in updates]).to(dtype)
-    deltas = torch.cat([delta.flatten() for _, delta in updates]).to(dtype)
-    exact = torch.cat([delta.flatten() for _, delta in updates])
-    missed = (weights + deltas).double() - weights.double() - exact.double()
-    lost = (weights + deltas - deltas - weights).float()
-    print(
-        f"    {dtype!s:<16}merged, the weight misses {missed.norm() / exact.norm():.1e} of the update; "
-        f"afterwards {(lost != 0).float().mean():.1%} of the weights are others, by {lost.norm() / exact.norm():.1e} of it"
-    )
+    added = weights + exact.to(dtype)
+    missed = added.double() - weights.double() - exact.double()
+    lost = (added - exact.to(dtype) - weights).float()
+    share, misses, size = (lost != 0).float().mean(), missed.norm() / exact.norm(), lost.norm() / exact.norm()
+    print(f"{dtype!s:<17}{misses:>16.1e}{share:>17.1%} others{size:>10.1e}")
 for layer, (weight, _) in zip(lora.layers(adapted).values(), updates):
     layer.base.weight.data.copy_(weight)  # the bits that were kept
 
@@ -669,10 +667,11 @@ for layer, (weight, _) in zip(lora.layers(adapted).values(), updates):
 # is applied twice, and nothing raises. Saving a model while it is merged and loading it as unmerged is the same mistake
 # across two programs; `helpers.lora` makes being merged a part of the checkpoint.
 #
-# Subtracting is no way back: one weight in ten comes out changed. In float32 nobody would notice. In bfloat16 it is 1 %
-# of the update, and it stays in the weights for good. Keep the old weight. And a weight in bfloat16 holds only the
-# nearest of its few values to W + delta, so merging itself costs @@MISSED@@ of the update there: merge in float32,
-# round once, and test the model that is merged.
+# The table holds shares: of the update, what the merged weight misses; of the weights, how many are others after
+# subtracting; of the update again, by how much. Subtracting is no way back: one weight in ten comes out changed. In
+# float32 nobody would notice. In bfloat16 it is 1 % of the update, and it stays in the weights for good. Keep the old
+# weight. And a weight in bfloat16 holds only the nearest of its few values to W + delta, so merging itself costs 2 % of
+# the update there: merge in float32, round once, and test the model that is merged.
 #
 # ### What merging saves
 #
@@ -704,8 +703,8 @@ for name, values in seconds.items():
     print(f"{name:<10}{1000 * torch.tensor(values).median():>7.1f} ms   {ratios.median():.2f} of plain")
 
 # %% [markdown]
-# Unmerged costs some percent here, merged nothing that can be measured. The price: a merged network serves one task, an
-# unmerged one any task whose adapter you switch on.
+# Unmerged costs some percent here. Merged it is the plain network again, with other weights: what its ratio differs
+# from 1 by is noise. The price: a merged network serves one task, an unmerged one any task whose adapter you switch on.
 #
 # ### Tied weights
 #
@@ -1044,7 +1043,7 @@ print(f"share in the best matrix of rank 8: {min(held):.0%} to {max(held):.0%}, 
 
 # %% [markdown]
 # The update is not noise: its first direction stands out, and 22 of 384 hold 90 % of this one. But it is not of rank 8
-# either. Most of the other matrices need 40 to 160 directions for 90 %, and the best matrix of rank 8 holds about half
+# either. Most of the other matrices need 30 to 160 directions for 90 %, and the best matrix of rank 8 holds about half
 # of a typical update. Is the rest needed? The squares say how much of the *numbers* is kept. How much of the *function*
 # is kept, the network has to say: here every update is cut to its best approximation of a rank, and all else that
 # fine-tuning moved stays as it became.
@@ -1060,7 +1059,9 @@ for rank in (0, 1, 2, 8, 32, 384):
     print(f"updates cut to rank {rank:>3}: accuracy {evaluate(cut, test):.3f}")
 
 # %% [markdown]
-# @@CUT@@
+# Without the updates this head is worth nothing. Cut to rank 2 they do nearly all that they do whole, though the best
+# matrix of rank 8 holds only half of a typical one. So most of what fine-tuning adds here changes numbers and not
+# answers, and a good update of low rank exists: that is what LoRA counts on. (One draw.)
 #
 # ### Accuracy against rank
 #
