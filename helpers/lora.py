@@ -247,7 +247,8 @@ class _Conv(Layer):
 
     def product(self, adapter: Adapter, x: Tensor) -> Tensor:
         base = self.base
-        kernels = adapter.A.expand(base.groups, -1, -1).reshape(-1, *base.weight.shape[1:])  # one group: A itself, no copy
+        shared = adapter.A if base.groups == 1 else adapter.A.repeat(base.groups, 1)  # no copy where none is needed
+        kernels = shared.view(-1, *base.weight.shape[1:])
         low = base._conv_forward(x, kernels, None) * adapter.scaling  # what its forward calls with its own weight
         return self.convolve(low, adapter.B.view(*adapter.B.shape, *self._ones()), groups=base.groups)
 
