@@ -118,7 +118,7 @@ def run(task: str, strategy: str, labels_per_class: int, draw: int, lr: float) -
     """Train once with one learning rate, and measure.
 
     Args:
-        task: "digits" or "docstrings".
+        task: "digits", "docstrings" or "word order".
         strategy: one of `strategies(task)`.
         labels_per_class: how many labelled examples of each class; `draw` says which, and seeds the head and training.
         lr: the highest learning rate of any stage.

@@ -379,8 +379,7 @@ for way in ("head only", "LoRA rank 8", "everything"):
 # begins matters: `query` is the last component of that name, and a part of `query_norm`, which is another layer.
 #
 # In a layer of attention three linear layers make three vectors of each token: query, key and value. The paper adapts
-# query and value. (Dettmers et al. 2023 found for large language models that adapting more layers helps, and a larger
-# rank hardly.)
+# query and value.
 #
 # Three things from torch: `model.get_submodule("encoder.layer")` gives a module by its name. `setattr(parent, "0",
 # new)` puts one in its place, in an `nn.Sequential` too, but reads no dots. `named_modules()` gives a module under its

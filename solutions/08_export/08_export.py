@@ -535,7 +535,7 @@ print("parity of the file:", largest_error(model, helpers.export.OnnxSession(pat
 # the file does not hold are the names of the classes, and whatever happens to an image before it is a tensor.
 #
 # Who reads it? ONNX Runtime, in C, C++, C#, Java, JavaScript and more, and other runtimes. TensorFlow does not by
-# itself; of the converters, tf2onnx goes the other way, and onnx2tf, by a single author, goes this way.
+# itself; of the converters, tf2onnx goes the other way, and onnx2tf, kept by one person, goes this way.
 #
 # ### TensorRT
 #
