@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import batchnorm, export, features, imports, lora
 from benchmarks.timing import Comparison, Timing, interleaved
+from helpers.environment import processor
 from helpers.export import ExportFailed
 from helpers.files import write_text
 from helpers.parity import first_line
@@ -103,16 +104,10 @@ def machine(load: float | None, device: str = "cpu") -> str:
     gpu = "" if device == "cpu" else f"{torch.cuda.get_device_name()}, "
     busy = "" if load is None else f" The load average was {load:.1f} when it began."
     return (
-        f"Measured by `make bench` on {date.today():%d %B %Y}: {gpu}{_processor()}, {os.cpu_count()} cores, "
+        f"Measured by `make bench` on {date.today():%d %B %Y}: {gpu}{processor()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, {platform.system()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}.{busy}"
     )
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _spell(number: float, unit: str) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from grader import golden
+from grader import elsewhere, golden
 from grader.checks import find
-from grader.experiment import Exercise, Fact, Subject
+from grader.elsewhere import NOWHERE, Elsewhere
+from grader.experiment import Exercise, Fact, Subject, equal
 from grader.observe import observe
 from grader.verdict import Observation, Verdict, judge
 
@@ -53,12 +54,13 @@ def check(number: str, thing: Subject) -> float | None:
     else:
         if verdict.outcome == "passed" or number not in _session or _session[number][0].outcome != "passed":
             _session[number] = verdict, thing
-        print(describe(verdict))
-    points, outcome, named = 0, "error", []
+        seen = elsewhere.look(exercise, thing, verdict, golden.load(topic)[number], _seeds()[0])
+        print(describe(verdict, seen))
+    points, outcome, named, problems = 0, "error", [], []
     if isinstance(verdict, Verdict):
-        points, outcome, named = verdict.points, verdict.outcome, list(verdict.named)
+        points, outcome, named, problems = verdict.points, verdict.outcome, list(verdict.named), list(seen.problems)
     if os.environ.get("NBGRADER_EXECUTION"):
-        _publish({"exercise": number, "points": points, "outcome": outcome, "named": named})
+        _publish({"exercise": number, "points": points, "outcome": outcome, "named": named, "on a GPU": problems})
         return float(points)
     if outcome not in ("passed", "not attempted"):
         raise CheckFailed(f"{number} is not passed yet: see above.")
@@ -98,8 +100,8 @@ def progress() -> None:
         print(f"{number}  {exercise.name:<20}  {verdict.points} of {exercise.points} points  {verdict.outcome}{named}")
 
 
-def describe(verdict: Verdict) -> str:
-    """A verdict in the words that a learner reads."""
+def describe(verdict: Verdict, seen: Elsewhere = NOWHERE) -> str:
+    """A verdict in the words that a learner reads, and what was seen away from the CPU."""
     exercise, lines = verdict.exercise, []
     problems = {finding.problem for finding in verdict.findings}
     if len(problems) == 1 and None not in problems:  # the same problem everywhere: say it once
@@ -110,7 +112,9 @@ def describe(verdict: Verdict) -> str:
     else:
         # What passed comes first, so that a mistake stands right above its name.
         for finding in sorted(verdict.findings, key=lambda finding: finding.outcome != "passed"):
-            lines.append(_line(exercise.number, finding.experiment.claim, finding.outcome))
+            name, outcome = finding.experiment.name, finding.outcome
+            where = ": CPU, GPU" if name in seen.right else ": CPU only" if name in seen.wrong else ""
+            lines.append(_line(exercise.number, finding.experiment.claim, outcome + where))
             if finding.problem:
                 lines.append(_fill("     got       ", finding.problem.message))
             notes = dict(finding.notes)
@@ -124,6 +128,7 @@ def describe(verdict: Verdict) -> str:
     lines += [_fill("     likely    ", f"{name}. {hints[name]}") for name in verdict.named]
     if verdict.named and verdict.unexplained:
         lines.append("     besides   something else differs too")
+    lines += [_fill("     on a GPU  ", f"{problem.rstrip('.')}. It costs no points.") for problem in seen.problems]
     lines += [_fill("     note      ", line) for line in verdict.said]
     if verdict.outcome in ("not yet", "error"):
         lines.append(f'     more      hint("{exercise.number}")')
@@ -173,7 +178,7 @@ def _torch_is_itself(exercise: Exercise, verdict: Verdict, seed: int, table: dic
     for experiment in failed:
         control = observe(experiment, exercise.reference, seed, exercise.number)
         expected = table[experiment.name]["reference"]
-        if control.facts is None or not all(experiment.equal(f, expected[f], control.facts[f]) for f in expected):
+        if control.facts is None or not all(equal(expected[f], control.facts[f]) for f in expected):
             return False
     return True
 

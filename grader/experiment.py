@@ -58,7 +58,8 @@ class Experiment:
 
     points: ClassVar[int] = 1
     seconds: ClassVar[float] = 10.0  # after that the subject is stopped
-    tolerance: ClassVar[dict[str, float]] = {}  # fact -> largest difference that counts as equal
+    pretends: ClassVar[bool] = True  # whether it can run on a GPU that is only pretended
+    autocast: ClassVar[bool] = False  # whether the statement allows bfloat16 inside `torch.autocast`
     may_change: ClassVar[tuple[str, ...]] = ()  # names of inputs that the statement lets a subject change in place
 
     def draw(self, trial: Trial) -> dict[str, Any]:
@@ -82,13 +83,14 @@ class Experiment:
     def claim(self) -> str:
         return (type(self).__doc__ or "").strip().splitlines()[0]
 
-    def equal(self, fact: str, one: Fact, other: Fact) -> bool:
-        """Whether two values of a fact are the same: numbers to within the fact's tolerance, all else exactly."""
-        if isinstance(one, list) and isinstance(other, list):
-            return len(one) == len(other) and all(self.equal(fact, a, b) for a, b in zip(one, other, strict=True))
-        if _is_number(one) and _is_number(other):
-            return abs(one - other) <= self.tolerance.get(fact, 1e-3)
-        return type(one) is type(other) and one == other
+
+def equal(one: Fact, other: Fact) -> bool:
+    """Whether two values of a fact are the same: numbers, which facts round, to within 0.001, all else exactly."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if _is_number(one) and _is_number(other):
+        return abs(one - other) <= 1e-3
+    return type(one) is type(other) and one == other
 
 
 @dataclass(frozen=True)

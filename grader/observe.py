@@ -10,19 +10,25 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grader import golden
 from grader.experiment import Experiment, Subject, Trial, WrongReturn
+from grader.near import UNRECORDED, within
+from grader.pretend import Refused
+from grader.setting import CPU, Setting
 from grader.state import fresh_defaults, preserved
-from grader.verdict import Observation, Problem
+from grader.verdict import Facts, Observation, Problem
 from helpers.training import one_thread
 
+PRETENCE_SECONDS = 3.0  # what takes longer on a pretended GPU is not looked at there
 OUTPUT_LIMIT = 2000  # characters of a subject's own output that are shown
 _NOT_THE_LEARNERS = tuple(  # folders of ours, of Python and of installed packages
     Path(folder).resolve()
@@ -38,54 +44,104 @@ class TimeIsUp(BaseException):
     """Raised inside a subject that runs too long; no `except Exception` of the subject's stops it."""
 
 
-def observe(experiment: Experiment, subject: Subject, seed: int, number: str) -> Observation:
-    """Run `experiment` on `subject`; whatever the subject does ends in an observation.
+@dataclass(frozen=True)
+class Run:
+    """What came of measuring a subject: raw results on the CPU, or the problem that prevented them."""
 
-    Global state is put back, output is caught, time is limited (where the platform has SIGALRM and this is the main
-    thread). Only KeyboardInterrupt passes through.
+    raw: dict[str, Any] | None
+    problem: Problem | None = None
+    said: tuple[str, ...] = ()  # what the subject printed, warned or wrote to stderr, shortened
+
+
+def observe(experiment: Experiment, subject: Subject, seed: int, number: str, setting: Setting = CPU) -> Observation:
+    """Run `experiment` on `subject` and make the facts; whatever the subject does ends in an observation.
 
     Args:
         experiment: what to ask.
         subject: the code that is asked.
         seed: of the inputs.
         number: the exercise's, to tell "not attempted" from "needs another exercise first".
+        setting: where the subject computes, and how precisely. Facts are made on the CPU, with that setting's tolerances.
+    """
+    ran = run(experiment, subject, seed, number, setting)
+    if ran.problem is not None:
+        return Observation(None, ran.problem, said=ran.said)
+    try:
+        facts, notes = facts_of(experiment, ran.raw, seed, golden.tolerances(number, experiment.name, setting))
+    except Exception as error:
+        return Observation(None, _not_measurable(error), said=ran.said)
+    return Observation(facts, notes=tuple(notes.items()), said=ran.said)
+
+
+def run(experiment: Experiment, subject: Subject, seed: int, number: str, setting: Setting = CPU) -> Run:
+    """Draw inputs on the CPU, move them to the setting's device, measure the subject, and fetch what came back.
+
+    Global state is put back, output is caught, time is limited (where the platform has SIGALRM and this is the main
+    thread). Only KeyboardInterrupt passes through.
     """
     # The first optimizer of a process imports this for a second or more. No subject is to be stopped in the middle of it.
     import torch._dynamo  # noqa: F401
 
-    with one_thread(), fresh_defaults():
-        return _observe(experiment, subject, seed, number)
-
-
-def _observe(experiment: Experiment, subject: Subject, seed: int, number: str) -> Observation:
-    with preserved(seed):
-        inputs = experiment.draw(Trial(seed))
     said: list[str] = []
     problem, raw = None, None
-    with preserved(seed + 1) as changed, _caught(said):
+    with one_thread(), fresh_defaults():
+        inputs = _draw(experiment, seed)
+        with setting.applied(), preserved(seed + 1) as changed, _caught(said):
+            try:
+                inputs = setting.put(inputs)
+                with _time_limit(experiment.seconds if setting.device != "pretended" else PRETENCE_SECONDS):
+                    raw = experiment.measure(subject, inputs)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # SystemExit, RecursionError and the rest are the subject's
+                problem = _explain(error, number, experiment)
         try:
-            with _time_limit(experiment.seconds):
-                raw = experiment.measure(subject, inputs)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # SystemExit, RecursionError and the rest are the subject's
-            problem = _explain(error, number, experiment)
-    said = tuple(said)
+            if problem is None:
+                raw, inputs = setting.fetch(raw), setting.fetch(inputs)
+                fresh = _draw(experiment, seed)
+                problem = _not_finite(raw) or _changed_inputs(experiment, inputs, fresh) or _changed_state(changed)
+        except Exception as error:
+            problem = _not_measurable(error)
+    return Run(raw if problem is None else None, problem, tuple(said))
+
+
+def facts_of(
+    experiment: Experiment, raw: dict[str, Any], seed: int, tolerances: Mapping[str, float]
+) -> tuple[Facts, dict[str, str]]:
+    """The facts of raw results, and the notes on them.
+
+    Args:
+        experiment: whose results they are.
+        raw: what `run` returned; made on any device.
+        seed: with which the inputs were drawn; they are drawn again.
+        tolerances: fact -> the difference up to which `near` says yes; `UNRECORDED` for facts that are not in it.
+    """
+    facts: Facts = {}
+    notes: dict[str, str] = {}
+    for tolerance in dict.fromkeys((UNRECORDED, *tolerances.values())):
+        made, remarks = facts_under(experiment, raw, seed, tolerance)
+        mine = {fact for fact in made if tolerances.get(fact, UNRECORDED) == tolerance}
+        facts = {fact: value if fact in mine else facts.get(fact) for fact, value in made.items()}
+        notes |= {fact: remark for fact, remark in remarks.items() if fact in mine}
+    return facts, notes
+
+
+def facts_under(experiment: Experiment, raw: dict[str, Any], seed: int, tolerance: float) -> tuple[Facts, dict[str, str]]:
+    """All facts and notes under one tolerance."""
+    with one_thread(), fresh_defaults(), within(tolerance):
+        fresh = _draw(experiment, seed)
+        return experiment.facts(raw, fresh), experiment.notes(raw, fresh)
+
+
+def _draw(experiment: Experiment, seed: int) -> dict[str, Any]:
     with preserved(seed):
-        fresh = experiment.draw(Trial(seed))
-    if problem is not None:
-        return Observation(None, problem, said=said)
-    try:
-        problem = _not_finite(raw) or _changed_inputs(experiment, inputs, fresh) or _changed_state(changed)
-        if problem is None:
-            facts, notes = experiment.facts(raw, fresh), experiment.notes(raw, fresh)
-            return Observation(facts, notes=tuple(notes.items()), said=said)
-    except Exception as error:  # results of a form that no experiment foresaw: on another device, sparse, quantised
-        text = " ".join(_text(error).split())[:200]
-        problem = Problem(
-            "returned", f"what your code returned or left behind cannot be measured ({type(error).__name__}: {text})"
-        )
-    return Observation(None, problem, said=said)
+        return experiment.draw(Trial(seed))
+
+
+def _not_measurable(error: Exception) -> Problem:
+    """Results of a form that no experiment foresaw: sparse, quantised."""
+    text = " ".join(_text(error).split())[:200]
+    return Problem("returned", f"what your code returned or left behind cannot be measured ({type(error).__name__}: {text})")
 
 
 def _explain(error: BaseException, number: str, experiment: Experiment) -> Problem:
@@ -97,10 +153,18 @@ def _explain(error: BaseException, number: str, experiment: Experiment) -> Probl
         return Problem("returned", str(error))
     if isinstance(error, TimeIsUp):
         return Problem("time", f"your code was stopped after {experiment.seconds:g} s: is there a loop that never ends?")
-    text = " ".join(_text(error).split())
-    text = text if len(text) <= 300 else text[:300] + " …"
     where = _line_of(error)
-    return Problem("raised", f"{where}{type(error).__name__}{': ' + text if text else ''}")
+    kind = "refused" if isinstance(error, Refused) else "raised"
+    text = " ".join(_text(error).split())
+    if where is None and "on the same device" in text:  # an experiment used what the subject had returned
+        return Problem(kind, "what your code returned is on the CPU, and its inputs are on the GPU")
+    text = text if len(text) <= 300 else text[:300] + " …"
+    return Problem(kind, f"{where or 'your code'} raised {_named(error)}{': ' + text if text else ''}")
+
+
+def _named(error: BaseException) -> str:
+    """The name of the error's class; what the pretended GPU raises has the name that torch's own has."""
+    return (type(error).__bases__[1] if isinstance(error, Refused) else type(error)).__name__
 
 
 def _text(error: BaseException) -> str:
@@ -110,15 +174,15 @@ def _text(error: BaseException) -> str:
         return "its message cannot be read"
 
 
-def _line_of(error: BaseException) -> str:
+def _line_of(error: BaseException) -> str | None:
     """The last line of the learner's own code that the exception went through."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = frame.filename
         if file.startswith("<frozen") or any(Path(file).is_relative_to(folder) for folder in _NOT_THE_LEARNERS):
             continue
         line = (frame.line or linecache.getline(file, frame.lineno or 0)).strip()
-        return f"line {frame.lineno} of your cell, `{line}`, raised " if line else f"line {frame.lineno} of your cell raised "
-    return "your code raised "
+        return f"line {frame.lineno} of your cell, `{line}`," if line else f"line {frame.lineno} of your cell"
+    return None
 
 
 def _not_finite(raw: Any) -> Problem | None:

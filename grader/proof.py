@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from importlib import import_module
 
-from grader.experiment import Exercise, Subject
+from grader.experiment import Exercise, Subject, equal
 from grader.golden import load
 from grader.observe import observe
 from grader.verdict import Table, Verdict, judge
@@ -99,7 +99,7 @@ def _equal_facts(exercise: Exercise, table: Table) -> Iterator[str]:
             if all(
                 row[one] is not None
                 and row[other] is not None
-                and all(experiment.equal(fact, row[one][fact], row[other][fact]) for fact in row[one])
+                and all(equal(row[one][fact], row[other][fact]) for fact in row[one])
                 for experiment in exercise.experiments
                 for row in (table[experiment.name],)
             ):

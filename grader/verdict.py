@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
-from grader.experiment import Exercise, Experiment, Fact
+from grader.experiment import Exercise, Experiment, Fact, equal
 
 Facts = dict[str, Fact]
 Table = Mapping[str, Mapping[str, Facts | None]]  # experiment -> "reference" or a misconception's name -> facts
@@ -92,32 +92,27 @@ def _find(experiment: Experiment, observation: Observation, row: Mapping[str, Fa
         )
         return Finding(experiment, outcome, problem=problem)
     expected, got = row["reference"], observation.facts
-    differs = tuple(
-        (fact, expected[fact], got.get(fact)) for fact in expected if not experiment.equal(fact, expected[fact], got.get(fact))
-    )
+    differs = tuple((fact, expected[fact], got.get(fact)) for fact in expected if not equal(expected[fact], got.get(fact)))
     return Finding(experiment, "not yet" if differs else "passed", differs, notes=observation.notes)
 
 
 def _diagnose(findings: tuple[Finding, ...], seen: Mapping[str, Observation], table: Table) -> tuple[tuple[str, ...], set[str]]:
     """The misconceptions to name, and the experiments that they explain."""
-    failed = {f.experiment.name: f.experiment for f in findings if f.outcome == "not yet" and f.differs}
+    failed = {f.experiment.name for f in findings if f.outcome == "not yet" and f.differs}
     failed_facts = {f.experiment.name: f.differs for f in findings}
     passed = {f.experiment.name for f in findings if f.outcome == "passed"}
-    experiments = {f.experiment.name: f.experiment for f in findings}
     explains: dict[str, set[str]] = {}
     for name in next(iter(table.values())).keys() - {"reference"}:
-        wrong = {
-            key for key, experiment in experiments.items() if not _same(experiment, table[key][name], table[key]["reference"])
-        }
+        wrong = {key for key in table if not _same(table[key][name], table[key]["reference"])}
         if wrong & passed:
             continue
-        equal = {
+        shown = {
             key
-            for key in wrong & failed.keys()
-            if _same(failed[key], table[key][name], seen[key].facts) and any(got is not None for _, _, got in failed_facts[key])
+            for key in wrong & failed
+            if _same(table[key][name], seen[key].facts) and any(got is not None for _, _, got in failed_facts[key])
         }
-        if equal:
-            explains[name] = equal
+        if shown:
+            explains[name] = shown
     if not explains:
         return (), set()
     reachable = set().union(*explains.values())
@@ -131,7 +126,7 @@ def _diagnose(findings: tuple[Finding, ...], seen: Mapping[str, Observation], ta
     raise AssertionError("all candidates together reach what they reach")
 
 
-def _same(experiment: Experiment, one: Facts | None, other: Facts | None) -> bool:
+def _same(one: Facts | None, other: Facts | None) -> bool:
     if one is None or other is None:
         return False
-    return one.keys() == other.keys() and all(experiment.equal(fact, one[fact], other[fact]) for fact in one)
+    return one.keys() == other.keys() and all(equal(one[fact], other[fact]) for fact in one)

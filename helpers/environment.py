@@ -3,6 +3,7 @@
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -35,3 +36,11 @@ def describe_environment() -> None:
     print(", ".join(versions))
     print(f"device: {name}")
     print(f"network: {network}")
+
+
+def processor() -> str:
+    """The name of the CPU, "AMD EPYC", or what Python's `platform` knows of it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()

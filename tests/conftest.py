@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import grader  # noqa: F401
+from grader.pretend import pretending
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +31,25 @@ def root() -> Path:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+DEVICES = ["cpu", "cuda" if torch.cuda.is_available() else "pretended"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Makes a test of one for the CPU one for each device: what it makes without naming a device is there.
+
+    Without a GPU, one is pretended: see `grader.pretend`.
+    """
+    if request.param == "pretended":
+        with pretending(), torch.device("cuda"):
+            yield request.param
+    elif request.param == "cuda":
+        with torch.device("cuda"):
+            yield request.param
+    else:
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from grader.experiment import Exercise, Experiment, Trial, expect_number, misconception
+from grader.near import near
 from helpers.training import accuracy
 
 
@@ -33,7 +34,7 @@ class _Counting(Experiment):
         results = torch.tensor(raw["results"], dtype=torch.float64)
         for name, quantity in QUANTITIES.items():
             ratios = results / torch.stack([quantity(*batch) for batch in inputs["batches"]]).double()
-            if (ratios / ratios[0] - 1).abs().max() < 1e-4:
+            if near(ratios / ratios[0], 1):
                 return name, ratios[0].item()
         return "something else", None
 
@@ -66,7 +67,7 @@ class IsAFraction(_Counting):
         if factor is None:
             return {"what stands for all rows": None}
         words = {1.0: "1", 100.0: "100", 48.0: "the number of rows", 0.25: "1 / the number of classes"}
-        return {"what stands for all rows": next((w for f, w in words.items() if abs(factor / f - 1) < 1e-3), "another number")}
+        return {"what stands for all rows": next((w for f, w in words.items() if near(factor / f, 1)), "another number")}
 
 
 @misconception(

@@ -1,20 +1,25 @@
-"""Truth tables: the facts of the reference and of every misconception, one JSON file per topic.
+"""What was recorded of the exercises, and is compared with.
 
-    {"2.1": {"<experiment>": {"reference": {<facts>}, "<misconception>": {<facts>} or null}}}
+    <topic>.json            truth tables: the facts of the reference and of every misconception
+                            {"2.1": {"<experiment>": {"reference": {<facts>}, "<misconception>": {<facts>} or null}}}
+    tolerances.json         how near results have to be for a fact, for each device and precision
+    records/                raw results of the reference and of right variants, from which the tolerances come
+    deviations.json         how far results of devices, and of versions, are from each other
 
-null stands for a misconception that has no facts in that experiment, because it raises there.
-The tables are recorded from the code by `make course` and never edited; a test records them again and compares.
+null stands for a misconception that has no facts in that experiment, because it raises there. Nothing here is edited:
+`make course` records the truth tables, `python -m grader.golden record` the rest, and tests record again and compare.
 """
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from grader.experiment import Exercise
-from grader.observe import observe
+from grader.setting import Setting
 from grader.verdict import Table
 
 FOLDER = Path(__file__).parent
+AWAITS = "awaits GPU"  # stands where nothing was recorded because there was no GPU
 
 
 @cache
@@ -23,23 +28,20 @@ def load(topic: str) -> dict[str, Table]:
     return json.loads((FOLDER / f"{topic}.json").read_text(encoding="utf-8"))
 
 
-def record(exercise: Exercise, seed: int = 0) -> dict[str, dict[str, dict | None]]:
-    """Run every subject of an exercise through every experiment and return its truth table."""
-    return {
-        experiment.name: {
-            name: observe(experiment, subject, seed, exercise.number).facts for name, subject in exercise.subjects.items()
-        }
-        for experiment in exercise.experiments
-    }
+def tolerances(number: str, experiment: str, setting: Setting) -> dict[str, float]:
+    """Fact -> its tolerance in that setting, that of the CPU where nothing is recorded; no entry for exact facts."""
+    rows: Mapping[str, dict] = _tolerances().get(number, {}).get(experiment, {})
+    found = {fact: row.get(str(setting), AWAITS) for fact, row in rows.items()}
+    return {fact: rows[fact]["cpu float32"] if value == AWAITS else value for fact, value in found.items()}
 
 
-def dump(tables: dict[str, Table]) -> str:
-    """Tables as the text that is committed: one line per subject."""
-    blocks = []
-    for number, table in tables.items():
-        experiments = []
-        for name, row in table.items():
-            facts = [f"   {json.dumps(who)}: {json.dumps(facts, ensure_ascii=False)}" for who, facts in row.items()]
-            experiments.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(facts) + "\n  }")
-        blocks.append(f" {json.dumps(number)}: {{\n" + ",\n".join(experiments) + "\n }")
-    return "{\n" + ",\n".join(blocks) + "\n}\n"
+def forget() -> None:
+    """Read the files again when they are asked for next."""
+    load.cache_clear()
+    _tolerances.cache_clear()
+
+
+@cache
+def _tolerances() -> dict:
+    file = FOLDER / "tolerances.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

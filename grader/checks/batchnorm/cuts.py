@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grader.experiment import Trial
+from grader.near import near
 
 OTHER = "something else"
 Known = dict[str, list[Tensor]]  # a name, and the values (channels,) that it stands for
@@ -64,27 +65,21 @@ def known_variances(batches: list[Tensor], stored: Tensor | None = None) -> Know
     }
 
 
-def which(values: Tensor, known: Known, equal: Callable[[Tensor, Tensor], bool] | None = None) -> str:
+def which(values: Tensor, known: Known, equal: Callable[[Tensor, Tensor], bool] = near) -> str:
     """The first name under which the values are known."""
-    equal = equal or close
     return next((name for name, candidates in known.items() if any(equal(values, c) for c in candidates)), OTHER)
-
-
-def close(values: Tensor, wanted: Tensor, rtol: float = 1e-4) -> bool:
-    """Equal up to rounding in float32."""
-    return torch.allclose(values.double(), wanted, rtol=rtol, atol=1e-5)
 
 
 def which_far(var: Tensor, known: Known) -> str:
     """The same for variances of numbers far from zero, to 1 %: what is right divides by n or n - 1, it is all the same."""
     right = known["that of all values, divided by n - 1"][0]
-    found = which(var, known, lambda values, wanted: within(values, wanted, 0.01))
+    found = which(var, known, lambda values, wanted: _to_a_part(values, wanted, 0.01))
     if found.startswith("that of all values"):
         return "right to 1 %"
-    return "lost in rounding: off by more than half of itself" if found == OTHER and not within(var, right, 0.5) else found
+    return "lost in rounding: off by more than half of itself" if found == OTHER and not _to_a_part(var, right, 0.5) else found
 
 
-def within(values: Tensor, wanted: Tensor, part: float) -> bool:
+def _to_a_part(values: Tensor, wanted: Tensor, part: float) -> bool:
     """Whether no channel is off by more than that part of what is wanted."""
     return bool(((values.double() - wanted).abs() <= part * wanted.abs()).all())
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from grader.experiment import Exercise, Experiment, Trial, expect_number, expect_tensor, misconception
+from grader.near import near
 from helpers.batchnorm import batch_norm
 
 OTHER = "something else"
@@ -78,7 +79,7 @@ def _ways(x: Tensor, before: nn.Module, after: dict[str, Tensor]) -> Iterator[tu
 def _how(y: Tensor, x: Tensor, before: nn.Module, after: dict[str, Tensor]) -> tuple[dict[str, str | None], Tensor, Tensor]:
     """The way in which y is x normalised; x in float64, perhaps with a graph."""
     unknown = {"mean and variance are": OTHER, "the variance is divided by": None, "eps is added": None}
-    return next((way for way in _ways(x, before, after) if _equal(y, way[1])), (unknown, x, x))
+    return next((way for way in _ways(x, before, after) if near(y, way[1])), (unknown, x, x))
 
 
 class NormalisesWithTheBatch(Experiment):
@@ -107,7 +108,7 @@ class EvalMode(NormalisesWithTheBatch):
 
     def facts(self, raw, inputs):
         before = inputs["layer"].state_dict()
-        moved = any(not _equal(after, before[name]) for name, after in raw["after"].items())
+        moved = any(not near(after, before[name]) for name, after in raw["after"].items())
         return super().facts(raw, inputs) | {"buffers that moved": "some" if moved else "none"}
 
 
@@ -136,7 +137,7 @@ class RunningMean(Experiment):
         for name, share in known.items():
             once = start + share * (goal - start)
             twice = once + share * (goal - once)
-            if _equal(raw["first"]["running_mean"], once) and _equal(raw["second"]["running_mean"], twice):
+            if near(raw["first"]["running_mean"], once) and near(raw["second"]["running_mean"], twice):
                 found = name
                 break
         return {"share of the batch in the new running_mean": found, "num_batches_tracked after two calls": counts}
@@ -161,11 +162,11 @@ class RunningVariance(Experiment):
     def facts(self, raw, inputs):
         start = inputs["layer"].running_var.double()
         step = raw["after"].double() - start
-        found = "it stays" if _equal(step, torch.zeros_like(step)) else OTHER
+        found = "it stays" if near(step, 0) else OTHER
         for unbiased in (False, True):
             way = _moments(inputs["x"].double(), unbiased=unbiased)[1].flatten() - start
             share = (step @ way) / (way @ way)
-            if found == OTHER and _equal(step, share * way):
+            if found == OTHER and near(step, share * way):
                 found = "n - 1" if unbiased else "n"
         return {"running_var moves towards the sum of squares divided by": found}
 
@@ -192,9 +193,9 @@ class WeightAndBias(Experiment):
         found = [OTHER, OTHER]
         for scaled, w in acts.items():
             for shifted, b in acts.items():
-                if _equal(y, plain * (w(weight) if w else 1) + (b(bias) if b else 0)):
+                if near(y, plain * (w(weight) if w else 1) + (b(bias) if b else 0)):
                     found = [scaled, shifted]
-        same = "those of weight 1 and bias 0" if _equal(bare, plain) else "others"
+        same = "those of weight 1 and bias 0" if near(bare, plain) else "others"
         return {"weight acts on": found[0], "bias acts on": found[1], "outputs with affine=False": same}
 
 
@@ -227,8 +228,8 @@ class Gradients(Experiment):
         known = {"as depending on x": full, "as constants": push / divisor.detach()}
         found = "no gradient reaches x" if got is None else OTHER
         if got is not None:
-            found = next((name for name, gradient in known.items() if _equal(got, gradient)), OTHER)
-        reached = all(gradient is not None and gradient.abs().max() > 1e-6 for gradient in affine)
+            found = next((name for name, gradient in known.items() if near(got, gradient)), OTHER)
+        reached = all(gradient is not None and not near(gradient, 0) for gradient in affine)
         return {
             "the gradient of x takes mean and variance": found,
             "gradients reach weight and bias": "yes" if reached else "no",
@@ -245,10 +246,6 @@ def _buffers(layer: nn.Module) -> dict:
     names, shape = ("running_mean", "running_var"), (layer.num_features,)
     buffers = {name: expect_tensor(getattr(layer, name), shape, f"layer.{name}").detach().clone() for name in names}
     return buffers | {"num_batches_tracked": expect_number(layer.num_batches_tracked, "layer.num_batches_tracked")}
-
-
-def _equal(one: Tensor | float, other: Tensor) -> bool:
-    return torch.allclose(torch.as_tensor(one, dtype=torch.float64), other.detach().double(), rtol=1e-4, atol=1e-5)
 
 
 def _normalise(x: Tensor, layer: nn.Module, mean: Tensor, var: Tensor) -> Tensor:

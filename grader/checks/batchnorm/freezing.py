@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from grader.near import near
 from helpers import expect
 from helpers.batchnorm import freeze
 
@@ -97,9 +98,7 @@ class NothingMoves(Experiment):
 
     def facts(self, raw, inputs):
         return {
-            "the running statistics, after passes in train mode": "as before"
-            if _close(raw["before"], raw["after"])
-            else "moved",
+            "the running statistics, after passes in train mode": "as before" if near(raw["before"], raw["after"]) else "moved",
             "gradients of weight and bias": "some" if any(raw["gradients"]) else "none",
         }
 
@@ -197,13 +196,13 @@ class AllElse(Experiment):
     def facts(self, raw, inputs):
         with torch.no_grad():
             wanted = [inputs["other"].train(mode)(inputs["x"]) for mode in (False, True)]
-        in_train, in_eval = ("off" if _close(*pair) else "at work" for pair in raw["dropped"])
+        in_train, in_eval = ("off" if near(*pair) else "at work" for pair in raw["dropped"])
         return {
             "dropout in train mode": in_train,
             "dropout in eval mode": in_eval,
             "gradients of the convolution and of another norm": "as before" if all(raw["trains"]) else "missing",
             "gradients of the BatchNorm, and of a bias that was frozen before": "some" if any(raw["stays"]) else "none",
-            "a BatchNorm of another model": "as before" if all(map(_close, raw["others"], wanted)) else "changed as well",
+            "a BatchNorm of another model": "as before" if all(map(near, raw["others"], wanted)) else "changed as well",
         }
 
 
@@ -291,7 +290,7 @@ class FlagsAsBefore(Experiment):
             "weights and biases that trained before freeze": "train" if all(raw["trained"]) else "do not all train",
             "a weight that was frozen before freeze": "trains" if raw["frozen"] else "does not train",
             "what a convolution learned in between": "is kept"
-            if _close(raw["learned"], inputs["model"].conv.weight.detach() + 1)
+            if near(raw["learned"], inputs["model"].conv.weight + 1)
             else "is lost",
         }
 
@@ -328,24 +327,22 @@ def _put_back(model: nn.Module, buffers: dict[str, Tensor]) -> None:
 
 def _backward(output: Tensor) -> None:
     if output.requires_grad:
-        weights = torch.linspace(1, 2, output.numel()).view_as(output)  # the plain sum of a normalised batch is constant
+        # Weighted, because the plain sum of a normalised batch is constant.
+        weights = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output)
         (output.square() * weights).sum().backward()
 
 
 def _arrives(gradient: Tensor | None) -> bool:
+    """Whether there is any gradient: what keeps one away leaves None or exact zeros, no rounding."""
     return gradient is not None and bool(gradient.any())
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-4)
-
-
 def _which(output: Tensor, known: dict[str, Tensor]) -> str:
-    return next((name for name, expected in known.items() if _close(output, expected)), "something else")
+    return next((name for name, expected in known.items() if near(output, expected)), "something else")
 
 
 def _frozen_or_not(output: Tensor, wanted: Tensor) -> str:
-    return "frozen" if _close(output, wanted) else "not frozen"
+    return "frozen" if near(output, wanted) else "not frozen"
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from grader.checks.batchnorm.cuts import OTHER, known_means, known_variances, rows_of, uneven, which, which_far
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from grader.near import near
 from helpers.batchnorm import recompute_statistics
 
 BEFORE = "as before"
@@ -40,26 +41,28 @@ class AllBatchesAsOne(Experiment):
         return {
             "models": [model, copy.deepcopy(model)],
             "far": far,
-            "near": [batch - 100 for batch in far],  # exact: the difference of two near float32 numbers
+            "less": [batch - 100 for batch in far],  # exact: the difference of two near float32 numbers
         }
 
     def measure(self, subject, inputs):
-        for model, batches in zip(inputs["models"], (inputs["far"], inputs["near"]), strict=True):
+        for model, batches in zip(inputs["models"], (inputs["far"], inputs["less"]), strict=True):
             subject(model, batches)
-        far, near = (_statistics(model.bn) for model in inputs["models"])
-        return {"mean": far["mean"], "far": far["var"], "near": near["var"]}
+        far, less = (_statistics(model.bn) for model in inputs["models"])
+        return {"mean": less["mean"], "far": far["var"], "less": less["var"]}
 
     def facts(self, raw, inputs):
         norm = inputs["models"][0].bn
-        means = _or_before(norm.running_mean, known_means(inputs["far"], norm.running_mean))
+        means = _or_before(norm.running_mean, known_means(inputs["less"], norm.running_mean))  # around 100 rounding blurs them
         words = {
             name: which_far(raw[name], _or_before(norm.running_var, known_variances(inputs[name], norm.running_var)))
-            for name in ("far", "near")
+            for name in ("far", "less")
         }
         return {
-            "running_mean is": which(raw["mean"], means, lambda values, wanted: (values - wanted).abs().max() < 1e-4),
+            "running_mean is": which(
+                raw["mean"], means, lambda mean, wanted: near(mean, wanted, scale=wanted.abs().max().item())
+            ),
             "running_var is": words["far"],
-            "running_var of the same values less 100 is": words["near"],
+            "running_var of the same values less 100 is": words["less"],
         }
 
 
@@ -193,7 +196,8 @@ class DropoutOff(Experiment):
         return _statistics(inputs["model"].bn)
 
     def facts(self, raw, inputs):
-        times = raw["var"] / rows_of(inputs["batch"]).var(1)  # dropping half of numbers around 30 adds about 900 to it
+        # Dropping half of numbers around 30 adds about 900 to a variance of 9; dividing by n takes 2 % off it.
+        times = raw["var"] / rows_of(inputs["batch"]).var(1)
         return {"dropout was": "on" if times.min() > 4 else "off" if (times - 1).abs().max() < 0.1 else None}
 
 

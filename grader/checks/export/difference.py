@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number, misconception
+from grader.near import near
 from helpers import expect
 from helpers.parity import largest_error
 
@@ -65,7 +66,7 @@ class EveryBatchSize(Experiment):
     def facts(self, raw, inputs):
         worst, others = [5 * inputs["unit"]], [of * inputs["unit"] for of in (1, 2, 3)]
         known = {"that of the worst batch size": worst, "that of another batch size": others, "0": [0.0]}
-        figure = _figure(raw, known, least=1e-6)  # softmax makes nearly 0 of equal differences
+        figure = _figure(raw, known)
         named = _batch_size(raw, inputs["sizes"]) if figure == "that of the worst batch size" else None
         return {"the error": figure, "`batch_size`": named}
 
@@ -91,7 +92,7 @@ class Modes(Experiment):
         modes = list(zip((module.training for module in inputs["model"].modules()), raw["modes"], strict=True))
         far = "far from 0" if raw["kind"] == "a number" else raw["kind"]
         return {
-            "the error of an exact export": "0, or nearly" if far == "far from 0" and abs(raw["error"]) < 1e-5 else far,
+            "the error of an exact export": "0, or nearly" if far == "far from 0" and near(raw["error"], 0) else far,
             "modules that came in train mode": _now({now for was, now in modes if was}),
             "modules that came in eval mode": _now({now for was, now in modes if not was}),
         }
@@ -196,7 +197,7 @@ def _sizes(trial: Trial) -> dict:
 
 def _with_ones(subject, inputs: dict, change: Callable[[Tensor], Tensor]) -> dict:
     """Ask about a model whose outputs are all 1, where it is the same how differences are divided and averaged."""
-    model = _Table(inputs["inputs"], torch.ones(len(inputs["inputs"]), WIDTH))
+    model = _Table(inputs["inputs"], inputs["inputs"].new_ones(len(inputs["inputs"]), WIDTH))
     exported = copy.deepcopy(model)
     return _ask(subject, model, lambda x: change(exported(x)), inputs["inputs"], inputs["sizes"])
 
@@ -254,13 +255,14 @@ def _figures(wanted: Tensor, got: Tensor) -> dict[str, list[float]]:
     return {word: [float(figure) for figure in figures] for word, figures in words.items()}
 
 
-def _figure(raw: dict, known: dict[str, list[float]], least: float = 0.0) -> str:
-    """Which of the known figures the error is, to within 2 %; what is not above `least` is 0."""
+def _figure(raw: dict, known: dict[str, list[float]]) -> str:
+    """Which of the known figures the error is, to within 2 %: there may be an epsilon in what it was divided by."""
     if raw["kind"] != "a number":
         return raw["kind"]
-    error = raw["error"] if abs(raw["error"]) > least else 0.0
-    near = (word for word, several in known.items() if any(abs(error - one) <= 0.02 * abs(one) for one in several))
-    return next(near, "another number")
+    least = min(abs(one) for several in known.values() for one in several if one)
+    error = 0.0 if near(raw["error"], 0, scale=least) else raw["error"]  # softmax makes nearly 0 of equal differences
+    found = (word for word, several in known.items() if any(abs(error - one) <= 0.02 * abs(one) for one in several))
+    return next(found, "another number")
 
 
 def _batch_size(raw: dict, sizes: list[int]) -> str:

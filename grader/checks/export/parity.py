@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from grader.experiment import Trial, expect_tensor
+from grader.near import near
 
-TOLERANCE = 1e-5  # largest difference, as a share of the largest output
 MODEL, OTHERS = "the model's in eval mode", "others"
 SIZES = 1, 4, 8
 BATCHES = "batch sizes at which it runs, of 1, 4 and 8"
@@ -69,17 +69,16 @@ def whose(got: Outputs, model: nn.Module, inputs: list[Tensor], **also: Callable
         return None
     evaluated = copy.deepcopy(model).eval()
     with torch.no_grad():
-        if all(_near(output, evaluated(x)) for x, output in ran):
+        if all(_alike(output, evaluated(x)) for x, output in ran):
             return MODEL
         for name, function in also.items():
-            if all(_near(output, function(evaluated(x))) for x, output in ran):
+            if all(_alike(output, function(evaluated(x))) for x, output in ran):
                 return name
     return OTHERS
 
 
-def _near(got: Tensor, wanted: Tensor) -> bool:
-    got, wanted = got.detach().double(), wanted.double()
-    return got.shape == wanted.shape and bool((got - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
+def _alike(got: Tensor, wanted: Tensor) -> bool:
+    return near(got, wanted, scale=float(wanted.abs().max()))
 
 
 def modes(model: nn.Module) -> dict[str, bool]:

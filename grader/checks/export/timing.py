@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number, misconception
+from grader.near import near
 from helpers import expect
 from helpers.timing import median_seconds
 
@@ -52,6 +53,7 @@ class InTurns(Experiment):
 
     def facts(self, raw, inputs):
         first, second, third = sizes = [abs(of) for of in raw["seconds"]]
+        # In turns, the slowest takes up to 1.14 times as long as the fastest; in a row, each takes 1.7 times the one before.
         rising = third > 1.25 * second > 1.25**2 * first
         how = "alike" if max(sizes) < 1.25 * min(sizes) else "more from each to the next" if rising else "not alike"
         return {
@@ -179,12 +181,12 @@ def _which(raw: dict, known: dict[str, list[float]]) -> str:
     """Which of the known lists of seconds these are."""
     if not raw["reads"]:
         return NOT_GIVEN
-    near = (
+    found = (
         word
         for word, others in known.items()
-        if all(math.isclose(one, other, rel_tol=1e-4) for one, other in zip(raw["seconds"], others, strict=True))
+        if all(near(one, other, scale=other) for one, other in zip(raw["seconds"], others, strict=True))
     )
-    return next(near, "others")
+    return next(found, "others")
 
 
 def _order(calls: str, rounds: int) -> str:

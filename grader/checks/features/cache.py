@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grader.experiment import Exercise, Experiment, Subject, Trial, WrongReturn, expect_tensor, misconception
+from grader.near import near
 from helpers.features import cached_features
 
 _RUNS = itertools.count()
@@ -304,8 +305,7 @@ def _word(answer: dict, wanted: Tensor) -> str:
     if answer["features"] is None:
         return "raises"
     did = ("reads", "computes", "computes more than once")[min(answer["computed"], 2)]
-    right = torch.allclose(answer["features"].to(wanted.dtype), wanted, rtol=1e-4, atol=1e-5)
-    return did if right else f"{did}, and gives wrong features"
+    return did if near(answer["features"], wanted) else f"{did}, and gives wrong features"
 
 
 def _together(words: set[str]) -> str:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from grader.checks.features.counting import SharedList
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from grader.near import near
 from helpers.features import eval_mode
 from helpers.text import embed, mean_pool
 
@@ -94,7 +95,7 @@ class RowPerText(_Vectors):
 
     def facts(self, raw, inputs):
         share, words = raw["vectors"][:, _WORDS:].max(1)
-        if share.min() < 1e-6:
+        if near(share.min(), 0):
             return {"row i is the vector of": None}
         found, wanted, lengths = words.tolist(), inputs["words"], inputs["lengths"]
         rising = sorted(range(len(wanted)), key=lengths.__getitem__)
@@ -113,9 +114,9 @@ class MeanOfOwnTokens(_Vectors):
         vectors, lengths = raw["vectors"].double(), torch.tensor(inputs["lengths"]).double()
         words = _CLS_LENGTH * vectors[:, _WORDS:].amax(1) / vectors[:, _CLS].clamp_min(1e-9)
         # Which text a row belongs to is another experiment's question: sorted, the numbers of words must agree.
-        right = torch.allclose(words.sort().values, lengths.sort().values, rtol=1e-3)
+        right = near(words.sort().values / lengths.sort().values, 1)
         return {
-            "padding in the mean": "some" if (vectors[:, _PAD].abs() > 1e-4 * vectors.norm(dim=1)).any() else "none",
+            "padding in the mean": "none" if near(F.normalize(vectors, dim=1)[:, _PAD], 0) else "some",
             "the tokens of a text in the mean": "all alike" if right else "not all alike",
         }
 
@@ -126,8 +127,8 @@ class LengthOne(_Vectors):
     def facts(self, raw, inputs):
         rows, columns = raw["vectors"].norm(dim=1), raw["vectors"].norm(dim=0)
         one = {
-            "every row": torch.allclose(rows, torch.ones_like(rows), atol=1e-3),
-            "every column": torch.allclose(columns[columns > 1e-6], torch.ones(1).to(columns), atol=1e-3),
+            "every row": near(rows, 1),
+            "every column": near(columns, columns > 0.5),  # or 0, where no text has a part
         }
         return {"what has length 1": next((what for what, holds in one.items() if holds), "neither rows nor columns")}
 
@@ -154,7 +155,7 @@ class AnyCompany(Experiment):
     def facts(self, raw, inputs):
         # Rows in another order, or of another length, are other experiments' questions.
         closest = _distances(raw).min(1).values
-        return {"the vector of a text among longer ones points": "where it does alone" if _near(closest) else "elsewhere"}
+        return {"the vector of a text among longer ones points": "where it does alone" if near(closest, 0) else "elsewhere"}
 
     def notes(self, raw, inputs):
         away = _distances(raw).min(1).values.max().item()
@@ -176,8 +177,8 @@ class NoDropout(Experiment):
         with torch.no_grad():
             wanted = F.normalize(inputs["encoder"].eval()(**batch)[0].double().mean(0), dim=0)
         return {
-            "a text that is embedded twice has": "one vector" if _near(first - second) else "two vectors",
-            "its vector points": "where it does in eval mode" if _near(first - wanted) else "elsewhere",
+            "a text that is embedded twice has": "one vector" if near(first, second) else "two vectors",
+            "its vector points": "where it does in eval mode" if near(first, wanted) else "elsewhere",
         }
 
 
@@ -308,10 +309,6 @@ def _padding(lengths: Tensor, batch_size: int) -> int:
 def _distances(raw: dict[str, Tensor]) -> Tensor:
     """Between each text's vector alone and every vector of the batch, all at length 1."""
     return torch.cdist(F.normalize(raw["alone"].double(), dim=1), F.normalize(raw["together"].double(), dim=1))
-
-
-def _near(difference: Tensor) -> bool:
-    return bool(difference.abs().max() < 1e-4)
 
 
 def _by_length(texts: Sequence[str]) -> list[int]:

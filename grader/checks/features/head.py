@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, misconception
+from grader.near import near
 from helpers import expect
 from helpers.features import drop_head
 
@@ -195,8 +196,8 @@ class EveryCall(Experiment):
     def facts(self, raw, inputs):
         first, second = raw["first"], raw["second"]
         return {
-            "features of a second batch": "those of the first batch" if _equal(second, first) else "its own",
-            "features of the first batch, computed again": "the same" if _equal(raw["again"], first) else "others",
+            "features of a second batch": "those of the first batch" if near(second, first) else "its own",
+            "features of the first batch, computed again": "the same" if near(raw["again"], first) else "others",
             "features of a single image": _which(
                 raw["one"], {"its row in the batch": second[:1], "those of the first batch": first}
             ),
@@ -219,11 +220,7 @@ def _features(backbone, images: Tensor, rows: int | str | None = None) -> Tensor
 
 def _which(features: Tensor, known: dict[str, Tensor]) -> str:
     """The first of the known results that the features are equal to."""
-    return next((name for name, tensor in known.items() if _equal(features, tensor)), "something else")
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one.to(other.dtype), other, rtol=1e-4, atol=1e-5)
+    return next((name for name, tensor in known.items() if near(features, tensor)), "something else")
 
 
 def _without(model: nn.Module, name: str) -> nn.Module:

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from grader.near import near
 from helpers.text import mean_pool
 
 
@@ -42,8 +43,8 @@ class OwnTokensAlike(_Pooling):
             "the largest value of each column": hidden.masked_fill(~mask, -torch.inf).amax(1),
             "the largest value of each column, padding included": hidden.amax(1),
         }
-        pooled = raw["pooled"].to(hidden.dtype)
-        along = (name for name, rows in candidates.items() if (F.cosine_similarity(pooled, rows) > 1 - 1e-5).all())
+        pooled = F.normalize(raw["pooled"].double())
+        along = (name for name, rows in candidates.items() if near(pooled, F.normalize(rows.double())))
         return {"the result points along": next(along, "something else")}
 
 
@@ -66,7 +67,7 @@ class DividedByOwnLength(_Pooling):
             "the text's part of all tokens of the batch": own / own.sum(),
         }
         pooled = raw["pooled"].double()
-        found = (name for name, f in factors.items() if torch.allclose(pooled, f[:, None] * one, rtol=1e-4, atol=1e-5))
+        found = (name for name, f in factors.items() if near(pooled, f[:, None] * one))
         return {"the result is that vector times": next(found, "something else")}
 
 
@@ -88,7 +89,7 @@ class PaddingDoesNotMatter(_Pooling):
         def effect(name: str) -> str:
             if not raw[f"{name}: finite"].all():
                 return "makes the result NaN or infinite"
-            return "changes the result" if raw[f"{name}: moved"].abs().max() > 1e-3 else "changes nothing"
+            return "changes nothing" if near(raw[f"{name}: moved"], 0) else "changes the result"
 
         return {
             "a large number at padding": effect("large"),
@@ -111,7 +112,7 @@ class TextWithoutTokens(_Pooling):
         return {"finite": row.isfinite(), "row": row.nan_to_num(0, 0, 0)}
 
     def facts(self, raw, inputs):
-        finite = "zeros" if raw["row"].abs().max() < 1e-6 else "other numbers"
+        finite = "zeros" if near(raw["row"], 0) else "other numbers"
         return {"a text without tokens gives": finite if raw["finite"].all() else "NaN or infinity"}
 
 

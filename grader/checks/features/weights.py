@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number, misconception
+from grader.near import near
 from helpers import expect
 from helpers.backbones import classify
 from helpers.features import extract
@@ -122,7 +123,7 @@ class OwnCrop(Experiment):
 
     def facts(self, raw, inputs):
         original, outside, inside = (_by_category(call)[0] for call in raw["calls"])
-        if len(set(original.values())) == 1:
+        if near(list(original.values()), next(iter(original.values()))):
             return {"pixels that the crop leaves out": None, "pixels at the edge of what it keeps": None}
         return {
             "pixels that the crop leaves out": "do not count" if _close(original, outside) else "count",
@@ -142,7 +143,7 @@ class NamesOfTheOutputs(Experiment):
         return _seen(subject, **inputs, k=_ALL)
 
     def facts(self, raw, inputs):
-        if any(len(set(row)) < _ALL for row in raw["numbers"].tolist()):
+        if any(near(gap, 0) for gap in raw["numbers"].sort().values.diff().flatten()):  # two equal outputs
             return {"the names, from the largest output to the smallest": None}
         categories = inputs["weights"].meta["categories"]
         order = inputs["model"][2].bias.argsort(descending=True).tolist()
@@ -196,9 +197,7 @@ class Probabilities(Experiment):
 
     def facts(self, raw, inputs):
         every, some = _by_category(raw["all"]), _by_category(raw["some"])
-        same = all(
-            abs(every[i].get(name, math.inf) - number) < 2e-3 for i, image in enumerate(some) for name, number in image.items()
-        )
+        same = all(near(every[i].get(name, math.inf), number) for i, image in enumerate(some) for name, number in image.items())
         return {
             "the numbers of all categories of an image": _nature(raw["all"]["numbers"], every),
             "a category's number when fewer are listed": "the same" if same else "another",
@@ -299,24 +298,20 @@ def _sorted_names(names: list[str], numbers: list[float]) -> list[str]:
 
 
 def _close(one: dict[str, float], other: dict[str, float]) -> bool:
-    return one.keys() == other.keys() and all(abs(one[name] - other[name]) < 1e-4 for name in one)
+    return one.keys() == other.keys() and near([one[name] for name in other], list(other.values()))
 
 
 def _nature(numbers: Tensor, images: list[dict[str, float]]) -> str:
     """What the numbers of all categories are, n images in the rows of `numbers`."""
-
-    def ones(sums: Tensor) -> bool:
-        return torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=5e-3)
-
-    if (numbers >= 0).all() and ones(numbers.sum(1)):
+    if (numbers >= 0).all() and near(numbers.sum(1), 1):
         return "are at least 0 and add up to 1"
-    if (numbers <= 0).all() and ones(numbers.exp().sum(1)):
+    if (numbers <= 0).all() and near(numbers.exp().sum(1), 1):
         return "are logarithms of probabilities"
     if (numbers < 0).any():
         return "are below 0 in part"
-    if ones(numbers.sum(1) / 100):
+    if near(numbers.sum(1) / 100, 1):
         return "add up to 100"
-    if ones(torch.tensor([sum(image.get(name, 0.0) for image in images) for name in _CATEGORIES])):
+    if near([sum(image.get(name, 0.0) for image in images) for name in _CATEGORIES], 1):
         return "do not add up to 1, but those of a category in all images do"
     return "are at least 0 and do not add up to 1"
 
@@ -326,14 +321,15 @@ def _as_probabilities(numbers: Tensor) -> Tensor | None:
     if (numbers < 0).any():
         return numbers.softmax(1)
     total = numbers.sum(1, keepdim=True)
-    return next((numbers / whole for whole in (1, 100) if ((total / whole - 1).abs() < 5e-3).all()), None)
+    return next((numbers / whole for whole in (1, 100) if near(total / whole, 1)), None)
 
 
 def _places(seen: Tensor, expected: Tensor) -> list[int] | None:
     """Where each row of `expected` is found in `seen`, whatever the order of the columns."""
-    seen, expected = (rows.double().sort(dim=1).values for rows in (seen, expected))
-    found = ((seen - expected[:, None]).abs() < 1e-3).all(dim=2)  # (expected, seen)
-    return found.int().argmax(dim=1).tolist() if found.any(dim=1).all() else None
+    # As logarithms, which are far apart where small probabilities differ.
+    seen, expected = (rows.double().clamp_min(1e-9).log().sort(dim=1).values for rows in (seen, expected))
+    places = [next((i for i, row in enumerate(seen) if near(row, wanted)), None) for wanted in expected]
+    return None if None in places else places
 
 
 def _with_frame(image: Tensor, start: int, stop: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, misconception
+from grader.near import near
 from helpers import expect
 from helpers.finetune import parameter_groups
 
@@ -243,7 +244,7 @@ def _power(lr: dict[str, float], inputs: dict, stage: str) -> Fact:
     if found[0] <= 0:
         return "no whole power"
     power = math.log(inputs["lr"] / found[0], inputs["factor"])
-    return round(power) if abs(power - round(power)) < 1e-3 else "no whole power"
+    return round(power) if near(power, round(power)) else "no whole power"
 
 
 def _like(raw: dict, modules: tuple[str, ...], places: dict[str, str]) -> str | None:
@@ -258,15 +259,14 @@ def _like(raw: dict, modules: tuple[str, ...], places: dict[str, str]) -> str | 
 
 
 def _alike(numbers: list[float]) -> bool:
-    return all(math.isclose(number, numbers[0], rel_tol=1e-4) for number in numbers)
+    return near(numbers, numbers[0], scale=max(map(abs, numbers)) or 1.0)
 
 
 def _decay(found: set[float | None], weight_decay: float) -> str:
     if None in found:
         return "in part in no group"
-    if all(decay == 0 for decay in found):
-        return "0"
-    return "weight_decay" if all(math.isclose(decay, weight_decay, rel_tol=1e-4) for decay in found) else "neither for all"
+    known = {"0": 0.0, "weight_decay": weight_decay}
+    return next((word for word, decay in known.items() if near(list(found), decay, scale=weight_decay)), "neither for all")
 
 
 def _staged(model: nn.Module, stages: tuple[str, ...]) -> Iterator[tuple[str, nn.Parameter, int]]:

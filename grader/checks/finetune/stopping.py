@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from grader.near import near
 from helpers import expect
 from helpers.finetune import EarlyStopping
 
@@ -217,11 +218,7 @@ def _parameters(model: nn.Module) -> list[str]:
 
 def _which(state: State, known: dict[str, State], names: list[str]) -> str:
     """The first of the known states that these tensors of `state` are from."""
-    same = (
-        label
-        for label, other in known.items()
-        if all(name in state and torch.allclose(state[name].double(), other[name].double(), atol=1e-6) for name in names)
-    )
+    same = (label for label, other in known.items() if all(name in state and near(state[name], other[name]) for name in names))
     return f"those of {found}" if (found := next(same, None)) else "others"
 
 

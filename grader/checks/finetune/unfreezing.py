@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from grader.experiment import Exercise, Experiment, Trial, misconception
+from grader.near import near
 from helpers.finetune import unfreeze_into
 
 # Every parameter here is a single number. On larger ones `parameter in list` raises, because a list compares values; on
@@ -35,7 +36,7 @@ class NewOnesTrain(Experiment):
             _step(optimizer, _slopes(new, inputs["slopes"]) | _slopes(head.parameters(), inputs["slopes"]))
             values.append(_values(new))
         another = isinstance(returned, Optimizer) and returned is not optimizer
-        return {"another": another, "fate": _fate(optimizer, new, values[0]), "values": values}
+        return {"another": another, "seen": _seen(optimizer, new, values[0]), "values": values}
 
     def facts(self, raw, inputs):
         start, first, second = raw["values"]
@@ -43,7 +44,7 @@ class NewOnesTrain(Experiment):
         twice = _times(first - second, start - first) if once else None
         return {
             "the optimizer afterwards": "another one came back" if raw["another"] else "the one given",
-            "unfrozen parameters, after a step": raw["fate"],
+            "unfrozen parameters, after a step": _fate(raw["seen"]),
             "their first step, in units of lr x gradient": once,
             "their second step with the same gradient, in units of the first": twice,
         }
@@ -67,15 +68,15 @@ class AnyIterable(Experiment):
             before = _values(layer.parameters())
             subject(optimizer, parameters, NEW)
             _step(optimizer, _slopes(layer.parameters(), inputs["slopes"]) | _slopes(head.parameters(), inputs["slopes"]))
-            fate = _fate(optimizer, list(layer.parameters()), before)
-            raw[name] = {"values": [before, _values(layer.parameters())], "fate": fate}
+            seen = _seen(optimizer, list(layer.parameters()), before)
+            raw[name] = {"values": [before, _values(layer.parameters())], "seen": seen}
         return raw
 
     def facts(self, raw, inputs):
         before, after = raw["tied"]["values"]
         step = _times((before - after)[:1], NEW * inputs["slopes"][:1])
         return {
-            "parameters out of a generator": raw["block"]["fate"],
+            "parameters out of a generator": _fate(raw["block"]["seen"]),
             "step of one that comes twice, in units of lr x gradient": step,
         }
 
@@ -113,7 +114,7 @@ class OldOnesGoOn(Experiment):
             waiting = [0.0 if parameter.grad is None else parameter.grad.item() for parameter in old]
             for row in slopes[4:]:
                 _step(optimizer, _slopes(old, row) | _slopes(new, row[:2]))
-            raw[kind] = {"old": _values(old), "new": _fate(optimizer, new, before), "waiting": waiting}
+            raw[kind] = {"old": _values(old), "new": _seen(optimizer, new, before), "waiting": waiting}
         return raw
 
     def facts(self, raw, inputs):
@@ -124,11 +125,11 @@ class OldOnesGoOn(Experiment):
             close = (
                 name
                 for name, changes in self.changes.items()
-                if torch.allclose(raw[kind]["old"], self.control(kind, start, slopes, **changes), rtol=1e-5, atol=1e-5)
+                if near(raw[kind]["old"], self.control(kind, start, slopes, **changes))
             )
             facts[f"{kind}: what trained before moves"] = next(close, "in some other way")
-            facts[f"{kind}: new ones, given together with old ones"] = raw[kind]["new"]
-        kept = all(torch.allclose(torch.tensor(raw[kind]["waiting"]), slopes[3], rtol=1e-5, atol=0) for kind in self.kinds)
+            facts[f"{kind}: new ones, given together with old ones"] = _fate(raw[kind]["new"])
+        kept = all(near(raw[kind]["waiting"], slopes[3]) for kind in self.kinds)
         return facts | {"gradients that were waiting for the next step": "kept" if kept else "lost"}
 
     @staticmethod
@@ -174,15 +175,15 @@ class AlreadyInTheOptimizer(Experiment):
         subject(optimizer, list(given), NEW)
         added = len(optimizer.param_groups) - groups
         _step(optimizer, _slopes(everything, inputs["slopes"].repeat(3)))
-        fate = _fate(optimizer, list(block.parameters()), before[4:])
-        return {"values": [before, _values(everything)], "added": added, "fate": fate}
+        seen = _seen(optimizer, list(block.parameters()), before[4:])
+        return {"values": [before, _values(everything)], "added": added, "seen": seen}
 
     def facts(self, raw, inputs):
         before, after = raw["values"]
         lr = torch.tensor([FIRST, FIRST, SECOND, SECOND, NEW, NEW])
         steps = (before - after).flatten() / (lr * inputs["slopes"].repeat(3))
         return {
-            "new ones, given together with frozen ones it had": raw["fate"],
+            "new ones, given together with frozen ones it had": _fate(raw["seen"]),
             "step of the new ones, in units of lr x gradient": _times(steps[4:], torch.ones(2)),
             "step of the frozen ones it had, in units of their own group's": _times(steps[2:4], torch.ones(2)),
             "step of all others, in units of their own group's": _times(steps[:2], torch.ones(2)),
@@ -205,10 +206,10 @@ class EqualValues(Experiment):
         subject(optimizer, list(new), NEW)
         slopes = inputs["slopes"]
         _step(optimizer, _slopes(first.parameters(), slopes) | _slopes(new, slopes.repeat(2)))
-        return {"fate": _fate(optimizer, new, before)}
+        return {"seen": _seen(optimizer, new, before)}
 
     def facts(self, raw, inputs):
-        return {"parameters of two new BatchNorms beside an old one": raw["fate"]}
+        return {"parameters of two new BatchNorms beside an old one": _fate(raw["seen"])}
 
 
 def _layer(trial: Trial) -> nn.Linear:
@@ -243,15 +244,22 @@ def _values(parameters) -> Tensor:
     return torch.stack([parameter.detach().clone().flatten() for parameter in parameters])  # (number of parameters, 1)
 
 
-def _fate(optimizer: Optimizer, parameters: list[Tensor], before: Tensor) -> str:
-    """Whether the parameters have moved since `before`, and if not, what is missing."""
-    moved = ((before - _values(parameters)).abs() > 1e-6).flatten().tolist()
+def _seen(optimizer: Optimizer, parameters: list[Tensor], before: Tensor) -> dict:
+    """What `_fate` is told from: how far the parameters have moved since `before`, and what they need to move."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return {
+        "moves": (_values(parameters) - before).flatten(),
+        "trainable": [parameter.requires_grad for parameter in parameters],
+        "there": [id(parameter) in held for parameter in parameters],
+    }
+
+
+def _fate(seen: dict) -> str:
+    """Whether the parameters have moved, and if not, what is missing."""
+    moved = [not near(move, 0, scale=NEW) for move in seen["moves"]]
     if any(moved):
         return "all of them move" if all(moved) else "some of them move"
-    trainable = _how_many([parameter.requires_grad for parameter in parameters])
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    there = _how_many([id(parameter) in held for parameter in parameters])
-    return f"none moves ({trainable} trainable, {there} in the optimizer)"
+    return f"none moves ({_how_many(seen['trainable'])} trainable, {_how_many(seen['there'])} in the optimizer)"
 
 
 def _how_many(which: list[bool]) -> str:
@@ -261,7 +269,8 @@ def _how_many(which: list[bool]) -> str:
 def _times(steps: Tensor, unit: Tensor) -> float | None:
     """How many units each of the steps is; None if that is not one number for all of them."""
     times = steps.flatten() / unit.flatten()
-    return round(times.mean().item(), 3) if times.max() - times.min() < 1e-3 else None
+    number = times.mean().item()
+    return round(number, 3) if near(times, number) else None  # three digits to show
 
 
 def _not_yet_in(optimizer: Optimizer, parameters) -> list[Tensor]:

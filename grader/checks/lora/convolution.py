@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from grader.checks.lora.layer import attempt, beside_base, failed, gradients, how_far, module, name_of
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from grader.near import near
 from helpers.lora import Conv2d
 
 AS_BASE = "as base, but for the weight"
@@ -112,8 +113,8 @@ class TheUpdate(Experiment):
     @staticmethod
     def _factor(update: Tensor, inputs: dict) -> float | None:
         """What multiplies the sum of rank products of the same two numbers."""
-        values = update[update.abs() > 1e-4]
-        if values.numel() == 0 or values.max() - values.min() > 1e-3 * values.abs().max():
+        values = update[:, :, _there(update)]
+        if values.numel() == 0 or not near(values / values.mean(), 1):
             return None
         return float(values.mean()) / (inputs["rank"] * NUMBER**2)
 
@@ -220,7 +221,8 @@ class Groups(_Arguments):
             if "an error" not in facts.values():
                 count = _count(raw["again"], again)
             if set(facts.values()) == {AS_BASE}:
-                size = _rank(_kernel(raw["again"]["filled"], again) - _kernel(raw["again"]["zero"], again), again["rank"])
+                filled, zero = (_kernel(raw["again"][name], again) for name in ("filled", "zero"))
+                size = None if filled is None or zero is None else _rank(filled - zero, again["rank"])
         return facts | {"groups 2, the update's rank": size, "groups 2, numbers that train besides base's": count}
 
     @staticmethod
@@ -305,7 +307,7 @@ def _kernel(y: Tensor, inputs: dict) -> Tensor | None:
     ):
         rows, wanted = F.pad(seen, (0, 1), value=1.0).flatten(0, 1), made.flatten(0, 1)  # the last column is for the bias
         kernel = torch.linalg.lstsq(rows, wanted).solution
-        if (rows @ kernel - wanted).abs().max() > 1e-4 * max(1.0, float(wanted.abs().max())):
+        if not near(rows @ kernel, wanted):
             return None
         kernels.append(kernel[:-1].T)
     return torch.cat(kernels).view_as(base.weight)
@@ -314,11 +316,16 @@ def _kernel(y: Tensor, inputs: dict) -> Tensor | None:
 def _as_base(y: Tensor | dict, inputs: dict) -> bool:
     """Whether a filled layer computed what base would with another weight than its own."""
     kernel = None if failed(y) else _kernel(y, inputs)
-    return kernel is not None and bool((kernel - inputs["of base"]["weight"]).abs().max() > 1e-3)
+    return kernel is not None and not near(kernel, inputs["of base"]["weight"])
+
+
+def _there(update: Tensor) -> Tensor:
+    """In which places of a kernel there is an update, (kh, kw)."""
+    return torch.tensor([[not near(place, 0) for place in row] for row in update.permute(2, 3, 0, 1)])
 
 
 def _where(update: Tensor) -> str:
-    there = update.abs().amax((0, 1)) > 1e-3  # (kh, kw)
+    there = _there(update)
     if there.all() or not there.any():
         return "everywhere" if there.all() else "nowhere"
     there[there.shape[0] // 2, there.shape[1] // 2] = False
@@ -327,7 +334,8 @@ def _where(update: Tensor) -> str:
 
 def _rank(update: Tensor, rank: int) -> str:
     values = torch.linalg.svdvals(update.flatten(1))
-    found = int((values > 1e-4 * values[0]).sum())
+    largest = float(values[0]) or 1.0
+    found = sum(not near(value, 0, scale=largest) for value in values)
     return "rank" if found == rank else "above rank" if found > rank else "below rank"
 
 

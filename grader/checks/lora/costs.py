@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, expect_number, misconception
+from grader.near import near
 from helpers import expect
 from helpers.lora import cost
 
@@ -138,9 +139,9 @@ class Gradients(Experiment):
         orders = [order["gradient_bytes"] for order in raw["together"]]
         if not numbers:
             how = None
-        elif _close(orders[0], orders[1]) and _close(orders[0], sum(part["gradient_bytes"] for part in parts)):
+        elif near(orders[0], orders[1]) and near(orders[0], sum(part["gradient_bytes"] for part in parts)):
             how = "as each by itself"
-        elif all(any(_close(order, size * numbers) for size in sizes) for order in orders):
+        elif all(any(near(order, size * numbers) for size in sizes) for order in orders):
             how = "all as one of them"
         else:
             how = "another number"
@@ -218,24 +219,20 @@ def _counted(subject, layers: list[nn.Module], rank: int, optimizer: str = "adam
     return {key: expect_number(value[key], f"cost(...)['{key}']") for key in KEYS}
 
 
-def _close(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=1e-9)
-
-
 def _which(number: float, names: dict[str, float], sides: tuple[int, ...] = ()) -> str:
     """The name of a number; `sides` are those of the matrix, for a number that stands for the rank times one of them."""
-    if name := next((name for name, value in names.items() if _close(number, value)), None):
+    if name := next((name for name, value in names.items() if near(number, value)), None):
         return name
     for side in sides:
         for times, name in ((1, "rank x one side of the matrix alone"), (2, "2 x rank x one side of the matrix")):
-            if _close(number, times * side):
+            if near(number, times * side):
                 return name
     return "another number"
 
 
 def _as(counts: dict[str, float], names: dict[str, dict[str, float]]) -> str:
     """The name of four numbers."""
-    same = (name for name, wanted in names.items() if all(_close(counts[key], wanted[key]) for key in KEYS))
+    same = (name for name, wanted in names.items() if all(near(counts[key], wanted[key]) for key in KEYS))
     return next(same, "another number")
 
 
@@ -250,12 +247,12 @@ def _bytes_each(counts: dict[str, float]) -> Fact:
     if not adapter:
         return None
     for size in (1, 2, 4, 8):
-        if full and _close(given, size * full):
+        if full and near(given, size * full):
             return f"{size} for each number of the full weight instead"
-        if full and _close(given, size * (full + adapter)):
+        if full and near(given, size * (full + adapter)):
             return f"{size} for these and those of the full weight"
     size = given / adapter
-    return round(size) if _close(size, round(size)) else "another number"
+    return round(size) if near(size, round(size)) else "another number"
 
 
 def _state_each(counts: dict[str, float], size: int) -> Fact:
@@ -266,12 +263,12 @@ def _state_each(counts: dict[str, float], size: int) -> Fact:
     own = _bytes_each(counts)
     for unit in ([own] if isinstance(own, int) and own else []) + [size]:
         for times in range(5):
-            if _close(given, times * unit * adapter):
+            if near(given, times * unit * adapter):
                 return times
         for times in range(1, 5):
-            if _close(given, times * unit * full):
+            if near(given, times * unit * full):
                 return f"{times} for each number of the full weight instead"
-            if _close(given, times * unit * (full + adapter)):
+            if near(given, times * unit * (full + adapter)):
                 return f"{times} for these and those of the full weight"
     return "another number"
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, misconception
+from grader.near import near
 from helpers import expect
 from helpers.lora import Linear
 
@@ -130,7 +131,7 @@ class Gradients(Experiment):
         return {
             "a gradient reaches A": "yes" if a.any() else "no",
             "a gradient reaches B": "yes" if b.any() else "no",
-            "the input's gradient comes through": next((name for name, w in ways.items() if close(x, w)), SOMETHING_ELSE),
+            "the input's gradient comes through": next((name for name, w in ways.items() if near(x, w)), SOMETHING_ELSE),
         }
 
 
@@ -277,18 +278,12 @@ def gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True)]
 
 
-def close(one: Tensor, other: Tensor) -> bool:
-    """Equal but for rounding in float32."""
-    return bool((one - other).abs().max() <= 1e-5 * max(1.0, float(other.abs().max())))
-
-
 def beside_base(y: Tensor, base_y: Tensor) -> str:
     """What outputs (n, channels, ...) are, in terms of base's; a constant is one number for each channel."""
-    rounding, far = 3e-6 * max(1.0, float(base_y.abs().max())), y - base_y
-    if far.abs().max() <= rounding:
+    if near(y, base_y):
         return "base's"
-    channels = far.transpose(0, 1).flatten(1)
-    if (channels - channels[:, :1]).abs().max() <= rounding:
+    channels = (y - base_y).transpose(0, 1).flatten(1)
+    if near(channels - channels[:, :1], 0, scale=max(1.0, float(base_y.abs().max()))):
         return "base's and a constant"
     return "others" if ratio(y, base_y) is None else "base's times a number"
 
@@ -300,8 +295,8 @@ def how_far(y: Tensor, base_y: Tensor) -> str:
 def ratio(one: Tensor, other: Tensor) -> float | None:
     """The number by which `other` is multiplied in `one`, if there is such a number and it is not zero."""
     number = float((one * other).sum() / (other * other).sum())
-    far = (one - number * other).abs().max() > 1e-4 * other.abs().max()
-    return None if far or abs(number) < 1e-4 else number
+    there = not near(number, 0) and near(one, number * other, scale=abs(number) * float(other.abs().max()))
+    return number if there else None
 
 
 def name_of(factor: float, inputs: dict) -> str:
@@ -316,7 +311,7 @@ def name_of(factor: float, inputs: dict) -> str:
         "alpha / sqrt(rank)": alpha / math.sqrt(rank),
         "2 alpha / rank": 2 * alpha / rank,
     }
-    return next((name for name, value in known.items() if abs(factor / value - 1) < 1e-3), "another number")
+    return next((name for name, value in known.items() if near(factor / value, 1)), "another number")
 
 
 def kinds(tensors: list[Tensor]) -> str:
@@ -342,8 +337,8 @@ def _output(layer: nn.Module, x: Tensor, inputs: dict) -> Tensor:
 
 def _matrix(layer: nn.Module, inputs: dict) -> Tensor:
     """What the layer multiplies its input by, (out_features, in_features), whatever it adds."""
-    size = inputs["A"].shape[1]
-    y = _output(layer, torch.cat([torch.eye(size), torch.zeros(1, size)]), inputs).detach()
+    a = inputs["A"]
+    y = _output(layer, F.pad(torch.eye(a.shape[1], device=a.device), (0, 0, 0, 1)), inputs).detach()
     return (y[:-1] - y[-1]).T.clone()
 
 
@@ -375,7 +370,7 @@ def _fill(layer: nn.Module, inputs: dict, times: float = 1.0) -> bool:
 
 def _product(update: Tensor, a: Tensor, b: Tensor) -> tuple[str, float | None]:
     """What an update is made of, and the factor before it."""
-    if update.abs().max() < 1e-5:
+    if near(update, 0):
         return "nothing", None
     number = ratio(update, b @ a)
     if number is not None:
@@ -390,7 +385,7 @@ def _product(update: Tensor, a: Tensor, b: Tensor) -> tuple[str, float | None]:
 
 def _as_in_rows(y: Any, x: Tensor, rows: Tensor) -> bool:
     """Whether the output for x holds the same vectors as the one for a matrix of x's vectors."""
-    return isinstance(y, Tensor) and y.shape[:-1] == x.shape[:-1] and y.numel() == rows.numel() and close(y.view_as(rows), rows)
+    return isinstance(y, Tensor) and y.shape[:-1] == x.shape[:-1] and y.numel() == rows.numel() and near(y.view_as(rows), rows)
 
 
 def _dtype(found: str | dict) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, misconception
+from grader.near import near
 from helpers import expect, lora
 
 SCALING = 3  # alpha / rank: a delta that is scaled again is three times as large
@@ -266,8 +267,8 @@ def _updates(outputs: list[Tensor], inputs: dict) -> list[Fact]:
 
 def _multiple(update: Tensor, delta: Tensor) -> Fact:
     times = float((update * delta).sum() / delta.square().sum())
-    rest = (update - times * delta).norm() / delta.norm()
-    return round(times, 2) + 0.0 if rest < 1e-3 else "another update"
+    alike = near(update, times * delta, scale=float(delta.abs().max()))
+    return round(times, 2) + 0.0 if alike else "another update"
 
 
 def _raised(subject, model: nn.Module) -> str:

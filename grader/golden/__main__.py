@@ -1,0 +1,163 @@
+"""Record the right solutions on this machine, or compare this machine with the records.
+
+    python -m grader.golden record      on every device and in every precision there is; then tolerances and deviations anew
+    python -m grader.golden verify      a table of where this machine deviates
+
+On a machine with a GPU, both take the GPU too.
+"""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from grader import golden
+from grader.checks import TOPICS, exercises
+from grader.experiment import equal
+from grader.golden import AWAITS, FOLDER
+from grader.golden.deviations import Deviation, between
+from grader.golden.records import SETTINGS, Record, all_versions, each, measure, path_of, read, versions, write
+from grader.golden.rule import tolerances
+from grader.observe import facts_of
+from grader.setting import CPU, Setting
+from helpers.files import write_text
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+Topics = Annotated[list[str] | None, typer.Argument(help="Topics, such as lora; all if left out.")]
+
+
+@app.command()
+def record(topics: Topics = None) -> None:
+    """Run every right solution here and write records, tolerances and deviations."""
+    for topic in _known(topics):
+        for setting in SETTINGS:
+            if setting.there:
+                write(measure(topic, setting), path_of(topic, setting))
+                print(f"{topic}, {setting}: recorded", flush=True)
+    write_tolerances(_known(topics))
+    write_text(FOLDER / "deviations.json", json.dumps(deviations(), indent=1, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def verify(topics: Topics = None) -> None:
+    """Run every right solution here and compare with the records: raw results, and the facts made from them."""
+    wrong = 0
+    print(f"{'exercise':9} {'experiment':34} {'setting':16} {'beside':14} {'deviation':>10}  facts")
+    for topic in _known(topics):
+        for setting in SETTINGS:
+            kept = _kept(topic, setting)
+            if not setting.there or kept is None:
+                print(f"{topic:44} {setting!s:16} {AWAITS if setting.device == 'cuda' else 'nothing recorded'}")
+                continue
+            here, of = measure(topic, setting), kept[0]
+            facts = facts_that_differ(topic, here, setting)
+            found = between(here.results, kept[1].results)
+            for (number, experiment), deviation in found.items():
+                differ = facts.get((number, experiment), [])
+                wrong += len(differ)
+                if deviation.far or deviation.other or differ:
+                    print(_row(number, experiment, setting, of, deviation, differ), flush=True)
+            print(f"{topic:44} {setting!s:16} {len(found)} experiments compared", flush=True)
+    print("every fact is as recorded" if not wrong else f"{wrong} facts differ")
+    raise typer.Exit(bool(wrong))
+
+
+def write_tolerances(topics: list[str]) -> None:
+    """Make the tolerances of these topics from all records there are."""
+    file = FOLDER / "tolerances.json"
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for topic in topics:
+        recorded = {
+            setting: [read(path) for of in all_versions() if (path := path_of(topic, setting, of)).exists()]
+            for setting in SETTINGS
+        }
+        rows |= {number: tolerances(topic, exercise, recorded) for number, exercise in exercises(topic).items()}
+    ordered = {number: rows[number] for topic in TOPICS.values() for number in exercises(topic) if number in rows}
+    write_text(file, dump(ordered))
+    golden.forget()
+
+
+def dump(rows: dict) -> str:
+    """Tolerances as the text that is committed: one line per fact."""
+    blocks = []
+    for number, experiments in rows.items():
+        inner = []
+        for name, facts in experiments.items():
+            lines = [f"   {json.dumps(fact, ensure_ascii=False)}: {json.dumps(row)}" for fact, row in facts.items()]
+            inner.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n  }")
+        blocks.append(f" {json.dumps(number)}: {{\n" + ",\n".join(inner) + "\n }" if inner else f" {json.dumps(number)}: {{}}")
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
+def deviations() -> dict:
+    """What the records say of devices (the same versions) and of versions (the same device), apart from each other.
+
+    {"devices": {"torch-2.11.0, cuda float32 beside cpu float32": {"6.1": {"the update": 1e-7}}}, "versions": {...}}
+    """
+    names = all_versions()
+    devices = {
+        f"{of}, {setting} beside {CPU}": compared
+        for of in names
+        for setting in SETTINGS
+        if setting != CPU and (compared := _compared((of, setting), (of, CPU)))
+    }
+    others = {
+        f"{of} beside {names[-1]}, {setting}": compared
+        for of in names[:-1]
+        for setting in SETTINGS
+        if (compared := _compared((of, setting), (names[-1], setting)))
+    }
+    return {"devices": devices or AWAITS, "versions": others}
+
+
+def facts_that_differ(topic: str, here: Record, setting: Setting) -> dict[tuple[str, str], list[str]]:
+    """(number, experiment) -> the facts that are not those of the truth table."""
+    found: dict[tuple[str, str], list[str]] = {}
+    experiments = {n: {x.name: x for x in exercise.experiments} for n, exercise in exercises(topic).items()}
+    for number, name, who, seed, raw in each(here.results):
+        expected = golden.load(topic)[number][name]["reference"]
+        if "problem" in raw:
+            if setting.device == "cpu":
+                found.setdefault((number, name), []).append(f"{who}: {raw['problem']}")
+            continue
+        facts, _ = facts_of(experiments[number][name], raw, seed, golden.tolerances(number, name, setting))
+        differ = [f"{who}: {fact}" for fact, value in expected.items() if not equal(value, facts.get(fact))]
+        if differ:
+            found.setdefault((number, name), []).extend(differ)
+    return found
+
+
+def _compared(one: tuple[str, Setting], other: tuple[str, Setting]) -> dict[str, dict[str, float | str]]:
+    found: dict[str, dict[str, float | str]] = {}
+    for topic in TOPICS.values():
+        paths = [path_of(topic, setting, of) for of, setting in (one, other)]
+        if all(path.exists() for path in paths):
+            for (number, name), deviation in between(*(read(path).results for path in paths)).items():
+                found.setdefault(number, {})[name] = deviation.other or float(f"{deviation.far:.1e}")
+    return found
+
+
+def _kept(topic: str, setting: Setting) -> tuple[str, Record] | None:
+    """The record of these versions or, if there is none, of the newest; with the name of its versions."""
+    for of in (versions(), *reversed(all_versions())):
+        if (path := path_of(topic, setting, of)).exists():
+            return of, read(path)
+    return None
+
+
+def _row(number: str, name: str, setting: Setting, of: str, deviation: Deviation, differ: list[str]) -> str:
+    far = f"{deviation.far:.1e}" if deviation.other is None else "another"
+    facts = "; ".join(differ) if differ else "the same"
+    other = f" ({deviation.other})" if deviation.other else ""
+    return f"{number:9} {name:34} {setting!s:16} {of:14} {far:>10}  {facts}{other}"
+
+
+def _known(topics: list[str] | None) -> list[str]:
+    if unknown := set(topics or ()) - set(TOPICS.values()):
+        raise typer.BadParameter(f"no topic {sorted(unknown)[0]!r}. Choose from {', '.join(TOPICS.values())}.")
+    return topics or list(TOPICS.values())
+
+
+if __name__ == "__main__":
+    sys.exit(app())

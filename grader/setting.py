@@ -1,0 +1,114 @@
+"""Where and how precisely an experiment is run: the CPU, a GPU, or a GPU that is only pretended."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grader import pretend
+
+PRECISIONS = ("float32", "TF32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A device and a precision.
+
+    precision "float32": as IEEE 754 has it. "TF32": a GPU may round the factors of products to 10 bits behind the first.
+    "bfloat16": inside `torch.autocast`, which computes products in bfloat16.
+    """
+
+    device: str  # "cpu", "cuda" or "pretended"
+    precision: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.device} {self.precision}"
+
+    @property
+    def there(self) -> bool:
+        """Whether this machine can run it."""
+        return self.device != "cuda" or torch.cuda.is_available()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the `with`, torch computes as precisely as this says, and knows the pretended device; afterwards as before."""
+        matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        try:
+            torch.set_float32_matmul_precision("high" if self.precision == "TF32" else "highest")
+            torch.backends.cudnn.allow_tf32 = self.precision == "TF32"
+            with ExitStack() as stack:
+                if self.precision == "bfloat16":
+                    stack.enter_context(torch.autocast(self.device, torch.bfloat16))
+                if self.device == "pretended":
+                    stack.enter_context(pretend.pretending())
+                yield
+        finally:
+            torch.set_float32_matmul_precision(matmul)
+            torch.backends.cudnn.allow_tf32 = conv
+
+    def put(self, inputs: Any) -> Any:
+        """Inputs as drawn, moved to the device: tensors, parameters and buffers of modules, and optimizers of these.
+
+        Tensors come as copies; modules and optimizers are changed in place.
+        """
+        put = {"cpu": lambda x: x, "cuda": _to_gpu, "pretended": pretend.put}[self.device]
+        return inputs if self.device == "cpu" else _Moving(put)(inputs)
+
+    def fetch(self, raw: Any) -> Any:
+        """Raw results, their tensors moved to the CPU."""
+        if self.device == "cpu":
+            return raw
+        return _Moving(pretend.fetch if self.device == "pretended" else lambda x: x.detach().cpu())(raw)
+
+
+CPU = Setting("cpu")
+GPU = Setting("cuda")
+PRETENDED = Setting("pretended")
+
+
+def _to_gpu(x: Tensor) -> Tensor:
+    if isinstance(x, nn.Parameter):
+        x.data = x.data.to("cuda")
+        return x
+    return x.detach().to("cuda").requires_grad_(x.requires_grad)
+
+
+class _Moving:
+    """Applies `put` to all tensors of a tree; what is there twice stays one."""
+
+    def __init__(self, put: Callable[[Tensor], Tensor]) -> None:
+        self._put = put
+        self._moved: dict[int, tuple[Any, Any]] = {}  # keeps the old one alive, so that no other gets its id
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor | nn.Module | torch.optim.Optimizer):
+            if id(value) not in self._moved:
+                self._moved[id(value)] = value, self._move(value)
+            return self._moved[id(value)][1]
+        if isinstance(value, dict):
+            return type(value)((key, self(item)) for key, item in value.items())
+        if isinstance(value, list | tuple):
+            items = [self(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
+
+    def _move(self, value: Tensor | nn.Module | torch.optim.Optimizer) -> Any:
+        if isinstance(value, Tensor):
+            gradient, moved = value.grad if value.is_leaf else None, self._put(value)
+            if gradient is not None:
+                moved.grad = self._put(gradient)
+            return moved
+        if isinstance(value, torch.optim.Optimizer):
+            for group in value.param_groups:
+                group["params"] = [self(parameter) for parameter in group["params"]]
+            state = {self(parameter): self(of) for parameter, of in value.state.items()}
+            value.state.clear()
+            value.state.update(state)
+            return value
+        for module in value.modules():
+            for tensors in (module._parameters, module._buffers):
+                tensors.update({name: self(tensor) for name, tensor in tensors.items() if tensor is not None})
+        return value
