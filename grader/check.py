@@ -58,9 +58,14 @@ def check(number: str, thing: Subject) -> float | None:
         print(describe(verdict, seen))
     points, outcome, named, problems = 0, "error", [], []
     if isinstance(verdict, Verdict):
-        points, outcome, named, problems = verdict.points, verdict.outcome, list(verdict.named), list(seen.problems)
+        points, outcome, named, problems = (
+            verdict.points,
+            verdict.outcome,
+            list(verdict.named),
+            [*seen.on_a_gpu, *seen.in_autocast],
+        )
     if os.environ.get("NBGRADER_EXECUTION"):
-        _publish({"exercise": number, "points": points, "outcome": outcome, "named": named, "on a GPU": problems})
+        _publish({"exercise": number, "points": points, "outcome": outcome, "named": named, "elsewhere": problems})
         return float(points)
     if outcome not in ("passed", "not attempted"):
         raise CheckFailed(f"{number} is not passed yet: see above.")
@@ -128,7 +133,10 @@ def describe(verdict: Verdict, seen: Elsewhere = NOWHERE) -> str:
     lines += [_fill("     likely    ", f"{name}. {hints[name]}") for name in verdict.named]
     if verdict.named and verdict.unexplained:
         lines.append("     besides   something else differs too")
-    lines += [_fill("     on a GPU  ", f"{problem.rstrip('.')}. It costs no points.") for problem in seen.problems]
+    lines += [
+        _fill("     on a GPU  ", f"it works on the CPU only: {problem}. It costs no points.") for problem in seen.on_a_gpu
+    ]
+    lines += [_fill("     autocast  ", f"{problem}. It costs no points.") for problem in seen.in_autocast]
     lines += [_fill("     note      ", line) for line in verdict.said]
     if verdict.outcome in ("not yet", "error"):
         lines.append(f'     more      hint("{exercise.number}")')

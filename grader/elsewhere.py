@@ -7,53 +7,71 @@ nothing of this changes points or outcome.
 
 from dataclasses import dataclass
 
-import torch
-
+from grader import golden
 from grader.experiment import Exercise, Experiment, Subject, equal
 from grader.observe import observe
 from grader.setting import GPU, PRETENDED, Setting
-from grader.verdict import Observation, Table, Verdict
+from grader.verdict import Table, Verdict
 
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """What was seen away from the CPU."""
+    """What was seen away from the CPU and from float32."""
 
     right: frozenset[str] = frozenset()  # experiments that passed on a real GPU
     wrong: frozenset[str] = frozenset()  # experiments that passed on the CPU alone
-    problems: tuple[str, ...] = ()  # a sentence for the learner each
+    on_a_gpu: tuple[str, ...] = ()  # a sentence for the learner each
+    in_autocast: tuple[str, ...] = ()
 
 
 NOWHERE = Elsewhere()
 
 
 def look(exercise: Exercise, thing: Subject, verdict: Verdict, table: Table, seed: int) -> Elsewhere:
-    """Run the experiments that passed on the CPU once more, on the GPU if there is one, else on a pretended one."""
-    setting = GPU if torch.cuda.is_available() else PRETENDED
+    """Run the experiments that passed once more: on the GPU if there is one, else on a pretended one; and in autocast.
+
+    In autocast only if the exercise's statement asks for it, on the GPU if there is one, else on the CPU.
+    """
+    gpu = GPU if GPU.there else PRETENDED
     passed = [finding.experiment for finding in verdict.findings if finding.outcome == "passed"]
-    problems: dict[str, str] = {}
-    right = set()
-    for experiment in passed:
-        if setting == PRETENDED and not experiment.pretends:
-            continue
-        problem = _problem(experiment, observe(experiment, thing, seed, exercise.number, setting), table, setting)
-        if problem is None and setting == GPU:
-            right.add(experiment.name)
-        # Where the reference fails as well, it is the check or the machine that is at fault.
-        elif problem and not _problem(
-            experiment, observe(experiment, exercise.reference, seed, exercise.number, setting), table, setting
-        ):
-            problems[experiment.name] = problem
-    return Elsewhere(frozenset(right), frozenset(problems), tuple(dict.fromkeys(problems.values())))
+    tried = [experiment for experiment in passed if gpu == GPU or experiment.pretends]
+    wrong = _problems(exercise, thing, tried, table, seed, gpu)
+    right = {experiment.name for experiment in tried if gpu == GPU} - wrong.keys()
+    half = Setting("cuda" if gpu == GPU else "cpu", "bfloat16")
+    rounded = _problems(exercise, thing, passed, table, seed, half) if exercise.autocast else {}
+    rounded = {name: problem for name, problem in rounded.items() if name not in wrong}  # said once
+    return Elsewhere(frozenset(right), frozenset(wrong), _once(wrong), _once(rounded))
 
 
-def _problem(experiment: Experiment, seen: Observation, table: Table, setting: Setting) -> str | None:
+def _problems(
+    exercise: Exercise, thing: Subject, experiments: list[Experiment], table: Table, seed: int, setting: Setting
+) -> dict[str, str]:
+    """Experiment -> what is wrong with the subject in that setting; not what is wrong with the reference, too."""
+    found = {}
+    for experiment in experiments:
+        arguments = (table, seed, setting)
+        problem = _problem(exercise, experiment, thing, *arguments)
+        if problem and not _problem(exercise, experiment, exercise.reference, *arguments):
+            found[experiment.name] = problem
+    return found
+
+
+def _problem(
+    exercise: Exercise, experiment: Experiment, subject: Subject, table: Table, seed: int, setting: Setting
+) -> str | None:
     """What is wrong there, in a sentence. Of the pretended GPU only what a real one would refuse counts."""
+    seen = observe(experiment, subject, seed, exercise.number, setting)
     if seen.problem is not None:
-        told = setting == GPU or seen.problem.kind == "refused"
-        return f"it works on the CPU only: {seen.problem.message}" if told else None
+        told = setting != PRETENDED or seen.problem.kind == "refused"
+        return seen.problem.message.rstrip(".") if told else None
     if setting == PRETENDED:
         return None
     expected = table[experiment.name]["reference"]
-    differs = (fact for fact in expected if not equal(expected[fact], seen.facts.get(fact)))
-    return next((f"{fact}: {seen.facts.get(fact)}, and on the CPU: {expected[fact]}" for fact in differs), None)
+    tolerances = golden.tolerances(exercise.number, experiment.name, setting)
+    compared = (fact for fact in expected if tolerances.get(fact, 0) is not None)
+    differs = (fact for fact in compared if not equal(expected[fact], seen.facts.get(fact)))
+    return next((f"{fact}: {seen.facts.get(fact)}. In float32 on the CPU: {expected[fact]}" for fact in differs), None)
+
+
+def _once(problems: dict[str, str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(problems.values()))

@@ -59,7 +59,6 @@ class Experiment:
     points: ClassVar[int] = 1
     seconds: ClassVar[float] = 10.0  # after that the subject is stopped
     pretends: ClassVar[bool] = True  # whether it can run on a GPU that is only pretended
-    autocast: ClassVar[bool] = False  # whether the statement allows bfloat16 inside `torch.autocast`
     may_change: ClassVar[tuple[str, ...]] = ()  # names of inputs that the statement lets a subject change in place
 
     def draw(self, trial: Trial) -> dict[str, Any]:
@@ -118,6 +117,7 @@ class Exercise:
     experiments: tuple[Experiment, ...]
     misconceptions: tuple[Misconception, ...]
     hints: tuple[str, str, str]  # a question; an observation to make; the formula or the name of the operation
+    autocast: bool = False  # whether the statement says that it works inside `torch.autocast` too
 
     @property
     def points(self) -> int:

@@ -106,7 +106,7 @@ def run(experiment: Experiment, subject: Subject, seed: int, number: str, settin
 
 
 def facts_of(
-    experiment: Experiment, raw: dict[str, Any], seed: int, tolerances: Mapping[str, float]
+    experiment: Experiment, raw: dict[str, Any], seed: int, tolerances: Mapping[str, float | None]
 ) -> tuple[Facts, dict[str, str]]:
     """The facts of raw results, and the notes on them.
 
@@ -114,13 +114,14 @@ def facts_of(
         experiment: whose results they are.
         raw: what `run` returned; made on any device.
         seed: with which the inputs were drawn; they are drawn again.
-        tolerances: fact -> the difference up to which `near` says yes; `UNRECORDED` for facts that are not in it.
+        tolerances: fact -> the difference up to which `near` says yes; `UNRECORDED` for facts that have none.
     """
     facts: Facts = {}
     notes: dict[str, str] = {}
-    for tolerance in dict.fromkeys((UNRECORDED, *tolerances.values())):
+    given = {fact: tolerance for fact, tolerance in tolerances.items() if tolerance is not None}
+    for tolerance in dict.fromkeys((UNRECORDED, *given.values())):
         made, remarks = facts_under(experiment, raw, seed, tolerance)
-        mine = {fact for fact in made if tolerances.get(fact, UNRECORDED) == tolerance}
+        mine = {fact for fact in made if given.get(fact, UNRECORDED) == tolerance}
         facts = {fact: value if fact in mine else facts.get(fact) for fact, value in made.items()}
         notes |= {fact: remark for fact, remark in remarks.items() if fact in mine}
     return facts, notes

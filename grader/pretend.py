@@ -17,7 +17,7 @@ which autograd asks no driver. Source: PyTorch's documentation of `__torch_dispa
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 DEVICE = torch.device("cuda", 0)  # what is pretended
 _BELOW = torch.device("meta")  # what torch sees
 _aten = torch.ops.aten
-_COPIES = {_aten.copy_.default, _aten._to_copy.default}
+_COPIES = {_aten.copy_.default, _aten._to_copy.default, _aten._foreach_copy_.default}
 _INDICES = {  # which may be on the CPU where what they index is not
     *(_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default),
     _aten._pack_padded_sequence.default,
@@ -121,7 +121,8 @@ class _Calls(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name, x = getattr(func, "__name__", ""), args[0] if args else None
         there = isinstance(x, _Pretended)
-        if _is(kwargs.get("device"), "meta") or (isinstance(x, Tensor) and x.is_meta and not there):
+        made_there = name != "to" and _is(kwargs.get("device"), "cuda")  # even if it is made like one on "meta"
+        if _is(kwargs.get("device"), "meta") or (isinstance(x, Tensor) and x.is_meta and not there and not made_there):
             with self._factories.asleep():  # the real "meta": a subject may use it too
                 return func(*args, **kwargs)
         _refuse_generator(there or _is(kwargs.get("device"), "cuda"), kwargs.get("generator"))
@@ -137,6 +138,8 @@ class _Calls(TorchFunctionMode):
             )
         if there and name == "tolist":
             return x.inner.tolist()
+        if there and name in ("__getitem__", "__setitem__"):
+            args = (x, _index(args[1]), *args[2:])
         if name == "cuda" and isinstance(x, Tensor):
             return put(x)
         if name == "cpu" and there:
@@ -192,13 +195,21 @@ def pretending() -> Iterator[None]:
     torch's own modules are not told that there is a GPU: they would call its driver.
     """
     factories = _Factories()
-    with factories, _Calls(factories), mock.patch.object(torch.cuda, "is_available", _is_available(torch.cuda.is_available)):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.cuda, "is_available", _is_available(torch.cuda.is_available)))
+        for name in ("trace", "script", "load"):
+            stack.enter_context(mock.patch.object(torch.jit, name, _unsupported))
+        stack.enter_context(factories)
+        stack.enter_context(_Calls(factories))
         yield
 
 
 def put(x: Tensor) -> Tensor:
-    """A copy on the pretended GPU; a parameter stays one, and gradients reach what `x` was computed from."""
-    if isinstance(x, _Pretended):
+    """A copy on the pretended GPU; a parameter stays one, and gradients reach what `x` was computed from.
+
+    What is not on the CPU stays where it is.
+    """
+    if isinstance(x, _Pretended) or x.device.type != "cpu":
         return x
     if isinstance(x, nn.Parameter):
         return nn.Parameter(_Pretended(x.detach().clone()), x.requires_grad)
@@ -229,6 +240,15 @@ def _to(func, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
     if isinstance(x, _Pretended):
         x = _Fetch.apply(x)
     return func(x, target, dtype)
+
+
+def _index(index: Any) -> Any:
+    """An index with a tensor of the CPU for each list in it; what torch makes of a list would have no numbers."""
+    if isinstance(index, tuple):
+        return tuple(map(_index, index))
+    if isinstance(index, list | range):
+        return torch.tensor(index) if len(index) else torch.tensor(index, dtype=torch.int64)
+    return index
 
 
 def _is(device: Any, kind: str) -> bool:
@@ -283,6 +303,10 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _gives_an_input_back(func: Callable) -> bool:
     """Whether an operation returns an input, or a view of it."""
     return any(value.alias_info is not None for value in func._schema.returns)
+
+
+def _unsupported(*_: object, **__: object) -> None:
+    raise Unsupported("TorchScript kills the process when it meets tensors that only pretend.")
 
 
 def _is_available(real: Callable[[], bool]) -> Callable[[], bool]:

@@ -70,6 +70,8 @@ PRETENDED = Setting("pretended")
 
 
 def _to_gpu(x: Tensor) -> Tensor:
+    if x.device.type != "cpu":  # "meta", where there is nothing to move
+        return x
     if isinstance(x, nn.Parameter):
         x.data = x.data.to("cuda")
         return x

@@ -91,7 +91,7 @@ def glyphnet(pretrained: bool = True, classes: int | None = None) -> GlyphNet:
             None keeps the 43 letters and, if `pretrained`, their trained head.
 
     Returns:
-        A model in train mode (as every new nn.Module) on the CPU.
+        A model in train mode and on torch's default device, the CPU, as every new nn.Module.
 
     Raises:
         ValueError: the weights file is not the one the card describes.
@@ -111,7 +111,8 @@ def glyphnet(pretrained: bool = True, classes: int | None = None) -> GlyphNet:
         model.load_state_dict(load_file(WEIGHTS))
     else:
         with safe_open(WEIGHTS, "pt") as weights:
-            model.mean, model.std = weights.get_tensor("mean"), weights.get_tensor("std")
+            model.mean.copy_(weights.get_tensor("mean"))
+            model.std.copy_(weights.get_tensor("std"))
     if classes is not None:
         model.fc = nn.Linear(model.width, classes)
     return model

@@ -20,7 +20,8 @@ Parkhi et al. 2012, "Cats and Dogs".
 """
 
 import csv
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ class Examples(NamedTuple):
     """Inputs with their labels, (n,) int64; `classes[label]` is a label's name.
 
     Inputs of letters and digits are one tensor (n, 1, 32, 32), float32, ink 1 on paper 0; others are a list: of texts,
-    or of paths of images. Every backbone of `helpers.backbones` takes what its kind of data comes as.
+    or of paths of images. Tensors are on the CPU, whatever torch's default device is. Every backbone of
+    `helpers.backbones` takes what its kind of data comes as.
     """
 
     inputs: Tensor | list
@@ -56,6 +58,18 @@ class Examples(NamedTuple):
     classes: tuple[str, ...]
 
 
+def _on_the_cpu(function: Callable) -> Callable:
+    """The function, with the CPU for torch's default device while it runs."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_on_the_cpu
 def letters(count: int, seed: int = 0) -> Examples:
     """Draw `count` letters, each in a random font and bent, slanted, thickened and blurred at random.
 
@@ -69,6 +83,7 @@ def letters(count: int, seed: int = 0) -> Examples:
     return _rendered(LETTERS, count, seed, "letters")
 
 
+@_on_the_cpu
 def printed_digits(count: int, seed: int = 0) -> Examples:
     """Draw `count` digits as `letters` draws letters: the classes of `digits` in another domain.
 
@@ -84,6 +99,7 @@ def printed_digits(count: int, seed: int = 0) -> Examples:
     return _rendered(DIGITS, count, seed, "printed_digits")
 
 
+@_on_the_cpu
 def digits(split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
     """Real handwritten digits, enlarged from 8 x 8 to 32 x 32 (bilinear).
 
@@ -102,12 +118,13 @@ def digits(split: str = "train", labels_per_class: int | None = None, draw: int 
     return Examples(images[rows], labels[rows], tuple(DIGITS))
 
 
+@_on_the_cpu
 def jitter(examples: Examples, copies: int, seed: int = 0) -> Examples:
     """Augmentation ahead of training: copies of images, each turned by up to 11 degrees, slanted by up to 0.2, stretched by
     0.87 to 1.11 and shifted by up to 5 % of the image, with the labels of their originals.
 
     Args:
-        examples: their inputs are one tensor (n, channels, height, width).
+        examples: their inputs are one tensor (n, channels, height, width), on any device.
         copies: of each image, at least 1; the originals themselves are not among them.
         seed: the same seed makes the same copies.
 
@@ -127,10 +144,11 @@ def jitter(examples: Examples, copies: int, seed: int = 0) -> Examples:
         torch.stack([zoom * angle.cos(), zoom * (slant - angle.sin()), uniform(-0.1, 0.1)], 1),
         torch.stack([zoom * angle.sin(), zoom * angle.cos(), uniform(-0.1, 0.1)], 1),
     ]
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False).to(images.device)
     return examples._replace(inputs=F.grid_sample(images, grid, align_corners=False), labels=examples.labels.repeat(copies))
 
 
+@_on_the_cpu
 def docstrings(split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
     """First paragraphs of docstrings of Python's standard library, by topic.
 
@@ -151,6 +169,7 @@ def docstrings(split: str = "train", labels_per_class: int | None = None, draw: 
     return Examples([texts[row] for row in rows], labels[rows], classes)
 
 
+@_on_the_cpu
 def word_order(split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
     """Docstrings as they were written, and docstrings with their words in random order.
 
@@ -168,6 +187,7 @@ def word_order(split: str = "train", labels_per_class: int | None = None, draw: 
     return Examples([texts[row] for row in rows], labels[rows], ("as written", "shuffled"))
 
 
+@_on_the_cpu
 def image_folder(folder: str | Path, split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
     """Your own images: one folder per class, its name the class's name.
 
@@ -197,6 +217,7 @@ def image_folder(folder: str | Path, split: str = "train", labels_per_class: int
     return Examples([Path(found.samples[row][0]) for row in rows], labels[rows], tuple(found.classes))
 
 
+@_on_the_cpu
 def text_table(file: str | Path, split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
     """Your own texts: a CSV file (UTF-8) with the columns `text` and `label`.
 
@@ -230,6 +251,7 @@ def text_table(file: str | Path, split: str = "train", labels_per_class: int | N
     return Examples([texts[row] for row in rows], labels[rows], classes)
 
 
+@_on_the_cpu
 def pets(split: str = "train", labels_per_class: int | None = None, draw: int = 0) -> Examples:
     """Photographs of 37 breeds of cats and dogs, about 200 each, downloaded once (800 MB) by torchvision.
 

@@ -88,7 +88,7 @@ def embed(
 
     Args:
         encoder: called as `encoder(input_ids, attention_mask)`, gives hidden states (n, tokens, width).
-        tokenizer: texts -> {"input_ids", "attention_mask"}, each (n, tokens), padded at the end.
+        tokenizer: texts -> {"input_ids", "attention_mask"}, each (n, tokens), padded at the end, on any device.
         texts: n texts, n >= 1.
         batch_size: at most that many texts are in the encoder at once.
 
@@ -105,7 +105,7 @@ def embed(
     if (batch["attention_mask"].diff(dim=1) > 0).any():
         raise ValueError('padding must be at the end, got tokens after it. Set tokenizer.padding_side = "right".')
     device = next((tensor.device for tensor in (*encoder.parameters(), *encoder.buffers())), torch.device("cpu"))
-    lengths = batch["attention_mask"].sum(1)
+    lengths = batch["attention_mask"].sum(1).cpu()
     order = lengths.argsort(stable=True)
     rows = []
     with eval_mode(encoder), torch.no_grad():

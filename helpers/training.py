@@ -262,11 +262,14 @@ def _check_measuring(model: nn.Module, validation, every: int | None, early_stop
 
 
 def _batches(count: int, batch_size: int):
-    """Endless batches of row numbers, a new random order for each pass; a short rest goes into the next pass."""
-    queue = torch.randperm(count)
+    """Endless batches of row numbers, a new random order for each pass; a short rest goes into the next pass.
+
+    They are on the CPU, from where they index tensors of every device.
+    """
+    queue = torch.randperm(count, device="cpu")
     batch_size = min(batch_size, count)
     while True:
         if len(queue) < batch_size:
-            queue = torch.randperm(count)
+            queue = torch.randperm(count, device="cpu")
         rows, queue = queue[:batch_size], queue[batch_size:]
         yield rows

@@ -1,5 +1,6 @@
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -8,6 +9,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: one BLAS thre
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 import grader  # noqa: F401
 from grader.pretend import pretending
@@ -33,22 +36,38 @@ def seeded():
     torch.manual_seed(0)
 
 
-DEVICES = ["cpu", "cuda" if torch.cuda.is_available() else "pretended"]
+DEVICES = ["cpu", "cuda" if torch.cuda.is_available() else pytest.param("pretended", marks=pytest.mark.slow)]
+
+
+class _OnTheGPU(TorchFunctionMode):
+    """What is made without naming a device is made on the CPU, so that random numbers are the same, and moved to "cuda"."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func not in _device_constructors() or kwargs.get("device") is not None:
+            return func(*args, **kwargs)
+        requires_grad = kwargs.pop("requires_grad", False)
+        made = func(*args, **kwargs).to("cuda")
+        return made.requires_grad_() if requires_grad else made
 
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """Makes a test of one for the CPU one for each device: what it makes without naming a device is there.
+    """Makes a test for the CPU one for each device. Without a GPU, one is pretended: see `grader.pretend`.
 
-    Without a GPU, one is pretended: see `grader.pretend`.
+    A test marked `cpu` is left as it is; one marked `real` does not run where the GPU is pretended.
     """
-    if request.param == "pretended":
-        with pretending(), torch.device("cuda"):
-            yield request.param
-    elif request.param == "cuda":
-        with torch.device("cuda"):
-            yield request.param
-    else:
+    for marker, devices in (("cpu", ("cuda", "pretended")), ("real", ("pretended",))):
+        mark = request.node.get_closest_marker(marker)
+        if mark is not None and request.param in devices:
+            pytest.skip(mark.kwargs["reason"])
+    with ExitStack() as stack:
+        if request.param == "pretended":
+            stack.enter_context(pretending())
+        if request.param == "cuda":  # as exact, and as repeatable, as a GPU can be
+            stack.enter_context(torch.backends.cudnn.flags(deterministic=True, allow_tf32=False))
+        if request.param != "cpu":
+            stack.enter_context(_OnTheGPU())
         yield request.param
 
 

@@ -12,6 +12,8 @@ import helpers.adapters
 from helpers import lora
 from helpers.adapters import AdapterFile, load_peft, save_peft
 
+pytestmark = pytest.mark.usefixtures("device")  # see conftest.py
+
 
 def network(rank=2, alpha=3, targets=("lin", "again"), train=("head",), **options):
     """A small network, its pre-trained weights always the same, with adapters of random numbers."""
@@ -356,17 +358,18 @@ CONV = {"in_channels": 4, "out_channels": 4, "kernel_size": 3}
 
 
 @pytest.mark.parametrize(
-    ("layer", "odd", "dora"),
+    ("make", "odd", "dora"),
     [
-        (nn.Conv2d(**CONV, groups=2), "groups=2", False),
-        (nn.Conv1d(**CONV, dilation=2), "dilation=(2,)", False),
-        (nn.Conv2d(**CONV, padding=1, padding_mode="reflect"), "padding_mode='reflect'", False),
-        (nn.Embedding(4, 5, max_norm=1.0), "max_norm=1.0", False),
-        (nn.Embedding(4, 5, padding_idx=0), "padding_idx=0 with DoRA", True),
-        (nn.Embedding(4, 5, padding_idx=-1), "padding_idx=3 where A is not 0", False),
+        (lambda: nn.Conv2d(**CONV, groups=2), "groups=2", False),
+        (lambda: nn.Conv1d(**CONV, dilation=2), "dilation=(2,)", False),
+        (lambda: nn.Conv2d(**CONV, padding=1, padding_mode="reflect"), "padding_mode='reflect'", False),
+        (lambda: nn.Embedding(4, 5, max_norm=1.0), "max_norm=1.0", False),
+        (lambda: nn.Embedding(4, 5, padding_idx=0), "padding_idx=0 with DoRA", True),
+        (lambda: nn.Embedding(4, 5, padding_idx=-1), "padding_idx=3 where A is not 0", False),
     ],
 )
-def test_what_peft_computes_differently_is_refused_both_ways(tmp_path, layer, odd, dora):
+def test_what_peft_computes_differently_is_refused_both_ways(tmp_path, make, odd, dora):
+    layer = make()
     model = nn.Sequential(OrderedDict(layer=layer))
     plain = copy.deepcopy(model)
     lora.inject(model, ["layer"], rank=2, dora=dora)

@@ -27,6 +27,8 @@ from helpers.data import LETTERS, letters
 from helpers.features import drop_head, extract
 from helpers.training import evaluate
 
+on_every_device = pytest.mark.usefixtures("device")  # see conftest.py; the others are about files, names and errors
+
 
 def test_glyphnet_has_torchvisions_stages_and_names():
     theirs = {name.partition(".")[0] for name, _ in resnet18(weights=None).named_children()} - {"maxpool"}
@@ -37,6 +39,7 @@ def test_glyphnet_has_torchvisions_stages_and_names():
     }
 
 
+@on_every_device
 @pytest.mark.parametrize(("channels_in", "stride"), [(6, 1), (3, 1), (3, 2)])
 def test_the_block_is_torchvisions(channels_in, stride):
     ours = BasicBlock(channels_in, 6, stride)
@@ -55,6 +58,7 @@ def test_weights_are_small_and_are_those_of_the_card():
     assert card["sha256"] in CARD.with_suffix(".md").read_text(encoding="utf-8")
 
 
+@on_every_device
 def test_stages_give_the_documented_shapes():
     model, shapes = glyphnet().eval(), {}
     for stage in model.stages:
@@ -71,11 +75,13 @@ def test_stages_give_the_documented_shapes():
     }
 
 
+@on_every_device
 def test_glyphnet_names_letters_as_well_as_its_card_says():
     accuracy = evaluate(glyphnet(), letters(1000, seed=11))
     assert accuracy == pytest.approx(glyphnet_card()["letters_accuracy"], abs=0.02)
 
 
+@on_every_device
 def test_untrained_glyphnet_shares_only_the_preprocessing():
     trained, untrained = glyphnet(), glyphnet(pretrained=False)
     assert torch.equal(trained.mean, untrained.mean) and torch.equal(trained.std, untrained.std)
@@ -83,6 +89,7 @@ def test_untrained_glyphnet_shares_only_the_preprocessing():
     assert evaluate(untrained, letters(300, seed=11)) < 0.15
 
 
+@on_every_device
 def test_a_new_head_has_the_classes_asked_for():
     model = glyphnet(classes=10)
     assert extract(model, torch.rand(3, 1, 32, 32)).shape == (3, 10)
@@ -181,6 +188,7 @@ def test_a_network_without_a_linear_head_is_refused():
     assert str(error.value) == "a backbone must end in an nn.Linear to take off, but Sequential has none."
 
 
+@on_every_device
 def test_classify_names_the_likeliest_categories_and_leaves_the_model_as_it_was():
     model, weights = resnet18(weights=None), ResNet18_Weights.IMAGENET1K_V1
     images = [torch.randint(0, 256, (3, 60, 80 + n), dtype=torch.uint8) for n in range(3)]

@@ -33,6 +33,8 @@ from helpers.data import digits
 from helpers.features import drop_head, eval_mode, extract, linear_probe
 from helpers.training import accuracy
 
+pytestmark = pytest.mark.usefixtures("device")  # see conftest.py
+
 KINDS = {
     "1d, (n, channels)": (nn.BatchNorm1d, ()),
     "1d, (n, channels, length)": (nn.BatchNorm1d, (5,)),
@@ -42,6 +44,7 @@ KINDS = {
     "with activation": (BatchNormAct2d, (2, 3)),
 }
 SUBSETS = [subset for size in range(4) for subset in itertools.combinations(MEANINGS, size)]
+LAZY = "a parameter without a shape cannot be a pretended tensor"
 properties = settings(derandomize=True, deadline=None, max_examples=40, database=None)
 
 
@@ -87,7 +90,7 @@ def everything(model):
         hooks = [len(module._forward_hooks), len(module._forward_pre_hooks)]
         seen.append((name, type(module), module.training, plain, hooks, sorted(module.__dict__)))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        seen.append((name, id(tensor), tensor.requires_grad, tensor.detach().numpy().tobytes(), tensor.grad))
+        seen.append((name, id(tensor), tensor.requires_grad, tensor.detach().cpu().numpy().tobytes(), tensor.grad))
     return seen
 
 
@@ -190,6 +193,7 @@ def test_moved_goes_by_values_not_by_objects():
     assert moved(model, lambda: model.flag.logical_not_()) == ["flag"]
 
 
+@pytest.mark.real(reason=LAZY)
 def test_moved_names_what_a_lazy_layer_only_now_knows():
     model = nn.Sequential(nn.LazyBatchNorm1d())
     assert moved(model, lambda: model) == []
@@ -458,7 +462,11 @@ def saved(model):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("again", [copied, pickled, saved, lambda model: copied(pickled(model))])
+PICKLES = pytest.mark.real(reason="a pretended tensor cannot be pickled")
+AGAIN = {"copied": copied, "pickled": pickled, "saved": saved, "both": lambda model: copied(pickled(model))}
+
+
+@pytest.mark.parametrize("again", [pytest.param(f, marks=() if f is copied else PICKLES, id=name) for name, f in AGAIN.items()])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_of_a_frozen_network_is_frozen_and_can_be_unfrozen(kind, again):
     layer, x = layer_and_input(kind)
@@ -505,6 +513,7 @@ def test_freeze_leaves_instance_norm_alone():
 
 
 @pytest.mark.slow  # importing what torch.compile needs
+@pytest.mark.real(reason="a pretended tensor cannot be compiled or exported")
 def test_frozen_networks_compile_trace_and_split(net, images):
     from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -544,6 +553,7 @@ def test_a_model_without_batch_norm_is_an_error(action):
         action(3)
 
 
+@pytest.mark.real(reason=LAZY)
 def test_a_lazy_batch_norm_has_to_know_its_channels_first():
     model = nn.Sequential(nn.LazyBatchNorm1d())
     with pytest.raises(ValueError) as raised:
@@ -811,30 +821,30 @@ def test_statistics_switched_off_but_kept_are_recomputed():
 
 
 @pytest.mark.parametrize(
-    ("batches", "wanted"),
+    ("make", "wanted"),
     [
-        ([], "batches must hold at least one, got none. An iterator can be read once."),
+        (lambda: [], "batches must hold at least one, got none. An iterator can be read once."),
         (
-            [torch.ones(5, 1, 6, 6), torch.ones(1, 1, 3, 3)],
+            lambda: [torch.ones(5, 1, 6, 6), torch.ones(1, 1, 3, 3)],
             "each batch must give at least 2 values per channel, got shape (1, 4, 1, 1) at 1. "
             'Use larger batches, or passes="sequential".',
         ),
         (
-            DataLoader(TensorDataset(torch.ones(4, 1, 6, 6), torch.ones(4).long()), batch_size=2),
+            lambda: DataLoader(TensorDataset(torch.ones(4, 1, 6, 6), torch.ones(4).long()), batch_size=2),
             "each batch must be what the model takes, got inputs with labels. "
             "Leave the labels out: [inputs for inputs, labels in batches].",
         ),
         (
-            torch.ones(5, 1, 6, 6),
+            lambda: torch.ones(5, 1, 6, 6),
             "batches must be a list or another iterable of batches, got a tensor of shape (5, 1, 6, 6). "
             "Cut it: batches.split(128).",
         ),
     ],
 )
-def test_batches_that_cannot_be_used_are_named(net, batches, wanted):
+def test_batches_that_cannot_be_used_are_named(net, make, wanted):
     before = everything(net)
     with pytest.raises(ValueError) as raised:
-        recompute_statistics(net, batches)
+        recompute_statistics(net, make())
     assert str(raised.value) == wanted
     assert everything(net) == before
 
@@ -1142,6 +1152,7 @@ def test_pooled_statistics_are_those_of_the_concatenation_for_any_cut(sizes, res
 
 
 @pytest.mark.slow
+@pytest.mark.cpu(reason="the numbers of the docstring are those of a CPU")
 def test_the_cut_matters_to_the_last_layers_as_much_as_the_docstring_says():
     train, test = digits("train"), digits("test")
     order = torch.randperm(len(train.inputs), generator=torch.Generator().manual_seed(0))

@@ -16,6 +16,7 @@ from nbclient.exceptions import CellExecutionError
 from grader import golden
 from grader.authoring import MISTAKES, common_mistakes, make_course, notebook
 from grader.checks import TOPICS, exercises
+from grader.golden import truth
 from helpers import formats
 from helpers.backbones import glyphnet
 from helpers.data import digits, docstrings
@@ -153,7 +154,8 @@ def test_a_solution_notebook_runs_and_every_check_passes(name):
     checks = [c for c in nb.cells if c.metadata.get("nbgrader", {}).get("grade")]
     assert checks
     for cell in checks:
-        assert set(re.findall(r" {2}(passed|not attempted|not yet|error)$", text_of(cell), re.MULTILINE)) == {"passed"}
+        outcomes = set(re.findall(r" {2}(passed(?:: .*)?|not attempted|not yet|error)$", text_of(cell), re.MULTILINE))
+        assert outcomes and outcomes <= {"passed", "passed: CPU, GPU"}, "and none works on the CPU only"
     assert not any(o.get("name") == "stderr" for c in nb.cells for o in c.get("outputs", ())), "nothing on stderr"
 
 
@@ -395,4 +397,4 @@ def test_a_chapter_without_a_check_below_an_answer_is_refused(tmp_path):
 def test_truth_tables_are_readable_json(topic):
     tables = json.loads((golden.FOLDER / f"{topic}.json").read_text(encoding="utf-8"))
     assert tables.keys() == exercises(topic).keys()
-    assert golden.dump(tables) == (golden.FOLDER / f"{topic}.json").read_text(encoding="utf-8")
+    assert truth.dump(tables) == (golden.FOLDER / f"{topic}.json").read_text(encoding="utf-8")

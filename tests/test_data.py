@@ -54,6 +54,14 @@ def test_jitter_makes_copies_that_differ_a_little_and_keep_their_labels():
         jitter(docstrings("train", labels_per_class=2), copies=2)
 
 
+def test_data_is_on_the_cpu_whatever_torch_makes_tensors_on(device):
+    drawn = letters(2), digits(labels_per_class=1), docstrings(labels_per_class=1)
+    assert {tensor.device.type for examples in drawn for tensor in examples if isinstance(tensor, torch.Tensor)} == {"cpu"}
+    moved = drawn[0]._replace(inputs=torch.zeros(2, 1, 32, 32) + 1, labels=torch.arange(2))
+    copies = jitter(moved, 3)
+    assert copies.inputs.device == moved.inputs.device and len(copies.labels) == 6
+
+
 def test_drawing_letters_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     letters(5)

@@ -24,6 +24,8 @@ from helpers.parity import largest_error, parity
 
 EXPORTERS = {"torchscript": to_torchscript, "program": to_program}
 
+on_every_device = pytest.mark.usefixtures("device")  # see conftest.py; the others are about files, names and errors
+
 
 @pytest.fixture
 def net(digits_net):
@@ -347,6 +349,7 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
 # ---- parity
 
 
+@on_every_device
 def test_the_error_is_the_largest_difference_by_the_largest_output_and_is_located():
     class Shifted(nn.Module):
         def forward(self, x):
@@ -389,12 +392,14 @@ def test_outputs_that_cannot_be_compared_are_told(wanted, got, problem):
     assert report.rows[0].problem == problem and str(report).splitlines()[-1].endswith(problem)
 
 
+@on_every_device
 def test_the_same_nan_and_infinity_are_no_difference_and_others_are():
     x = torch.tensor([[torch.nan, torch.inf, 1.0]])
     assert parity(nn.Identity(), lambda x: x + 0, x).ok
     assert parity(nn.Identity(), lambda x: -x, x).error == float("inf")
 
 
+@on_every_device
 def test_whole_numbers_are_equal_or_not():
     x = torch.tensor([[1_000_000, 5]])
     assert parity(nn.Identity(), lambda x: x + 0, x).ok
@@ -402,11 +407,13 @@ def test_whole_numbers_are_equal_or_not():
     assert not report.ok and report.error == 1 and report.tolerance == 0
 
 
+@on_every_device
 def test_zeros_are_compared_too():
     assert parity(nn.Identity(), lambda x: x + 0, torch.zeros(2, 2)).ok
     assert parity(nn.Identity(), lambda x: x + 1e-9, torch.zeros(2, 2)).error == float("inf")
 
 
+@on_every_device
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)],
@@ -458,6 +465,7 @@ def test_an_export_in_train_mode_with_batchnorm_is_recognised_and_moves_nothing(
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()) and not model.training
 
 
+@on_every_device
 def test_an_error_of_other_origin_is_not_taken_for_train_mode(net, images):
     assert parity(net, lambda x: in_eval_mode(net, x) + 1, images).diagnosis == ""
     assert parity(nn.Linear(9, 9), lambda x: x + 1, images).diagnosis == ""
@@ -478,6 +486,7 @@ def test_a_fixed_batch_size_is_reported_not_raised():
     assert all(row.problem.startswith("refused: ") for row in report.rows if row.problem) and not report.ok
 
 
+@on_every_device
 def test_parity_leaves_modes_and_random_state(net, images):
     net.bn.eval()
     modes = [module.training for module in net.modules()]
@@ -536,9 +545,10 @@ def small():
     return small
 
 
+@on_every_device
 def test_the_largest_error_is_relative_to_the_largest_output_of_its_batch(small):
     x = torch.randn(8, 3)
-    y = small(x).detach()
+    y = small(x).detach().cpu()
     place = torch.unravel_index(y[:4].abs().argmin(), (4, 2))  # next to 0, where a ratio of its own would be large
 
     def exported(batch):
@@ -552,17 +562,20 @@ def test_the_largest_error_is_relative_to_the_largest_output_of_its_batch(small)
     assert (found["batch_size"], found["index"]) == (4, tuple(int(i) for i in place))
 
 
+@on_every_device
 def test_the_largest_error_leaves_every_module_in_its_mode(small):
     assert largest_error(small, lambda x: small[2](small[0](x)), torch.randn(8, 3))["error"] == 0
     assert [module.training for module in small.modules()] == [True, True, False, True]
 
 
+@on_every_device
 @pytest.mark.parametrize("spoil", [lambda y: y[:, :1], lambda y: y.squeeze(), lambda y: y * math.nan, lambda y: y.view(99)])
 def test_what_cannot_be_compared_is_infinitely_wrong(small, spoil):
     found = largest_error(small, lambda x: spoil(small(x)) if len(x) == 1 else small(x), torch.randn(8, 3))
     assert (found["error"], found["batch_size"]) == (math.inf, 1)
 
 
+@on_every_device
 def test_outputs_that_are_zero_in_both_are_equal():
     zeros = nn.Linear(3, 2).requires_grad_(False)
     nn.init.zeros_(zeros.weight), nn.init.zeros_(zeros.bias)

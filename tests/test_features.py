@@ -15,6 +15,8 @@ from helpers.backbones import glyphnet
 from helpers.data import digits
 from helpers.features import cached_features, drop_head, eval_mode, extract, linear_probe
 
+pytestmark = pytest.mark.usefixtures("device")  # see conftest.py
+
 
 def snapshot(model):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -114,11 +116,12 @@ def planted(n=60, width=5, classes=4, scale=1.0, shift=0.0):
 def test_linear_probe_equals_scikit_learn(penalty, scale, shift):
     features, labels = planted(scale=scale, shift=shift)
     head = linear_probe(features, labels, penalty=penalty)
-    center = features.numpy().mean(0)  # scikit-learn needs centred features, and its Newton solver, to get this close
+    ours = head(features).detach().cpu().numpy()
+    features, labels = features.cpu().numpy(), labels.cpu().numpy()
+    center = features.mean(0)  # scikit-learn needs centred features, and its Newton solver, to get this close
     reference = LogisticRegression(C=1 / (penalty * len(labels)), solver="newton-cholesky", tol=1e-10, max_iter=1000)
-    reference.fit(features.numpy() - center, labels.numpy())
-    ours = head(features).detach().numpy()
-    theirs = reference.decision_function(features.numpy() - center)
+    reference.fit(features - center, labels)
+    theirs = reference.decision_function(features - center)
     np.testing.assert_allclose(ours - ours.mean(1, keepdims=True), theirs - theirs.mean(1, keepdims=True), atol=1e-6)
 
 
@@ -182,7 +185,7 @@ def test_the_same_is_computed_once_and_equal_to_the_last_bit(tmp_path, compute, 
     first = cached_features(tmp_path / "new", compute, digits_net, images, {"batch_size": 4})
     again = cached_features(tmp_path / "new", compute, copy.deepcopy(digits_net), images.clone(), {"batch_size": 4})
     assert compute.calls == 1 and torch.equal(first, again) and first.dtype == again.dtype
-    assert torch.equal(first, extract(digits_net, images, 4))
+    assert torch.equal(first, extract(digits_net, images, 4).cpu())
     assert [entry.suffix for entry in entries(tmp_path / "new")] == [".safetensors"]
 
 
@@ -214,7 +217,7 @@ def test_another_backbone_is_another_entry(tmp_path, compute, digits_net, change
     images = torch.randn(3, 1, 8, 8)
     cached_features(tmp_path, compute, digits_net, images)
     change(digits_net)
-    assert torch.equal(cached_features(tmp_path, compute, digits_net, images), extract(digits_net, images))
+    assert torch.equal(cached_features(tmp_path, compute, digits_net, images), extract(digits_net, images).cpu())
     assert compute.calls == 2
 
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -6,6 +8,8 @@ from torch.nn import functional as F
 from helpers.backbones import text_backbone
 from helpers.data import docstrings
 from helpers.text import embed, mean_pool, tokenize
+
+pytestmark = pytest.mark.usefixtures("device")  # see conftest.py
 
 PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "pad", "##ding", "##d", "a", "batch", "##es", "##ing")
 VOCABULARY = {piece: 7 * n % 11 for n, piece in enumerate(PIECES)}
@@ -16,8 +20,13 @@ def pieces(ids):
 
 
 @pytest.fixture(scope="module")
-def minilm():
+def loaded():
     return text_backbone(max_length=32).eval()
+
+
+@pytest.fixture
+def minilm(loaded, device):
+    return copy.deepcopy(loaded).to("cpu" if device == "cpu" else "cuda")
 
 
 # --- tokenize -----------------------------------------------------------------------------------------------------
@@ -39,6 +48,7 @@ def test_a_batch_is_padded_to_its_longest_text_and_cut_before_the_last_token():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
+@pytest.mark.cpu(reason="tokens are made on the CPU")
 def test_tokens_are_those_of_the_real_tokenizer(minilm):
     texts = [text for text in docstrings("test").inputs if text.isascii() and text.rstrip(".").replace(" ", "").isalnum()]
     assert len(texts) > 80
@@ -80,14 +90,14 @@ def test_embeddings_depend_on_their_own_text_alone(minilm):
     together = embed(minilm.encoder, minilm.preprocess, texts, 16)
     alone = torch.cat([embed(minilm.encoder, minilm.preprocess, [text]) for text in texts])
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-6)
-    torch.testing.assert_close(together.norm(dim=1), torch.ones(40))
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(40, device="cpu"))
     torch.testing.assert_close(embed(minilm.encoder, minilm.preprocess, texts[::-1], 7).flip(0), together, rtol=0, atol=2e-6)
 
 
 def test_embeddings_are_the_backbones_features_at_unit_length(minilm):
     texts = docstrings("test").inputs[:10]
     with torch.no_grad():
-        wanted = F.normalize(minilm(texts), dim=1)
+        wanted = F.normalize(minilm(texts), dim=1).cpu()
     torch.testing.assert_close(embed(minilm.encoder, minilm.preprocess, texts), wanted, rtol=0, atol=2e-6)
 
 

@@ -13,6 +13,8 @@ from helpers.features import drop_head, extract
 from helpers.finetune import EarlyStopping
 from helpers.training import History, accuracy, evaluate, fit, frozen_modules, seed_everything, train_mode
 
+pytestmark = pytest.mark.usefixtures("device")  # see conftest.py
+
 
 @pytest.fixture
 def task():
@@ -46,6 +48,7 @@ def test_frozen_parts_stay_bit_identical_buffers_included(task, digits_net):
     assert changed == {"fc.weight", "fc.bias"}
 
 
+@pytest.mark.cpu(reason="a label out of range ends CUDA for the whole process")
 def test_fit_leaves_modes_as_it_found_them_even_after_an_error(task, digits_net):
     digits_net.bn.eval()
     before = [m.training for m in digits_net.modules()]
@@ -85,6 +88,7 @@ def test_history_holds_validation_accuracy_and_draws_itself(task, digits_net):
     assert History().loss == []
 
 
+@pytest.mark.cpu(reason="gradients of a convolution on a GPU need not have the same bits twice")
 def test_fit_is_adamw_on_the_documented_schedule_to_the_last_bit(task, digits_net):
     other = copy.deepcopy(digits_net)
     history = fit(digits_net, task, steps=13, lr=0.03, batch_size=25, weight_decay=0.2, seed=5, device="cpu", progress=False)

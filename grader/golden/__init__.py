@@ -28,8 +28,11 @@ def load(topic: str) -> dict[str, Table]:
     return json.loads((FOLDER / f"{topic}.json").read_text(encoding="utf-8"))
 
 
-def tolerances(number: str, experiment: str, setting: Setting) -> dict[str, float]:
-    """Fact -> its tolerance in that setting, that of the CPU where nothing is recorded; no entry for exact facts."""
+def tolerances(number: str, experiment: str, setting: Setting) -> dict[str, float | None]:
+    """Fact -> its tolerance in that setting, that of the CPU where nothing is recorded; no entry for exact facts.
+
+    None: no tolerance keeps the rule in that precision, so the fact is not to be compared.
+    """
     rows: Mapping[str, dict] = _tolerances().get(number, {}).get(experiment, {})
     found = {fact: row.get(str(setting), AWAITS) for fact, row in rows.items()}
     return {fact: rows[fact]["cpu float32"] if value == AWAITS else value for fact, value in found.items()}

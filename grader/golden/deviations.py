@@ -37,7 +37,7 @@ def _compare(one: Any, other: Any, where: str) -> tuple[float, str | None]:
         return distance(one, other), None
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         same = one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
-        return 0.0, None if same else where
+        return 0.0, None if same else f"{where}: {_short(one)} and {_short(other)}"
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return _worst([_compare(value, other[key], f"{where}, {key}") for key, value in one.items()])
     if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):

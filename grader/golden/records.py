@@ -11,6 +11,7 @@ import json
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -82,14 +83,14 @@ def measure(topic: str, setting: Setting) -> Record:
     """Run every right solution of a topic through every experiment that has that setting, here and now."""
     results: Results = {}
     for number, exercise in exercises(topic).items():
-        results[number] = {
-            experiment.name: {
-                who: {seed: _raw(run(experiment, subject, seed, number, setting)) for seed in SEEDS}
-                for who, subject in right_solutions(topic, exercise).items()
+        if setting.precision != "bfloat16" or exercise.autocast:
+            results[number] = {
+                experiment.name: {
+                    who: {seed: _raw(run(experiment, subject, seed, number, setting)) for seed in SEEDS}
+                    for who, subject in right_solutions(topic, exercise).items()
+                }
+                for experiment in exercise.experiments
             }
-            for experiment in exercise.experiments
-            if setting.precision != "bfloat16" or experiment.autocast
-        }
     return Record(about(setting), results)
 
 
@@ -148,8 +149,10 @@ def _driver() -> str:
 def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
     """As JSON; a tensor becomes {"tensor": its name in the file}, a tuple {"tuple": [...]}."""
     if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = value.detach().clone().contiguous()
+        kept = value.detach().clone().contiguous()
+        content = kept.flatten().view(torch.uint8).numpy().tobytes() if kept.numel() else b""
+        name = sha256(f"{kept.dtype} {tuple(kept.shape)} ".encode() + content).hexdigest()[:16]
+        tensors[name] = kept  # what several solutions gave is stored once
         return {"tensor": name}
     if isinstance(value, tuple):
         return {"tuple": [_packed(item, tensors) for item in value]}

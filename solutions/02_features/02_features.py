@@ -168,6 +168,7 @@ for build, name in ((resnet18, "fc"), (densenet121, "classifier")):
 # - Return the features, `(n, width)`, in the order of the images, without a graph. The features of an image depend on
 #   that image alone. Later training must accept them, so no inference tensors.
 # - Leave the backbone exactly as it was: parameters, buffers, `requires_grad`, and the mode of every module.
+# - It works inside `torch.autocast` too. There, features are rounded to the 8 significant bits of bfloat16.
 
 
 # %%
@@ -236,7 +237,7 @@ print({name: tuple(table.shape) for name, table in features.items()})
 # - `features` has shape `(n, width)`, `labels` shape `(n,)` with whole numbers from 0 to `classes - 1`.
 #   A class may have no example among the labels; the head has an output for it all the same. (Its bias then sinks for
 #   ever, slower and slower: also limit the number of steps.)
-# - The bias is trained, and not penalised.
+# - The bias is trained, and not penalised. The head is on the device of the features.
 # - The objective is convex: every way of minimising it ends at the same head, if it goes on until the gradient has all
 #   but vanished. A few hundred steps over all examples at once are enough here. The check trains four times, on
 #   at most 80 examples: with most solutions that takes less than a second.
@@ -245,7 +246,7 @@ print({name: tuple(table.shape) for name, table in features.items()})
 # %%
 def linear_probe(features, labels, classes, penalty):
     ### BEGIN SOLUTION
-    head = nn.Linear(features.shape[1], classes)
+    head = nn.Linear(features.shape[1], classes, device=features.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=500, tolerance_change=1e-10, line_search_fn="strong_wolfe")
@@ -464,7 +465,8 @@ show(
 #   `(n, classes)`. Some of its modules may be in train mode when you get it; leave it exactly as it was.
 # - `images` is a list of n tensors `(3, height, width)` of uint8, **of different sizes**, not yet preprocessed.
 # - Return a list with one entry for each image, in their order: a list of `k` pairs `(category, probability)`, likeliest first.
-#   The categories are those of the weights; the probabilities of all of them sum to 1, also when fewer are listed.
+#   The categories are those of the weights; the probabilities, not rounded, sum to 1 over all of them, also when fewer are
+#   listed.
 # - What an image gets depends on that image alone. Leave the images as they were, too.
 
 
@@ -680,20 +682,21 @@ for name in ("plain mean", "mean_pool"):
 # - The encoder may be in train mode, in part or as a whole; leave each module in the mode it had, and the parameters and
 #   `texts` as they were.
 # - The rows are plain tensors without a graph, and no inference tensors.
+# - What the tokenizer gives is on the CPU; the encoder may be on a GPU. It works inside `torch.autocast` too.
 
 
 # %%
 def embed(encoder, tokenizer, texts, batch_size):
     ### BEGIN SOLUTION
     lengths = tokenizer(texts)["attention_mask"].sum(dim=1)
-    order = lengths.argsort()
+    order, device = lengths.argsort(), next(encoder.parameters()).device
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
     pooled = []
     try:
         with torch.no_grad():
             for part in order.split(batch_size):
-                batch = tokenizer([texts[i] for i in part])
+                batch = {name: rows.to(device) for name, rows in tokenizer([texts[i] for i in part]).items()}
                 pooled.append(mean_pool(encoder(batch["input_ids"], batch["attention_mask"]), batch["attention_mask"]))
     finally:
         for module, training in modes.items():

@@ -12,18 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from grader.checks.export import parity
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Trial, WrongReturn, misconception
 from helpers.export import to_onnx
 
 INPUT, OUTPUT = "input", "output"
 NEEDED = "onnx", "onnxscript", "onnxruntime"
 
 
-class AnyBatchSize(Experiment):
+class AnyBatchSize(parity.Exporting):
     """ONNX Runtime computes from the file what the model computes, for any number of rows."""
 
     points = 2
-    seconds = parity.SECONDS
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 5)
@@ -42,11 +41,10 @@ class AnyBatchSize(Experiment):
         return {parity.BATCHES: parity.sizes(raw["outputs"]), "outputs": _whose(raw, inputs)}
 
 
-class OneFile(Experiment):
+class OneFile(parity.Exporting):
     """The file at `path` is all that another program needs, and its input and output have the agreed names."""
 
     points = 2
-    seconds = parity.SECONDS
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(36, 48)  # small tensors stay in the file in any case: up to 256 bytes, in onnx_ir
@@ -74,11 +72,10 @@ class OneFile(Experiment):
         return dict(zip(("name of the input", "name of the output"), raw["names"], strict=True))
 
 
-class EvalMode(Experiment):
+class EvalMode(parity.Exporting):
     """From a model in train mode and a single row, the file computes as in eval mode; the model has its modes back."""
 
     points = 2
-    seconds = parity.SECONDS
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 5)

@@ -13,16 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Trial, expect_tensor
+from grader.experiment import Experiment, Trial, expect_tensor
 from grader.near import near
 
 MODEL, OTHERS = "the model's in eval mode", "others"
 SIZES = 1, 4, 8
 BATCHES = "batch sizes at which it runs, of 1, 4 and 8"
 MODES = "modes of the modules afterwards"
-SECONDS = 60.0  # the first export of a process imports for seconds before it starts
 
 Outputs = list[Tensor | None]  # of one batch after another; None where it did not run
+
+
+class Exporting(Experiment):
+    """What the experiments that export share."""
+
+    seconds = 60.0  # the first export of a process imports for seconds before it starts
+    pretends = False  # exporters take tensors apart, and TorchScript kills the process with those that only pretend
 
 
 def rows(trial: Trial) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from grader.checks.export import parity
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Trial, WrongReturn, misconception
 from helpers import expect
 from helpers.export import to_program
 
@@ -33,11 +33,10 @@ def _body(trial: Trial, width: int) -> list[nn.Module]:
     return [parity.norm(trial, width), nn.Dropout(0.5)]
 
 
-class AnyBatchSize(Experiment):
+class AnyBatchSize(parity.Exporting):
     """Saved and loaded, the program computes what the model computes, for any number of rows."""
 
     points = 2
-    seconds = parity.SECONDS
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 5)
@@ -63,11 +62,10 @@ class AnyBatchSize(Experiment):
         }
 
 
-class OneRow(Experiment):
+class OneRow(parity.Exporting):
     """An example of one row gives a program for any number of rows."""
 
     points = 2
-    seconds = parity.SECONDS
 
     def draw(self, trial: Trial) -> dict:
         words, length = trial.integer(5, 9), trial.integer(3, 5)
@@ -92,11 +90,10 @@ class OneRow(Experiment):
         return {"an export from one row": raw["error"]} if raw["error"] else {}
 
 
-class EvalMode(Experiment):
+class EvalMode(parity.Exporting):
     """A model in train mode is exported as it computes in eval mode."""
 
     points = 2
-    seconds = parity.SECONDS
 
     def draw(self, trial: Trial) -> dict:
         return _in_train_mode(trial)
@@ -108,11 +105,10 @@ class EvalMode(Experiment):
         return {"outputs": parity.whose(raw["outputs"], inputs["model"], [inputs["example"]])}
 
 
-class ModesAsBefore(Experiment):
+class ModesAsBefore(parity.Exporting):
     """Every module of the model is in the mode that it was in, also after a model that torch.export refuses."""
 
     points = 2
-    seconds = parity.SECONDS
 
     def draw(self, trial: Trial) -> dict:
         inputs = _in_train_mode(trial)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from grader.checks.export import parity
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Trial, WrongReturn, misconception
 from helpers import expect
 from helpers.export import to_torchscript
 
@@ -84,11 +84,10 @@ def _traceable(trial: Trial, width: int) -> _SumOfHeads:
     return _SumOfHeads(nn.Sequential(*_body(trial, width)), width)
 
 
-class BothBranches(Experiment):
+class BothBranches(parity.Exporting):
     """Saved, and loaded without its class, it computes what the model computes on both sides of a branch."""
 
     points = 2
-    seconds = parity.SECONDS
 
     def draw(self, trial: Trial) -> dict:
         width, side = trial.integer(3, 5), (-1.0, 1.0)[trial.integer(0, 1)]
@@ -111,10 +110,8 @@ class BothBranches(Experiment):
         }
 
 
-class AnyBatchSize(Experiment):
+class AnyBatchSize(parity.Exporting):
     """A loop over the rows runs as often as there are rows."""
-
-    seconds = parity.SECONDS
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 5)
@@ -134,11 +131,10 @@ class AnyBatchSize(Experiment):
         return {"batch sizes at which outputs are the model's, of 1, 4 and 8": right}
 
 
-class WhatScriptCannotCompile(Experiment):
+class WhatScriptCannotCompile(parity.Exporting):
     """What script cannot compile is traced, whatever kind of error script has for it."""
 
     points = 2
-    seconds = parity.SECONDS
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 5)
@@ -168,11 +164,10 @@ class WhatScriptCannotCompile(Experiment):
         return {f"a model with {what}": raw[what]["error"] for what in raw if raw[what]["error"]}
 
 
-class EvalMode(Experiment):
+class EvalMode(parity.Exporting):
     """A model in train mode is exported as it computes in eval mode, scripted or traced."""
 
     points = 2
-    seconds = parity.SECONDS
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 5)
@@ -193,11 +188,10 @@ class EvalMode(Experiment):
         }
 
 
-class ModesAsBefore(Experiment):
+class ModesAsBefore(parity.Exporting):
     """Every module of the model is in the mode that it was in, also if the export fails."""
 
     points = 2
-    seconds = parity.SECONDS
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 5)

@@ -494,4 +494,5 @@ EXERCISE = Exercise(
         "Sort the texts by number of tokens, and remember the order; batch by batch, in eval mode and without gradients, "
         "pool encoder(input_ids, attention_mask) with the mask; put row k at place order[k], and divide it by its length.",
     ),
+    autocast=True,
 )

@@ -313,4 +313,5 @@ EXERCISE = Exercise(
         "Remember every module's mode, switch all to eval mode, run batch by batch without gradients, "
         "concatenate, and give every module its own mode back, even if something raised.",
     ),
+    autocast=True,
 )
