@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/gpu.sh [tests] [record] [speed]        all three if none is named
 #
-# It needs torch, torchvision, transformers, scikit-learn, safetensors, typer, pytest, hypothesis and peft, no Jupyter, and
+# It needs torch, torchvision, transformers, scikit-learn, safetensors, typer, pytest, hypothesis, peft and timm, no Jupyter, and
 # takes PYTHON (python3 if it is not set). What it writes is committed as it is:
 #
 #     benchmarks/gpu_tests.txt       the tests of helpers and checks, on the GPU
@@ -39,8 +39,9 @@ print(f"{gpu}, torch {torch.__version__}, torchvision {torchvision.__version__},
 for step in $steps; do
     case $step in
     tests)
-        { about; "$python" -m pytest -q -p no:cacheprovider --durations=5 --ignore=tests/peers \
-            tests/test_{lora,adapters,batchnorm,features,finetune,training,text,export,golden,pretend,elsewhere}.py; } 2>&1 |
+        { about; "$python" -m pytest -q -p no:cacheprovider --durations=5 -k "not twenty_seeds" \
+            tests/test_{lora,adapters,batchnorm,features,finetune,training,backbones,text,data,export}.py \
+            tests/test_{pretend,elsewhere,golden,check,verdict,proof}.py; } 2>&1 |
             tee "$texts/gpu_tests.txt" || failed=1
         ;;
     record)

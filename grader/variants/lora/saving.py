@@ -95,7 +95,7 @@ def in_a_closure(path):
         needed = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         wrong = (signature(there.items()) - signature(every)) | (signature(needed) - signature(there.items()))
         if wrong:
-            raise ValueError(" ".join(name for name, _ in wrong))
+            raise ValueError(" ".join(sorted(name for name, _ in wrong)))
         targets = [p.detach() for name, p in every if name in there]
         torch._foreach_copy_(targets, [there[name] for name, _ in every if name in there])
 
@@ -126,7 +126,7 @@ class AsVector:
 
     def load(self, model):
         tensors, own, wrong = load_file(self.path), self._named(model), []
-        for name in {*tensors, *(k for k, v in own.items() if v.requires_grad)}:
+        for name in sorted({*tensors, *(k for k, v in own.items() if v.requires_grad)}):
             shapes = tuple(None if where.get(name) is None else where[name].shape for where in (tensors, own))
             if shapes[0] != shapes[1]:
                 wrong.append(f"{name}: {shapes[0]} in the file, {shapes[1]} in the model")
