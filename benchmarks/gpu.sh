@@ -16,6 +16,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 device=cuda texts=benchmarks
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     if [ -z "${REHEARSE:-}" ]; then
@@ -59,6 +60,7 @@ for step in $steps; do
     esac
 done
 if [ -n "${ARCHIVE:-}" ]; then
-    tar --create --gzip --file "$ARCHIVE" $(git ls-files --modified --others --exclude-standard benchmarks grader/golden)
+    written=$(git ls-files --modified --others --exclude-standard benchmarks grader/golden 2>/dev/null)
+    tar --create --gzip --file "$ARCHIVE" ${written:-benchmarks grader/golden}
 fi
 exit $failed

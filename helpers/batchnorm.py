@@ -336,7 +336,8 @@ class _Frozen:
 
     @property
     def training(self) -> bool:
-        return self.__dict__["training"] and "normalisation" not in self._freeze.what
+        # In this order: torch.compile of torch 2.11 takes the second for this property, and would call it for ever.
+        return "normalisation" not in self._freeze.what and self.__dict__["training"]
 
     @training.setter
     def training(self, mode: bool) -> None:

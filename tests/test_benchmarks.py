@@ -1,4 +1,7 @@
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -129,3 +132,20 @@ def test_latency_is_that_of_the_same_outputs():
     model, inputs = export._model("glyphnet", "cpu")
     with torch.no_grad():
         assert torch.allclose(export._session("glyphnet", "cpu")(*inputs), model(*inputs), atol=1e-4)
+
+
+def gpu_script(root, *steps, **environment):
+    command = ["bash", str(root / "benchmarks/gpu.sh"), *steps]
+    given = os.environ | {"PYTHON": sys.executable} | environment
+    return subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available() or sys.platform == "win32", reason="about machines without a GPU")
+def test_the_script_for_a_gpu_says_that_there_is_none(root):
+    done = gpu_script(root)
+    assert done.returncode == 1 and done.stderr.strip() == (
+        "gpu.sh needs a CUDA GPU, and torch sees none here. Run it on a machine with one, or REHEARSE=1 to try the steps."
+    )
+    done = gpu_script(root, "sing", REHEARSE="1")
+    assert done.returncode == 2 and done.stderr.strip() == "no step sing: choose from tests, record, speed."

@@ -58,6 +58,7 @@ CPU_ONLY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("topic", "exercise"), EXERCISES)
 def test_a_reference_shows_its_facts_on_a_gpu_too(topic, exercise):
     setting = GPU if GPU.there else PRETENDED

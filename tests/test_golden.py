@@ -130,7 +130,8 @@ def test_verify_finds_what_was_recorded_here_again():
     assert facts_that_differ("start", here, CPU) == {}
     if versions() in all_versions():
         found = between(here.results, read(path_of("start", CPU)).results)
-        assert len(found) == 3 and all(deviation.far < 1e-5 and not deviation.other for deviation in found.values())
+        assert len(found) == len(here.results["0.1"]) > 0
+        assert all(deviation.far < 1e-5 and not deviation.other for deviation in found.values())
 
 
 def test_a_record_comes_back_as_it_was(tmp_path):
