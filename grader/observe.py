@@ -28,7 +28,7 @@ from grader.state import fresh_defaults, preserved
 from grader.verdict import Facts, Observation, Problem
 from helpers.training import one_thread
 
-PRETENCE_SECONDS = 3.0  # what takes longer on a pretended GPU is not looked at there
+PRETENCE_SECONDS = 5.0  # what takes longer on a pretended GPU is not looked at there
 OUTPUT_LIMIT = 2000  # characters of a subject's own output that are shown
 _NOT_THE_LEARNERS = tuple(  # folders of ours, of Python and of installed packages
     Path(folder).resolve()
@@ -82,6 +82,7 @@ def run(experiment: Experiment, subject: Subject, seed: int, number: str, settin
     # The first optimizer of a process imports this for a second or more. No subject is to be stopped in the middle of it.
     import torch._dynamo  # noqa: F401
 
+    seconds = experiment.seconds if setting.device != "pretended" else min(experiment.seconds, PRETENCE_SECONDS)
     said: list[str] = []
     problem, raw = None, None
     with one_thread(), fresh_defaults():
@@ -89,12 +90,12 @@ def run(experiment: Experiment, subject: Subject, seed: int, number: str, settin
         with setting.applied(), preserved(seed + 1) as changed, _caught(said):
             try:
                 inputs = setting.put(inputs)
-                with _time_limit(experiment.seconds if setting.device != "pretended" else PRETENCE_SECONDS):
+                with _time_limit(seconds):
                     raw = experiment.measure(subject, inputs)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # SystemExit, RecursionError and the rest are the subject's
-                problem = _explain(error, number, experiment)
+                problem = _explain(error, number, seconds)
         try:
             if problem is None:
                 raw, inputs = setting.fetch(raw), setting.fetch(inputs)
@@ -145,7 +146,7 @@ def _not_measurable(error: Exception) -> Problem:
     return Problem("returned", f"what your code returned or left behind cannot be measured ({type(error).__name__}: {text})")
 
 
-def _explain(error: BaseException, number: str, experiment: Experiment) -> Problem:
+def _explain(error: BaseException, number: str, seconds: float) -> Problem:
     if isinstance(error, NotImplementedError) and (stub := re.match(r"Exercise (\d+\.\d+)", _text(error))):
         if stub[1] == number:
             return Problem("not attempted", "not attempted yet")
@@ -153,7 +154,7 @@ def _explain(error: BaseException, number: str, experiment: Experiment) -> Probl
     if isinstance(error, WrongReturn):
         return Problem("returned", str(error))
     if isinstance(error, TimeIsUp):
-        return Problem("time", f"your code was stopped after {experiment.seconds:g} s: is there a loop that never ends?")
+        return Problem("time", f"your code was stopped after {seconds:g} s: is there a loop that never ends?")
     where = _line_of(error)
     kind = "refused" if isinstance(error, Refused) else "raised"
     text = " ".join(_text(error).split())

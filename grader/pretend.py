@@ -138,6 +138,10 @@ class _Calls(TorchFunctionMode):
             )
         if there and name == "tolist":
             return x.inner.tolist()
+        if there and name == "__format__":
+            return format(x.inner, *args[1:])
+        if there and name == "new_tensor":
+            return put(x.inner.new_tensor(*args[1:], **{key: value for key, value in kwargs.items() if key != "device"}))
         if there and name in ("__getitem__", "__setitem__"):
             args = (x, _index(args[1]), *args[2:])
         if name == "cuda" and isinstance(x, Tensor):
@@ -190,13 +194,14 @@ _ATTRIBUTES = {
 
 @contextmanager
 def pretending() -> Iterator[None]:
-    """Inside the `with`, "cuda" can be named wherever a device can, and `torch.cuda.is_available()` says yes.
+    """Inside the `with`, "cuda" can be named wherever a device can, and who asks torch for a GPU is told that there is one.
 
     torch's own modules are not told that there is a GPU: they would call its driver.
     """
     factories = _Factories()
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch.cuda, "is_available", _is_available(torch.cuda.is_available)))
+        for module, name, answer in _ASKED:
+            stack.enter_context(mock.patch.object(module, name, _answering(getattr(module, name), answer)))
         for name in ("trace", "script", "load"):
             stack.enter_context(mock.patch.object(torch.jit, name, _unsupported))
         stack.enter_context(factories)
@@ -309,9 +314,21 @@ def _unsupported(*_: object, **__: object) -> None:
     raise Unsupported("TorchScript kills the process when it meets tensors that only pretend.")
 
 
-def _is_available(real: Callable[[], bool]) -> Callable[[], bool]:
-    def is_available() -> bool:
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        return real() if caller.partition(".")[0] == "torch" else True
+# How code asks for a GPU, and the answer.
+_ASKED = (
+    (torch.cuda, "is_available", True),
+    (torch.cuda, "device_count", 1),
+    (torch.cuda, "current_device", DEVICE.index),
+    (torch.accelerator, "is_available", True),
+    (torch.accelerator, "current_accelerator", DEVICE),
+)
 
-    return is_available
+
+def _answering(real: Callable, answer: Any) -> Callable:
+    """The answer for everybody but torch itself, which gets the real one."""
+
+    def asked(*args, **kwargs):
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return real(*args, **kwargs) if caller.partition(".")[0] == "torch" else answer
+
+    return asked

@@ -24,7 +24,12 @@ def same(here: torch.Tensor, there: torch.Tensor) -> bool:
 
 def test_it_says_that_it_is_on_a_gpu(x):
     assert (x.device, x.is_cuda, x.is_cpu, x.get_device()) == (torch.device("cuda", 0), True, False, 0)
-    assert torch.cuda.is_available() and repr(x).endswith("device='cuda:0')")
+    assert repr(x).endswith("device='cuda:0')") and f"{x.mean():.2f} of {x[0, 1]:.0f}" == "5.50 of 1"
+
+
+def test_whoever_asks_for_a_gpu_is_told_of_one(x):
+    assert torch.cuda.is_available() and torch.cuda.device_count() == 1 and torch.cuda.current_device() == 0
+    assert torch.accelerator.is_available() and torch.accelerator.current_accelerator() == x.device
 
 
 def test_outside_there_is_no_gpu_more_than_before():
@@ -73,6 +78,7 @@ def test_numpy_is_refused(x, use):
         lambda x: F.dropout(x, 0.0),
         lambda x: torch.linalg.svdvals(x),
         lambda x: x.new_zeros(3),
+        lambda x: x.new_tensor([1.0, 2.0]),
         lambda x: torch.zeros(2, device=x.device),
         lambda x: torch.as_tensor([1.0, 2.0], device="cuda:0"),
         lambda x: torch.ones(3).to(x),
