@@ -1,15 +1,18 @@
 """What is recorded: results of every right solution, tolerances that keep their rule, deviations."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from grader import golden
 from grader.checks import TOPICS, exercises
 from grader.experiment import Experiment, equal
 from grader.golden import AWAITS, FOLDER
+from grader.golden import __main__ as command
 from grader.golden.__main__ import deviations, dump, facts_that_differ
 from grader.golden.deviations import between
 from grader.golden.records import (
@@ -132,6 +135,32 @@ def test_verify_finds_what_was_recorded_here_again():
         found = between(here.results, read(path_of("start", CPU)).results)
         assert len(found) == len(here.results["0.1"]) > 0
         assert all(deviation.far < 1e-5 and not deviation.other for deviation in found.values())
+
+
+def test_verify_says_in_a_table_where_a_machine_deviates(monkeypatch):
+    results = measure("start", CPU).results
+    seeds = results["0.1"]["is afraction"]["reference"]
+    seeds[0] = {name: value + 0.25 if isinstance(value, float) else value for name, value in seeds[0].items()}
+    seeds[1] = seeds[1] | {"more": 1}
+    about = About("another", None, "float32", {}, "", "")
+    monkeypatch.setattr(
+        command, "_kept", lambda topic, setting: ("torch-9", Record(about, results)) if setting == CPU else None
+    )
+    done = CliRunner().invoke(command.app, ["verify", "start"])
+    text = " ".join(done.output.split())
+    assert done.exit_code == 0 and "every fact is as recorded" in text
+    assert re.search(r"0\.1 is afraction cpu float32 torch-9 another the same \(reference: ", text)
+    assert "start cpu float32 2 experiments compared" in text and "bfloat16" not in text
+    if not GPU.there:
+        assert f"start cuda float32 {AWAITS}" in text
+    monkeypatch.setattr(command, "facts_that_differ", lambda *_: {("0.1", "right rows count"): ["reference: what counts"]})
+    done = CliRunner().invoke(command.app, ["verify", "start"])
+    assert done.exit_code == 1 and "reference: what counts" in done.output and "1 facts differ" in done.output
+
+
+def test_topics_that_are_none_are_refused():
+    done = CliRunner().invoke(command.app, ["verify", "sing"])
+    assert done.exit_code == 2 and "no topic 'sing'. Choose from start, features, finetune" in " ".join(done.output.split())
 
 
 def test_a_record_comes_back_as_it_was(tmp_path):
