@@ -13,7 +13,7 @@ from grader.checks import TOPICS, exercises
 from grader.experiment import Experiment, equal
 from grader.golden import AWAITS, FOLDER
 from grader.golden import __main__ as command
-from grader.golden.__main__ import deviations, dump, facts_that_differ
+from grader.golden.__main__ import deviations, facts_that_differ
 from grader.golden.deviations import between
 from grader.golden.records import (
     SEEDS,
@@ -229,7 +229,7 @@ def test_a_tolerance_lies_between_rounding_and_the_nearest_mistake(monkeypatch, 
         return
     row = _rows(topic, halves, Halves(), recorded)["y"]
     assert row["cpu float32"] == tolerance and row["cuda float32"] == AWAITS and row["tells"] in GRID
-    assert row["tells"] <= off and dump({"9.1": {"halves": {"y": row}}}).count("\n") == 7
+    assert row["tells"] <= off and golden.dump({"9.1": {"halves": {"y": row}}}).count("\n") == 7
 
 
 def test_near_is_relative_to_what_is_large_and_never_to_what_is_small():

@@ -38,6 +38,22 @@ def tolerances(number: str, experiment: str, setting: Setting) -> dict[str, floa
     return {fact: rows[fact]["cpu float32"] if value == AWAITS else value for fact, value in found.items()}
 
 
+def dump(tables: Mapping[str, Mapping[str, Mapping]]) -> str:
+    """Tables by exercise and experiment as the text that is committed: one line per row."""
+    blocks = []
+    for number, table in tables.items():
+        experiments = []
+        for name, rows in table.items():
+            lines = [f"   {_spelled(key)}: {_spelled(row)}" for key, row in rows.items()]
+            experiments.append(f"  {_spelled(name)}: {{\n" + ",\n".join(lines) + "\n  }")
+        blocks.append(f" {_spelled(number)}: {{" + ("\n" + ",\n".join(experiments) + "\n }" if experiments else "}"))
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
+def _spelled(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def forget() -> None:
     """Read the files again when they are asked for next."""
     load.cache_clear()

@@ -76,20 +76,8 @@ def write_tolerances(topics: list[str]) -> None:
         }
         rows |= {number: tolerances(topic, exercise, recorded) for number, exercise in exercises(topic).items()}
     ordered = {number: rows[number] for topic in TOPICS.values() for number in exercises(topic) if number in rows}
-    write_text(file, dump(ordered))
+    write_text(file, golden.dump(ordered))
     golden.forget()
-
-
-def dump(rows: dict) -> str:
-    """Tolerances as the text that is committed: one line per fact."""
-    blocks = []
-    for number, experiments in rows.items():
-        inner = []
-        for name, facts in experiments.items():
-            lines = [f"   {json.dumps(fact, ensure_ascii=False)}: {json.dumps(row)}" for fact, row in facts.items()]
-            inner.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n  }")
-        blocks.append(f" {json.dumps(number)}: {{\n" + ",\n".join(inner) + "\n }" if inner else f" {json.dumps(number)}: {{}}")
-    return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
 def deviations() -> dict:
