@@ -3,17 +3,18 @@
 #
 #     bash benchmarks/gpu.sh [tests] [record] [speed]        all three if none is named
 #
-# It needs torch, torchvision, transformers, scikit-learn, safetensors, typer, pytest, hypothesis, peft and timm, no Jupyter, and
-# takes PYTHON (python3 if it is not set). What it writes is committed as it is:
+# It needs what pyproject.toml names first (dependencies), pytest, hypothesis, peft and timm, and no Jupyter; it takes PYTHON
+# (python3 if it is not set). What it writes is committed as it is:
 #
 #     benchmarks/gpu_tests.txt       the tests of helpers and checks, on the GPU
 #     grader/golden/                 records of CPU and GPU, tolerances, deviations
 #     benchmarks/gpu_verify.txt      a second run beside these records
 #     benchmarks/gpu_speed.md        LoRA and exported models, beside their peers
 #
-# REHEARSE=1 tries the steps without a GPU and leaves its texts in a temporary folder. ARCHIVE=FILE packs what was written,
-# to carry it to another machine.
+# REHEARSE=1 tries the steps without a GPU: its texts stay in a temporary folder, and `record` records the CPU.
+# ARCHIVE=FILE packs what was written after each step, to carry it to another machine.
 set -uo pipefail
+[ -z "${ARCHIVE:-}" ] || ARCHIVE=$(realpath "$ARCHIVE")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -37,6 +38,10 @@ print(f"{gpu}, torch {torch.__version__}, torchvision {torchvision.__version__},
     date +%F
 }
 
+pack() { # what was written so far
+    [ -z "${ARCHIVE:-}" ] || tar --create --gzip --file "$ARCHIVE" grader/golden $(ls -d benchmarks/gpu_* 2>/dev/null) || failed=1
+}
+
 for step in $steps; do
     case $step in
     tests)
@@ -58,9 +63,6 @@ for step in $steps; do
         exit 2
         ;;
     esac
+    pack
 done
-if [ -n "${ARCHIVE:-}" ]; then
-    written=$(git ls-files --modified --others --exclude-standard benchmarks grader/golden 2>/dev/null)
-    tar --create --gzip --file "$ARCHIVE" ${written:-benchmarks grader/golden}
-fi
 exit $failed

@@ -35,25 +35,27 @@ def look(exercise: Exercise, thing: Subject, verdict: Verdict, table: Table, see
     gpu = GPU if GPU.there else PRETENDED
     passed = [finding.experiment for finding in verdict.findings if finding.outcome == "passed"]
     tried = [experiment for experiment in passed if gpu == GPU or experiment.pretends]
-    wrong = _problems(exercise, thing, tried, table, seed, gpu)
-    right = {experiment.name for experiment in tried if gpu == GPU} - wrong.keys()
+    wrong, untold = _problems(exercise, thing, tried, table, seed, gpu)
+    right = {experiment.name for experiment in tried if gpu == GPU} - wrong.keys() - untold
     half = Setting("cuda" if gpu == GPU else "cpu", "bfloat16")
-    rounded = _problems(exercise, thing, passed, table, seed, half) if exercise.autocast else {}
+    rounded, _ = _problems(exercise, thing, passed, table, seed, half) if exercise.autocast else ({}, set())
     rounded = {name: problem for name, problem in rounded.items() if name not in wrong}  # said once
     return Elsewhere(frozenset(right), frozenset(wrong), _once(wrong), _once(rounded))
 
 
 def _problems(
     exercise: Exercise, thing: Subject, experiments: list[Experiment], table: Table, seed: int, setting: Setting
-) -> dict[str, str]:
-    """Experiment -> what is wrong with the subject in that setting; not what is wrong with the reference, too."""
-    found = {}
+) -> tuple[dict[str, str], set[str]]:
+    """Experiment -> what is wrong with the subject in that setting; and those in which the reference is wrong, too."""
+    found, untold = {}, set()
     for experiment in experiments:
         arguments = (table, seed, setting)
         problem = _problem(exercise, experiment, thing, *arguments)
-        if problem and not _problem(exercise, experiment, exercise.reference, *arguments):
+        if problem and _problem(exercise, experiment, exercise.reference, *arguments):
+            untold.add(experiment.name)
+        elif problem:
             found[experiment.name] = problem
-    return found
+    return found, untold
 
 
 def _problem(

@@ -95,7 +95,7 @@ def run(experiment: Experiment, subject: Subject, seed: int, number: str, settin
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # SystemExit, RecursionError and the rest are the subject's
-                problem = _explain(error, number, seconds)
+                problem = _explain(error, number, seconds, setting)
         try:
             if problem is None:
                 raw, inputs = setting.fetch(raw), setting.fetch(inputs)
@@ -146,7 +146,7 @@ def _not_measurable(error: Exception) -> Problem:
     return Problem("returned", f"what your code returned or left behind cannot be measured ({type(error).__name__}: {text})")
 
 
-def _explain(error: BaseException, number: str, seconds: float) -> Problem:
+def _explain(error: BaseException, number: str, seconds: float, setting: Setting) -> Problem:
     if isinstance(error, NotImplementedError) and (stub := re.match(r"Exercise (\d+\.\d+)", _text(error))):
         if stub[1] == number:
             return Problem("not attempted", "not attempted yet")
@@ -158,8 +158,9 @@ def _explain(error: BaseException, number: str, seconds: float) -> Problem:
     where = _line_of(error)
     kind = "refused" if isinstance(error, Refused) else "raised"
     text = " ".join(_text(error).split())
-    if where is None and "on the same device" in text:  # an experiment used what the subject had returned
-        return Problem(kind, "what your code returned is on the CPU, and its inputs are on the GPU")
+    if where is None and ("on the same device" in text or "and weight type" in text):  # of what the subject had returned
+        on = ("on the CPU", "on the GPU") if setting != CPU else ("not on the CPU", "there")
+        return Problem(kind, f"what your code returned is {on[0]}, and its inputs are {on[1]}")
     text = text if len(text) <= 300 else text[:300] + " …"
     return Problem(kind, f"{where or 'your code'} raised {_named(error)}{': ' + text if text else ''}")
 

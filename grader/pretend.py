@@ -132,6 +132,8 @@ class _Calls(TorchFunctionMode):
             func(*args, **kwargs)
             x.inner = args[1].inner
             return None
+        if there and name == "numpy" and kwargs.get("force"):
+            return x.inner.detach().clone().numpy(force=True)
         if there and name in ("numpy", "__array__", "__dlpack__"):
             raise NotOnTheCPU(
                 f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() to copy it to host memory."

@@ -1,14 +1,18 @@
 """Where and how precisely an experiment is run: the CPU, a GPU, or a GPU that is only pretended."""
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from grader import pretend
+from grader.state import matmul_precision, set_matmul_precision
 
 PRECISIONS = ("float32", "TF32", "bfloat16")
 
@@ -35,7 +39,9 @@ class Setting:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside the `with`, torch computes as precisely as this says, and knows the pretended device; afterwards as before."""
-        matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        if self.device == "cuda":
+            _wake()
+        matmul, conv = matmul_precision(), _conv_precision()
         try:
             torch.set_float32_matmul_precision("high" if self.precision == "TF32" else "highest")
             torch.backends.cudnn.allow_tf32 = self.precision == "TF32"
@@ -46,8 +52,8 @@ class Setting:
                     stack.enter_context(pretend.pretending())
                 yield
         finally:
-            torch.set_float32_matmul_precision(matmul)
-            torch.backends.cudnn.allow_tf32 = conv
+            set_matmul_precision(matmul)
+            _set_conv_precision(conv)
 
     def put(self, inputs: Any) -> Any:
         """Inputs as drawn, moved to the device: tensors, parameters and buffers of modules, and optimizers of these.
@@ -59,14 +65,40 @@ class Setting:
 
     def fetch(self, raw: Any) -> Any:
         """Raw results, their tensors moved to the CPU."""
-        if self.device == "cpu":
-            return raw
+        if self.device == "cpu":  # a subject may have taken the GPU that it found
+            return _Moving(lambda x: x.detach().cpu() if x.is_cuda else x)(raw) if torch.cuda.is_initialized() else raw
         return _Moving(pretend.fetch if self.device == "pretended" else lambda x: x.detach().cpu())(raw)
 
 
 CPU = Setting("cpu")
 GPU = Setting("cuda")
 PRETENDED = Setting("pretended")
+
+
+@cache
+def _wake() -> None:
+    """Start CUDA and load its libraries, once: seconds that are not the subject's, and random states to put back."""
+    with suppress(RuntimeError), warnings.catch_warnings():  # of a GPU that cannot compute, the experiment will tell
+        warnings.simplefilter("ignore")
+        x = torch.ones(1, 1, 2, 2, device="cuda", requires_grad=True)
+        (F.conv2d(x, x) + (x @ x).sum()).sum().backward()
+        torch.cuda.synchronize()
+
+
+def _conv_precision() -> bool | tuple[str, str]:
+    """Whether cuDNN may use TF32 or, where torch refuses to say because newer settings disagree, these."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.rnn.fp32_precision
+
+
+def _set_conv_precision(value: bool | tuple[str, str]) -> None:
+    if isinstance(value, bool):
+        torch.backends.cudnn.allow_tf32 = value
+    else:
+        torch.backends.cudnn.allow_tf32 = True  # the default, under which somebody set these
+        torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.rnn.fp32_precision = value
 
 
 def _to_gpu(x: Tensor) -> Tensor:

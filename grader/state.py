@@ -13,13 +13,30 @@ from typing import Any
 import numpy as np
 import torch
 
+
+def matmul_precision() -> str:
+    """How products are computed: "highest", "high" or "medium"; theirs where newer settings disagree and torch refuses."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # somebody set `fp32_precision`, which is newer
+        return torch.backends.cuda.matmul.fp32_precision
+
+
+def set_matmul_precision(value: str) -> None:
+    """Put back what `matmul_precision` gave."""
+    if value in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(value)
+    else:
+        torch.backends.cuda.matmul.fp32_precision = value
+
+
 # What later cells would notice: (how it is called, how it is read, how it is put back).
 _NOTICED: tuple[tuple[str, Callable[[], Any], Callable[[Any], Any]], ...] = (
     ("grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
     ("default dtype", torch.get_default_dtype, torch.set_default_dtype),
     ("default device", torch.get_default_device, lambda d: torch.set_default_device(None if d.type == "cpu" else d)),
     ("number of threads", torch.get_num_threads, torch.set_num_threads),
-    ("float32 matmul precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    ("float32 matmul precision", matmul_precision, set_matmul_precision),
     ("deterministic algorithms", torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
     ("anomaly detection", torch.is_anomaly_enabled, torch.set_anomaly_enabled),
     ("inference mode", torch.is_inference_mode_enabled, lambda _: None),
@@ -44,7 +61,8 @@ def fresh_defaults() -> Iterator[None]:
         if old != default:
             restore(default)
     try:
-        with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.enable_grad():
+        no_autocast = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+        with torch.inference_mode(False), no_autocast[0], no_autocast[1], torch.enable_grad():
             yield
     finally:
         for (_, restore, default), old in zip(_FRESH, before, strict=True):

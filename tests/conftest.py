@@ -14,6 +14,7 @@ from torch.utils._device import _device_constructors
 
 import grader  # noqa: F401
 from grader.pretend import pretending
+from grader.setting import GPU
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,7 +66,8 @@ def device(request):
         if request.param == "pretended":
             stack.enter_context(pretending())
         if request.param == "cuda":  # as exact, and as repeatable, as a GPU can be
-            stack.enter_context(torch.backends.cudnn.flags(deterministic=True, allow_tf32=False))
+            stack.enter_context(GPU.applied())
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
         if request.param != "cpu":
             stack.enter_context(_OnTheGPU())
         yield request.param

@@ -194,10 +194,13 @@ def test_what_fails_on_the_cpu_is_not_tried_elsewhere(monkeypatch):
 
 def test_where_the_reference_fails_too_nothing_is_said(monkeypatch):
     """Then it is the check or the machine."""
-    exercise = replace(exercises("features")["2.2"], reference=extract)
+    exercise = replace(exercises("features")["2.2"], reference=extract, autocast=False)
     table = load("features")["2.2"]
     seen = look(exercise, extract, verdict_on(exercise, extract, 0, table), table, 0)
     assert seen.on_a_gpu == () and seen.wrong == frozenset()
+    monkeypatch.setattr(elsewhere, "GPU", PRETENDED)
+    monkeypatch.setattr(elsewhere, "PRETENDED", GPU)  # so that every problem there counts
+    assert look(exercise, extract, verdict_on(exercise, extract, 0, table), table, 0).right == frozenset()
 
 
 def test_on_a_gpu_the_line_says_both(capsys, monkeypatch):

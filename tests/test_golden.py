@@ -103,9 +103,11 @@ def test_tolerances_are_those_of_this_device_and_else_of_the_cpu():
     kept, golden._tolerances = golden._tolerances, lambda: {"9.1": rows}
     try:
         found = [golden.tolerances("9.1", "e", setting)["f"] for setting in (*SETTINGS, PRETENDED)]
+        rows["e"]["f"]["cpu bfloat16"] = 0.1
+        half = golden.tolerances("9.1", "e", Setting("cuda", "bfloat16"))["f"]
     finally:
         golden._tolerances = kept
-    assert found == [1e-5, 1e-5, 1e-4, None, 1e-5, 1e-5]
+    assert found == [1e-5, 1e-5, 1e-4, None, 1e-5, 1e-5] and half == 0.1
 
 
 def test_where_no_gpu_was_recorded_it_says_so():
@@ -250,6 +252,28 @@ def test_a_setting_leaves_torch_as_it_was():
             assert torch.backends.cudnn.allow_tf32 == (setting.precision == "TF32")
             assert ((torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16) == (setting.precision == "bfloat16")
         assert before == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+
+
+@pytest.mark.parametrize(
+    "module", [torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn.conv], ids=["all", "matmul", "conv"]
+)
+@pytest.mark.parametrize("value", ["tf32", "ieee"])
+def test_a_setting_leaves_newer_precisions_too(module, value):
+    """Where they disagree with the older ones, torch refuses to say what these are."""
+
+    def now() -> tuple:
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+
+    module.fp32_precision = value
+    try:
+        before = now()
+        for setting in (CPU, Setting("cpu", "TF32")):
+            assert run(Halves(), lambda x: x / 2, 0, "9.1", setting).problem is None
+            assert now() == before
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
 
 
 def test_an_optimizer_goes_along_with_its_parameters():

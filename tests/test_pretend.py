@@ -67,6 +67,10 @@ def test_numpy_is_refused(x, use):
         use(x)
 
 
+def test_numpy_copies_where_it_is_told_to(x):
+    assert x.numpy(force=True).tolist() == fetch(x).tolist()
+
+
 @pytest.mark.parametrize(
     "use",
     [

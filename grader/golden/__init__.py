@@ -29,13 +29,13 @@ def load(topic: str) -> dict[str, Table]:
 
 
 def tolerances(number: str, experiment: str, setting: Setting) -> dict[str, float | None]:
-    """Fact -> its tolerance in that setting, that of the CPU where nothing is recorded; no entry for exact facts.
+    """Fact -> its tolerance in that setting; where nothing is recorded, the CPU's, in that precision if it has one.
 
-    None: no tolerance keeps the rule in that precision, so the fact is not to be compared.
+    Exact facts have no entry. None: no tolerance keeps the rule in that precision, so the fact is not to be compared.
     """
     rows: Mapping[str, dict] = _tolerances().get(number, {}).get(experiment, {})
-    found = {fact: row.get(str(setting), AWAITS) for fact, row in rows.items()}
-    return {fact: rows[fact]["cpu float32"] if value == AWAITS else value for fact, value in found.items()}
+    names = str(setting), f"cpu {setting.precision}", "cpu float32"
+    return {fact: next(row[name] for name in names if row.get(name, AWAITS) != AWAITS) for fact, row in rows.items()}
 
 
 def dump(tables: Mapping[str, Mapping[str, Mapping]]) -> str:

@@ -22,9 +22,10 @@ def between(ours: Results, theirs: Results) -> dict[tuple[str, str], Deviation]:
     known = {tuple(key): raw for *key, raw in each(theirs)}
     found: dict[tuple[str, str], Deviation] = {}
     for number, experiment, who, seed, raw in each(ours):
-        if (number, experiment, who, seed) not in known:
+        theirs_too = known.get((number, experiment, who, seed))
+        if theirs_too is None or ("problem" in raw) != ("problem" in theirs_too):  # a GPU refuses what is for the CPU only
             continue
-        far, other = _compare(raw, known[number, experiment, who, seed], who)
+        far, other = _compare(raw, theirs_too, who)
         before = found.get((number, experiment), Deviation(0.0))
         found[number, experiment] = Deviation(max(before.far, far), before.other or other)
     return found

@@ -9,6 +9,7 @@ beside it what it was measured on. Tensors are stored as they came; the tree tha
 import datetime
 import json
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -69,8 +70,9 @@ def path_of(topic: str, setting: Setting, of: str | None = None, folder: Path = 
 
 
 def all_versions(folder: Path = FOLDER) -> list[str]:
-    """The folders that hold records."""
-    return sorted(path.name for path in (folder / "records").glob("torch-*"))
+    """The folders that hold records, the newest last."""
+    names = (path.name for path in (folder / "records").glob("torch-*"))
+    return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
 
 
 def right_solutions(topic: str, exercise: Exercise) -> dict[str, Subject]:

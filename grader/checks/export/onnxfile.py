@@ -145,7 +145,7 @@ def _opened(path: str | Path) -> tuple[Callable[[Tensor], Tensor], tuple[str, st
         if len(found) != 1:
             raise WrongReturn(f"the file must have one {what}, got {len(found)}: {', '.join(found)}.")
     (given,), (answer,) = names
-    return lambda x: torch.from_numpy(session.run([answer], {given: x.numpy()})[0]), (given, answer)
+    return lambda x: torch.from_numpy(session.run([answer], {given: x.cpu().numpy()})[0]), (given, answer)
 
 
 def _export(model: nn.Module, example: Tensor, path: Path, **changes: object) -> None:

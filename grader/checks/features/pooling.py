@@ -108,7 +108,8 @@ class TextWithoutTokens(_Pooling):
 
     def measure(self, subject, inputs):
         empty = inputs["mask"].sum(1) == 0
-        row = self.pool(subject, inputs["hidden"], inputs["mask"])[empty][0]
+        pooled = self.pool(subject, inputs["hidden"], inputs["mask"])
+        row = pooled[empty.to(pooled.device)][0]
         return {"finite": row.isfinite(), "row": row.nan_to_num(0, 0, 0)}
 
     def facts(self, raw, inputs):
