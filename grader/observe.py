@@ -49,6 +49,7 @@ class Run:
     """What came of measuring a subject: raw results on the CPU, or the problem that prevented them."""
 
     raw: dict[str, Any] | None
+    fresh: dict[str, Any] | None = None  # the inputs, drawn again; `facts` may use them up
     problem: Problem | None = None
     said: tuple[str, ...] = ()  # what the subject printed, warned or wrote to stderr, shortened
 
@@ -67,7 +68,8 @@ def observe(experiment: Experiment, subject: Subject, seed: int, number: str, se
     if ran.problem is not None:
         return Observation(None, ran.problem, said=ran.said)
     try:
-        facts, notes = facts_of(experiment, ran.raw, seed, golden.tolerances(number, experiment.name, setting))
+        tolerances = golden.tolerances(number, experiment.name, setting)
+        facts, notes = facts_of(experiment, ran.raw, seed, tolerances, ran.fresh)
     except Exception as error:
         return Observation(None, _not_measurable(error), said=ran.said)
     return Observation(facts, notes=tuple(notes.items()), said=ran.said)
@@ -84,7 +86,7 @@ def run(experiment: Experiment, subject: Subject, seed: int, number: str, settin
 
     seconds = experiment.seconds if setting.device != "pretended" else min(experiment.seconds, PRETENCE_SECONDS)
     said: list[str] = []
-    problem, raw = None, None
+    problem, raw, fresh = None, None, None
     with one_thread(), fresh_defaults():
         inputs = _draw(experiment, seed)
         with setting.applied(), preserved(seed + 1) as changed, _caught(said):
@@ -103,35 +105,45 @@ def run(experiment: Experiment, subject: Subject, seed: int, number: str, settin
                 problem = _not_finite(raw) or _changed_inputs(experiment, inputs, fresh) or _changed_state(changed)
         except Exception as error:
             problem = _not_measurable(error)
-    return Run(raw if problem is None else None, problem, tuple(said))
+    return Run(raw, fresh, None, tuple(said)) if problem is None else Run(None, None, problem, tuple(said))
 
 
 def facts_of(
-    experiment: Experiment, raw: dict[str, Any], seed: int, tolerances: Mapping[str, float | None]
+    experiment: Experiment,
+    raw: dict[str, Any],
+    seed: int,
+    tolerances: Mapping[str, float | None],
+    fresh: dict[str, Any] | None = None,
 ) -> tuple[Facts, dict[str, str]]:
     """The facts of raw results, and the notes on them.
 
     Args:
         experiment: whose results they are.
         raw: what `run` returned; made on any device.
-        seed: with which the inputs were drawn; they are drawn again.
+        seed: with which the inputs were drawn; they are drawn again for each tolerance.
         tolerances: fact -> the difference up to which `near` says yes; `UNRECORDED` for facts that have none.
+        fresh: for the first of them, inputs that were drawn already.
     """
     facts: Facts = {}
     notes: dict[str, str] = {}
     given = {fact: tolerance for fact, tolerance in tolerances.items() if tolerance is not None}
-    for tolerance in dict.fromkeys((UNRECORDED, *given.values())):
-        made, remarks = facts_under(experiment, raw, seed, tolerance)
+    for tolerance in dict.fromkeys((*given.values(), UNRECORDED)):
+        if facts and given.keys() >= facts.keys() and tolerance not in given.values():
+            break  # every fact has its own
+        made, remarks = facts_under(experiment, raw, seed, tolerance, fresh)
+        fresh = None
         mine = {fact for fact in made if given.get(fact, UNRECORDED) == tolerance}
         facts = {fact: value if fact in mine else facts.get(fact) for fact, value in made.items()}
         notes |= {fact: remark for fact, remark in remarks.items() if fact in mine}
     return facts, notes
 
 
-def facts_under(experiment: Experiment, raw: dict[str, Any], seed: int, tolerance: float) -> tuple[Facts, dict[str, str]]:
-    """All facts and notes under one tolerance."""
+def facts_under(
+    experiment: Experiment, raw: dict[str, Any], seed: int, tolerance: float, fresh: dict[str, Any] | None = None
+) -> tuple[Facts, dict[str, str]]:
+    """All facts and notes under one tolerance, with inputs drawn again unless they are given."""
     with one_thread(), fresh_defaults(), within(tolerance):
-        fresh = _draw(experiment, seed)
+        fresh = _draw(experiment, seed) if fresh is None else fresh
         return experiment.facts(raw, fresh), experiment.notes(raw, fresh)
 
 
