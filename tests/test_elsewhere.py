@@ -32,7 +32,7 @@ CPU_ONLY = {
     ("2.4", "by_a_database"): NUMPY,
     ("2.4", "by_numpy"): NUMPY,
     ("2.5", "in_numpy_on_a_copy"): NUMPY,
-    ("2.5", "through_pillow"): NUMPY,
+    ("2.5", "through_pillow"): MADE_THERE,
     ("2.7", "Pool"): MADE_THERE,
     ("2.7", "in_numpy"): NUMPY,
     ("2.7", "text_by_text"): MADE_THERE,
