@@ -158,6 +158,9 @@ def test_verify_says_in_a_table_where_a_machine_deviates(monkeypatch):
     monkeypatch.setattr(command, "facts_that_differ", lambda *_: {("0.1", "right rows count"): ["reference: what counts"]})
     done = CliRunner().invoke(command.app, ["verify", "start"])
     assert done.exit_code == 1 and "reference: what counts" in done.output and "1 facts differ" in done.output
+    monkeypatch.setattr(command, "between", lambda *_: {})  # as where every solution fails
+    done = CliRunner().invoke(command.app, ["verify", "start"])
+    assert done.exit_code == 1 and "reference: what counts" in done.output
 
 
 def test_topics_that_are_none_are_refused():

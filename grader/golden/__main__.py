@@ -61,7 +61,8 @@ def verify(topics: Topics = None) -> None:
             here, of = measure(topic, setting), kept[0]
             facts = facts_that_differ(topic, here, setting)
             found = between(here.results, kept[1].results)
-            for (number, experiment), deviation in found.items():
+            for number, experiment in dict.fromkeys((*found, *facts)):  # where all solutions fail, nothing is compared
+                deviation = found.get((number, experiment), Deviation(0.0))
                 differ = facts.get((number, experiment), [])
                 wrong += len(differ)
                 if deviation.far or deviation.other or differ:
