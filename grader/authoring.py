@@ -33,7 +33,7 @@ def make_course(root: Path, tables: Path = golden.FOLDER) -> None:
     """Write every generated file below `root`: truth tables, paired notebooks, released notebooks."""
     for topic in TOPICS.values():
         write_text(tables / f"{topic}.json", golden.dump({n: truth.record(e) for n, e in exercises(topic).items()}))
-    golden.forget()
+    golden.load.cache_clear()
     for script in sorted((root / "solutions").glob("*/*.py")):
         write_text(script.with_suffix(".ipynb"), nbformat.writes(notebook(script)))
         release(root, script.stem)

@@ -1,43 +1,34 @@
-"""The one comparison that facts are made with: whether two results are the same but for rounding.
-
-How much rounding is not decided where results are compared. Each fact has a tolerance of its own, which comes from
-results recorded on CPUs and GPUs (`grader.golden`), and `grader.observe` sets it while the fact is made.
-"""
+"""The one comparison that facts are made with: whether two results are the same but for rounding."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-UNRECORDED = 1e-4  # the tolerance of a fact before its first record
+# The largest difference that counts as rounding, relative.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+# Every fact of every right solution and of every known mistake is the same at so many times the tolerance. A vector of
+# length 1 that was rounded to bfloat16 has lost up to 0.004 of its length, so there is less room below.
+MARGINS = {"float32": (0.1, 10.0), "bfloat16": (0.25, 10.0)}
 
-_tolerance: ContextVar[float] = ContextVar("tolerance")
+_tolerance = TOLERANCE["float32"]
 
 
 @contextmanager
-def within(tolerance: float) -> Iterator[None]:
-    """Inside the `with`, what is at most `tolerance` apart is near."""
-    token = _tolerance.set(tolerance)
+def rounded_to(precision: str, times: float = 1.0) -> Iterator[None]:
+    """Inside the `with`, `near` compares what was computed in that precision, with so many times its tolerance."""
+    global _tolerance
+    before, _tolerance = _tolerance, times * TOLERANCE[precision]
     try:
         yield
     finally:
-        _tolerance.reset(token)
+        _tolerance = before
 
 
 def near(one: Tensor | float | Sequence, other: Tensor | float | Sequence, scale: float | None = None) -> bool:
-    """Whether `one` is `other` but for rounding: `distance(one, other, scale)` is at most the fact's tolerance.
-
-    For `facts` and `notes` of an experiment alone.
-
-    Raises:
-        RuntimeError: no tolerance is set, since this is not called from there.
-    """
-    try:
-        return distance(one, other, scale) <= _tolerance.get()
-    except LookupError:
-        raise RuntimeError("near() needs a tolerance: call it in `facts` or `notes`, or inside `with within(...)`.") from None
+    """Whether `one` is `other` but for rounding: `distance(one, other, scale)` is at most the tolerance."""
+    return distance(one, other, scale) <= _tolerance
 
 
 def distance(one: Tensor | float | Sequence, other: Tensor | float | Sequence, scale: float | None = None) -> float:

@@ -10,24 +10,25 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grader import golden
 from grader.experiment import Experiment, Subject, Trial, WrongReturn
-from grader.near import UNRECORDED, within
+from grader.near import rounded_to
 from grader.pretend import Refused
 from grader.setting import CPU, Setting
 from grader.state import fresh_defaults, preserved
 from grader.verdict import Facts, Observation, Problem
 from helpers.training import one_thread
 
+IMPORT_SECONDS = 30  # that an import may go on for after a subject's time is up
 PRETENCE_SECONDS = 5.0  # what takes longer on a pretended GPU is not looked at there
 OUTPUT_LIMIT = 2000  # characters of a subject's own output that are shown
 _NOT_THE_LEARNERS = tuple(  # folders of ours, of Python and of installed packages
@@ -62,14 +63,17 @@ def observe(experiment: Experiment, subject: Subject, seed: int, number: str, se
         subject: the code that is asked.
         seed: of the inputs.
         number: the exercise's, to tell "not attempted" from "needs another exercise first".
-        setting: where the subject computes, and how precisely. Facts are made on the CPU, with that setting's tolerances.
+        setting: where the subject computes, and how precisely. Facts are made on the CPU.
     """
-    ran = run(experiment, subject, seed, number, setting)
+    return observation(experiment, run(experiment, subject, seed, number, setting), seed, setting)
+
+
+def observation(experiment: Experiment, ran: Run, seed: int, setting: Setting = CPU) -> Observation:
+    """The facts of what was measured, or the problem that there was."""
     if ran.problem is not None:
         return Observation(None, ran.problem, said=ran.said)
     try:
-        tolerances = golden.tolerances(number, experiment.name, setting)
-        facts, notes = facts_of(experiment, ran.raw, seed, tolerances, ran.fresh)
+        facts, notes = facts_of(experiment, ran.raw, seed, setting, ran.fresh)
     except Exception as error:
         return Observation(None, _not_measurable(error), said=ran.said)
     return Observation(facts, notes=tuple(notes.items()), said=ran.said)
@@ -81,9 +85,6 @@ def run(experiment: Experiment, subject: Subject, seed: int, number: str, settin
     Global state is put back, output is caught, time is limited (where the platform has SIGALRM and this is the main
     thread). Only KeyboardInterrupt passes through.
     """
-    # The first optimizer of a process imports this for a second or more. No subject is to be stopped in the middle of it.
-    import torch._dynamo  # noqa: F401
-
     seconds = experiment.seconds if setting.device != "pretended" else min(experiment.seconds, PRETENCE_SECONDS)
     said: list[str] = []
     problem, raw, fresh = None, None, None
@@ -112,37 +113,21 @@ def facts_of(
     experiment: Experiment,
     raw: dict[str, Any],
     seed: int,
-    tolerances: Mapping[str, float | None],
+    setting: Setting = CPU,
     fresh: dict[str, Any] | None = None,
+    times: float = 1.0,
 ) -> tuple[Facts, dict[str, str]]:
     """The facts of raw results, and the notes on them.
 
     Args:
         experiment: whose results they are.
         raw: what `run` returned; made on any device.
-        seed: with which the inputs were drawn; they are drawn again for each tolerance.
-        tolerances: fact -> the difference up to which `near` says yes; `UNRECORDED` for facts that have none.
-        fresh: for the first of them, inputs that were drawn already.
+        seed: with which the inputs were drawn.
+        setting: where and how precisely the results were computed.
+        fresh: inputs that were drawn again already; `facts` may use them up.
+        times: how many times the tolerance of that precision to allow.
     """
-    facts: Facts = {}
-    notes: dict[str, str] = {}
-    given = {fact: tolerance for fact, tolerance in tolerances.items() if tolerance is not None}
-    for tolerance in dict.fromkeys((*given.values(), UNRECORDED)):
-        if facts and given.keys() >= facts.keys() and tolerance not in given.values():
-            break  # every fact has its own
-        made, remarks = facts_under(experiment, raw, seed, tolerance, fresh)
-        fresh = None
-        mine = {fact for fact in made if given.get(fact, UNRECORDED) == tolerance}
-        facts = {fact: value if fact in mine else facts.get(fact) for fact, value in made.items()}
-        notes |= {fact: remark for fact, remark in remarks.items() if fact in mine}
-    return facts, notes
-
-
-def facts_under(
-    experiment: Experiment, raw: dict[str, Any], seed: int, tolerance: float, fresh: dict[str, Any] | None = None
-) -> tuple[Facts, dict[str, str]]:
-    """All facts and notes under one tolerance, with inputs drawn again unless they are given."""
-    with one_thread(), fresh_defaults(), within(tolerance):
+    with one_thread(), fresh_defaults(), rounded_to(setting.precision, times):
         fresh = _draw(experiment, seed) if fresh is None else fresh
         return experiment.facts(raw, fresh), experiment.notes(raw, fresh)
 
@@ -254,8 +239,14 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
-    def stop(*_: object) -> None:
-        raise TimeIsUp
+    patience = IMPORT_SECONDS
+
+    def stop(_: int, frame: FrameType | None) -> None:
+        nonlocal patience
+        if patience > 0 and _importing(frame):
+            patience -= 1
+        else:
+            raise TimeIsUp
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again each second, should the subject swallow the first
@@ -264,6 +255,18 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether an import is under way. Stopped in the middle, it would leave half a module to all later code.
+
+    The first optimizer of a process imports torch's compiler, for a second or more.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

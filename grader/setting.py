@@ -14,15 +14,15 @@ from torch.nn import functional as F
 from grader import pretend
 from grader.state import matmul_precision, set_matmul_precision
 
-PRECISIONS = ("float32", "TF32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Setting:
     """A device and a precision.
 
-    precision "float32": as IEEE 754 has it. "TF32": a GPU may round the factors of products to 10 bits behind the first.
-    "bfloat16": inside `torch.autocast`, which computes products in bfloat16.
+    precision "float32": as IEEE 754 has it, so without TF32. "bfloat16": inside `torch.autocast`, which computes products
+    in bfloat16.
     """
 
     device: str  # "cpu", "cuda" or "pretended"
@@ -43,8 +43,8 @@ class Setting:
             _wake()
         matmul, conv = matmul_precision(), _conv_precision()
         try:
-            torch.set_float32_matmul_precision("high" if self.precision == "TF32" else "highest")
-            torch.backends.cudnn.allow_tf32 = self.precision == "TF32"
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
             with ExitStack() as stack:
                 if self.precision == "bfloat16":
                     stack.enter_context(torch.autocast(self.device, torch.bfloat16))

@@ -2,8 +2,7 @@
 
     <topic>.json            truth tables: the facts of the reference and of every misconception
                             {"2.1": {"<experiment>": {"reference": {<facts>}, "<misconception>": {<facts>} or null}}}
-    tolerances.json         how near results have to be for a fact, for each device and precision
-    records/                raw results of the reference and of right variants, from which the tolerances come
+    records/                raw results of the reference and of right variants
     deviations.json         how far results of devices, and of versions, are from each other
 
 null stands for a misconception that has no facts in that experiment, because it raises there. Nothing here is edited:
@@ -15,7 +14,6 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from grader.setting import Setting
 from grader.verdict import Table
 
 FOLDER = Path(__file__).parent
@@ -26,16 +24,6 @@ AWAITS = "awaits GPU"  # stands where nothing was recorded because there was no 
 def load(topic: str) -> dict[str, Table]:
     """The truth tables of a topic, by exercise number."""
     return json.loads((FOLDER / f"{topic}.json").read_text(encoding="utf-8"))
-
-
-def tolerances(number: str, experiment: str, setting: Setting) -> dict[str, float | None]:
-    """Fact -> its tolerance in that setting; where nothing is recorded, the CPU's, in that precision if it has one.
-
-    Exact facts have no entry. None: no tolerance keeps the rule in that precision, so the fact is not to be compared.
-    """
-    rows: Mapping[str, dict] = _tolerances().get(number, {}).get(experiment, {})
-    names = str(setting), f"cpu {setting.precision}", "cpu float32"
-    return {fact: next(row[name] for name in names if row.get(name, AWAITS) != AWAITS) for fact, row in rows.items()}
 
 
 def dump(tables: Mapping[str, Mapping[str, Mapping]]) -> str:
@@ -52,15 +40,3 @@ def dump(tables: Mapping[str, Mapping[str, Mapping]]) -> str:
 
 def _spelled(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def forget() -> None:
-    """Read the files again when they are asked for next."""
-    load.cache_clear()
-    _tolerances.cache_clear()
-
-
-@cache
-def _tolerances() -> dict:
-    file = FOLDER / "tolerances.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -1,7 +1,7 @@
 """Record the right solutions on this machine, or compare this machine with the records.
 
-    python -m grader.golden record      on every device and in every precision there is; then tolerances and deviations anew
-    python -m grader.golden verify      a table of where this machine deviates
+    python -m grader.golden record      on every device and in every precision there is; then deviations anew
+    python -m grader.golden verify      a table of where this machine deviates, and of facts that change with it
 
 On a machine with a GPU, both take the GPU too.
 """
@@ -17,8 +17,8 @@ from grader.checks import TOPICS, exercises
 from grader.experiment import equal
 from grader.golden import AWAITS, FOLDER
 from grader.golden.deviations import Deviation, between
-from grader.golden.records import SETTINGS, Record, all_versions, each, measure, path_of, read, versions, write
-from grader.golden.rule import tolerances
+from grader.golden.records import SETTINGS, Record, all_versions, each, measure, mistakes, path_of, read, versions, write
+from grader.near import MARGINS
 from grader.observe import facts_of
 from grader.setting import CPU, Setting
 from helpers.files import write_text
@@ -29,7 +29,7 @@ Topics = Annotated[list[str] | None, typer.Argument(help="Topics, such as lora; 
 
 @app.command()
 def record(topics: Topics = None) -> None:
-    """Run every right solution here and write records, tolerances and deviations."""
+    """Run every right solution here and write records and deviations."""
     for topic in _known(topics):
         for setting in SETTINGS:
             if setting.there and (made := measure(topic, setting)).results:
@@ -41,13 +41,15 @@ def record(topics: Topics = None) -> None:
                         raise typer.Exit(1)
                 write(made, path_of(topic, setting))
                 print(f"{topic}, {setting}: recorded", flush=True)
-    write_tolerances(_known(topics))
     write_text(FOLDER / "deviations.json", json.dumps(deviations(), indent=1, ensure_ascii=False) + "\n")
 
 
 @app.command()
 def verify(topics: Topics = None) -> None:
-    """Run every right solution here and compare with the records: raw results, and the facts made from them."""
+    """Compare this machine with the records: the results of every right solution, and its facts and those of every mistake.
+
+    Facts are made at the tolerance, at a tenth of it and at ten times it, as the proofs make them.
+    """
     wrong = 0
     print(f"{'exercise':9} {'experiment':34} {'setting':16} {'beside':14} {'deviation':>10}  facts")
     for topic in _known(topics):
@@ -60,6 +62,8 @@ def verify(topics: Topics = None) -> None:
                 continue
             here, of = measure(topic, setting), kept[0]
             facts = facts_that_differ(topic, here, setting)
+            if setting == CPU:
+                facts = _together(facts, facts_that_differ(topic, measure(topic, setting, mistakes, seeds=(0,)), setting))
             found = between(here.results, kept[1].results)
             for number, experiment in dict.fromkeys((*found, *facts)):  # where all solutions fail, nothing is compared
                 deviation = found.get((number, experiment), Deviation(0.0))
@@ -70,21 +74,6 @@ def verify(topics: Topics = None) -> None:
             print(f"{topic:44} {setting!s:16} {len(found)} experiments compared", flush=True)
     print("every fact is as recorded" if not wrong else f"{wrong} facts differ")
     raise typer.Exit(bool(wrong))
-
-
-def write_tolerances(topics: list[str]) -> None:
-    """Make the tolerances of these topics from all records there are."""
-    file = FOLDER / "tolerances.json"
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for topic in topics:
-        recorded = {
-            setting: [read(path) for of in all_versions() if (path := path_of(topic, setting, of)).exists()]
-            for setting in SETTINGS
-        }
-        rows |= {number: tolerances(topic, exercise, recorded) for number, exercise in exercises(topic).items()}
-    ordered = {number: rows[number] for topic in TOPICS.values() for number in exercises(topic) if number in rows}
-    write_text(file, golden.dump(ordered))
-    golden.forget()
 
 
 def deviations() -> dict:
@@ -108,22 +97,28 @@ def deviations() -> dict:
 
 
 def facts_that_differ(topic: str, here: Record, setting: Setting) -> dict[tuple[str, str], list[str]]:
-    """(number, experiment) -> the facts that are not those of the truth table."""
+    """(number, experiment) -> the facts that are not those of the truth table, at the tolerance or at its margins."""
     found: dict[tuple[str, str], list[str]] = {}
     experiments = {n: {x.name: x for x in exercise.experiments} for n, exercise in exercises(topic).items()}
     for number, name, who, seed, raw in each(here.results):
-        expected = golden.load(topic)[number][name]["reference"]
+        table = golden.load(topic)[number][name]
+        expected = table.get(who, table["reference"])  # right solutions have the reference's
         if "problem" in raw:
-            if setting.device == "cpu" or who == "reference":
+            if expected is not None and (setting.device == "cpu" or who == "reference"):
                 found.setdefault((number, name), []).append(f"{who}: {raw['problem']}")
             continue
-        tolerances = golden.tolerances(number, name, setting)
-        facts, _ = facts_of(experiments[number][name], raw, seed, tolerances)
-        compared = (fact for fact in expected if tolerances.get(fact, 0) is not None)
-        differ = [f"{who}: {fact}" for fact in compared if not equal(expected[fact], facts.get(fact))]
-        if differ:
-            found.setdefault((number, name), []).extend(differ)
+        for times in (1.0, *MARGINS[setting.precision]):
+            facts, _ = facts_of(experiments[number][name], raw, seed, setting, times=times)
+            differ = [fact for fact, value in (expected or {}).items() if not equal(value, facts.get(fact))]
+            if differ:
+                at = "" if times == 1 else f" at {times:g} times the tolerance"
+                found.setdefault((number, name), []).extend(f"{who}: {fact}{at}" for fact in differ)
+                break
     return found
+
+
+def _together(*found: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str], list[str]]:
+    return {key: [line for of in found for line in of.get(key, ())] for key in dict.fromkeys(key for of in found for key in of)}
 
 
 def _compared(one: tuple[str, Setting], other: tuple[str, Setting]) -> dict[str, dict[str, float | str]]:

@@ -10,7 +10,7 @@ import datetime
 import json
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib import import_module
@@ -81,15 +81,25 @@ def right_solutions(topic: str, exercise: Exercise) -> dict[str, Subject]:
     return {"reference": exercise.reference} | {getattr(v, "__name__", type(v).__name__): v for v in variants}
 
 
-def measure(topic: str, setting: Setting) -> Record:
-    """Run every right solution of a topic through every experiment that has that setting, here and now."""
+def mistakes(topic: str, exercise: Exercise) -> dict[str, Subject]:
+    """The misconceptions by their names."""
+    return {wrong.name: wrong.subject for wrong in exercise.misconceptions}
+
+
+def measure(
+    topic: str,
+    setting: Setting,
+    subjects: Callable[[str, Exercise], dict[str, Subject]] = right_solutions,
+    seeds: tuple[int, ...] = SEEDS,
+) -> Record:
+    """Run those subjects of a topic through every experiment that has that setting, here and now."""
     results: Results = {}
     for number, exercise in exercises(topic).items():
         if setting.precision != "bfloat16" or exercise.autocast:
             results[number] = {
                 experiment.name: {
-                    who: {seed: _raw(run(experiment, subject, seed, number, setting)) for seed in SEEDS}
-                    for who, subject in right_solutions(topic, exercise).items()
+                    who: {seed: _raw(run(experiment, subject, seed, number, setting)) for seed in seeds}
+                    for who, subject in subjects(topic, exercise).items()
                 }
                 for experiment in exercise.experiments
             }
