@@ -39,6 +39,11 @@ def count_again(logits, labels):
     return sum(int(torch.argmax(row)) == int(label) for row, label in zip(logits, labels, strict=True))
 
 
+def probability_again(logits, labels):
+    shares = [row.exp()[label] / row.exp().sum() for row, label in zip(logits, labels, strict=True)]
+    return sum(map(float, shares)) / len(shares)
+
+
 def percentage_of_confidence(logits, labels):
     return 100 * torch.softmax(logits, 1).amax(1).mean()
 
@@ -48,7 +53,14 @@ def count_of_label_probabilities(logits, labels):
 
 
 RIGHT = {"0.1": [by_loop, by_topk, by_margin]}
-AGAIN = {"0.1": {"percentage": percentage_again, "confidence": confidence_again, "count": count_again}}
+AGAIN = {
+    "0.1": {
+        "percentage": percentage_again,
+        "confidence": confidence_again,
+        "count": count_again,
+        "probability of the label": probability_again,
+    }
+}
 BOTH = {
     "0.1": [
         ({"percentage", "confidence"}, percentage_of_confidence),

@@ -1,6 +1,5 @@
 """Exercise 5.1 in other styles."""
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -121,40 +120,6 @@ def _store(layer, mean, var, old, new):
     layer.num_batches_tracked += 1
 
 
-def one_variance_for_both_uses(x, layer):
-    mean, var = layer.running_mean, layer.running_var
-    if layer.training:
-        mean, var = _batch(x)  # the unbiased one
-        _store(layer, mean, var, 1 - layer.momentum, layer.momentum)
-    return _finish(x, layer, mean, var)
-
-
-def the_normalising_variance_stored(x, layer):
-    mean, var = layer.running_mean, layer.running_var
-    if layer.training:
-        mean, var = _batch(x, unbiased=False)
-        _store(layer, mean, var, 1 - layer.momentum, layer.momentum)
-    return _finish(x, layer, mean, var)
-
-
-def momentum_as_in_keras(x, layer):
-    mean, var = layer.running_mean, layer.running_var
-    if layer.training:
-        mean, var = _batch(x, correction=0)
-        _store(layer, mean, _batch(x)[1], layer.momentum, 1 - layer.momentum)
-    return _finish(x, layer, mean, var)
-
-
-def standard_deviation_plus_eps(x, layer):
-    mean, std = layer.running_mean, layer.running_var**0.5
-    if layer.training:
-        rows = x.transpose(0, 1).flatten(1)
-        mean, std = rows.mean(1), rows.std(1, correction=0)
-        _store(layer, mean, rows.var(1), 1 - layer.momentum, layer.momentum)
-    y = (x - _shaped(mean, x)) / (_shaped(std, x) + layer.eps)
-    return y if layer.weight is None else _shaped(layer.weight, x) * y + _shaped(layer.bias, x)
-
-
 def as_layer_norm_does(x, layer):
     if not layer.training:
         return _finish(x, layer, layer.running_mean, layer.running_var)
@@ -162,52 +127,6 @@ def as_layer_norm_does(x, layer):
     _store(layer, mean, var, 1 - layer.momentum, layer.momentum)
     y = F.layer_norm(x, x.shape[1:], eps=layer.eps)
     return y if layer.weight is None else y * _shaped(layer.weight, x) + _shaped(layer.bias, x)
-
-
-def moved_first_and_then_used(x, layer):
-    if layer.training:
-        mean, var = _batch(x)
-        _store(layer, mean, var, 1 - layer.momentum, layer.momentum)
-    return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
-
-
-def training_never_asked_for_the_output(x, layer):
-    if layer.training:
-        _store(layer, *_batch(x), 1 - layer.momentum, layer.momentum)
-    return F.batch_norm(x, None, None, layer.weight, layer.bias, True, eps=layer.eps)
-
-
-def on_copies_of_the_buffers(x, layer):
-    mean, var = layer.running_mean.clone(), layer.running_var.clone()
-    return F.batch_norm(x, mean, var, layer.weight, layer.bias, layer.training, layer.momentum, layer.eps)
-
-
-def updated_before_the_question(x, layer):
-    mean, var = _batch(x, correction=0)
-    if not layer.training:
-        mean, var = layer.running_mean.clone(), layer.running_var.clone()
-    y = _finish(x, layer, mean, var)
-    _store(layer, *_batch(x), 1 - layer.momentum, layer.momentum)
-    return y
-
-
-def statistics_in_numpy(x, layer):
-    mean, var = layer.running_mean, layer.running_var
-    if layer.training:
-        values = np.moveaxis(x.detach().numpy(), 1, 0).reshape(x.shape[1], -1)
-        mean, var, stored = (torch.tensor(v) for v in (values.mean(1), values.var(1), values.var(1, ddof=1)))
-        _store(layer, mean, stored, 1 - layer.momentum, layer.momentum)
-    return _finish(x, layer, mean, var)
-
-
-def update_in_place_without_no_grad(x, layer):
-    mean, var = layer.running_mean, layer.running_var
-    if layer.training:
-        mean, var = _batch(x, correction=0)
-        layer.running_mean.mul_(1 - layer.momentum).add_(layer.momentum * mean)
-        layer.running_var.mul_(1 - layer.momentum).add_(layer.momentum * _batch(x)[1])
-        layer.num_batches_tracked += 1
-    return _finish(x, layer, mean, var)
 
 
 def biased_and_backwards(x, layer):
@@ -248,17 +167,7 @@ RIGHT = [
     *(the_layer_itself, the_function_behind_the_layer),
 ]
 AGAIN = {
-    "unbiased variance normalises": one_variance_for_both_uses,
-    "biased running variance": the_normalising_variance_stored,
-    "momentum the other way round": momentum_as_in_keras,
-    "eps outside the root": standard_deviation_plus_eps,
     "each sample on its own": as_layer_norm_does,
-    "running statistics in train mode": moved_first_and_then_used,
-    "batch statistics in eval mode": training_never_asked_for_the_output,
-    "buffers never moved": on_copies_of_the_buffers,
-    "buffers moved in eval mode": updated_before_the_question,
-    "statistics without a graph": statistics_in_numpy,
-    "graph kept in the buffers": update_in_place_without_no_grad,
 }
 BOTH = [
     ({"biased running variance", "momentum the other way round"}, biased_and_backwards),

@@ -180,15 +180,6 @@ def _remember(model):
     return back
 
 
-def mode_set_by_hand(model):
-    undo = _remember(model)
-    for m in _find(model):
-        m.training = False
-        for p in m.parameters():
-            p.requires_grad = False
-    return undo
-
-
 def parameters_of_the_norms(model):
     frozen = []
     for m in model.modules():
@@ -217,162 +208,6 @@ def statistics_not_tracked(model):
             m.track_running_stats = True
 
     return back
-
-
-def images_only(model):
-    layers = [m for _, m in model.named_modules() if type(m).__mro__.count(nn.BatchNorm2d)]
-    undo = _remember(model)
-    for m in layers:
-        m.requires_grad_(False)
-        m.forward = functools.partial(_as_in_eval_mode, m)
-
-    def back():
-        undo()
-        for m in layers:
-            del m.forward
-
-    return back
-
-
-def _as_in_eval_mode(m, x):
-    return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps)
-
-
-def modules_called_bn(model):
-    undo = _remember(model)
-    called = {name: m for name, m in model.named_modules() if name.split(".")[-1].startswith("bn")}
-    handles = [m.register_forward_pre_hook(lambda m, x: m.eval() and None) for m in called.values()]
-    for m in called.values():
-        m.requires_grad_(False)
-
-    def back():
-        for handle in handles:
-            handle.remove()
-        undo()
-
-    return back
-
-
-def eval_of_the_model_before_every_forward(model):
-    undo = _remember(model)
-    others = [(m, m.training) for m in model.modules()]
-    handle = model.register_forward_pre_hook(lambda model, args: model.eval() and None)
-    for m in _find(model):
-        m.requires_grad_(False)
-
-    def back():
-        handle.remove()
-        for m, mode in others:
-            m.training = mode
-        undo()
-
-    return back
-
-
-def every_parameter(model):
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    undo = constants_in_forward(model)
-    for p in model.parameters():
-        p.requires_grad = False
-
-    def back():
-        undo()
-        for name, p in model.named_parameters():
-            p.requires_grad = flags[name]
-
-    return back
-
-
-def the_models_class(model):
-    undo, kind = _remember(model), type(model)
-
-    class Calm(kind):
-        def train(self, mode=True):
-            super().train(mode)
-            for m in self.modules():
-                if isinstance(m, _BatchNorm):
-                    m.training = False
-            return self
-
-    model.__class__ = Calm
-    model.train(model.training)
-    for m in _find(model):
-        m.requires_grad_(False)
-
-    def back():
-        model.__class__ = kind
-        undo()
-
-    return back
-
-
-def stored_statistics_with_gradients(model):
-    def forward(self, x):
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-
-    layers = _find(model)
-    for layer in layers:
-        layer.forward = types.MethodType(forward, layer)
-
-    def undo():
-        for layer in layers:
-            delattr(layer, "forward")
-
-    return undo
-
-
-def frozen_layers_with_default_eps(model):
-    layers = _find(model)
-    usual = {m: m.eps for m in layers}
-    undo = train_with_a_memory(model)
-    for m in layers:
-        m.eps = 1e-5
-
-    def back():
-        undo()
-        for m, eps in usual.items():
-            m.eps = eps
-
-    return back
-
-
-def all_flags_true(model):
-    undo = constants_in_forward(model)
-
-    def back():
-        undo()
-        for m in _find(model):
-            for p in m.parameters():
-                p.requires_grad = True
-
-    return back
-
-
-def momentum_zero_besides(model):
-    undo = another_class_for_each(model)
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    for m in layers:
-        m.momentum = 0
-
-    def back():
-        undo()
-        for m in layers:
-            m.momentum = 0.1
-
-    return back
-
-
-def hooks_left(model):
-    flags = [(p, p.requires_grad) for m in _find(model) for p in m.parameters()]
-    for m in _find(model):
-        m.register_forward_pre_hook(lambda m, args: m.eval() and None)
-        m.requires_grad_(False)
-
-    def undo():
-        for p, flag in flags:
-            p.requires_grad_(flag)
-
-    return undo
 
 
 def affine_of_images_only(model):
@@ -436,19 +271,8 @@ RIGHT = [
     *(watched_from_the_top, train_with_a_memory),
 ]
 AGAIN = {
-    "eval() once": mode_set_by_hand,
     "requires_grad=False alone": parameters_of_the_norms,
     "statistics that stand still": statistics_not_tracked,
-    "BatchNorm2d only": images_only,
-    "found by name": modules_called_bn,
-    "the whole model in eval mode": eval_of_the_model_before_every_forward,
-    "the whole model frozen": every_parameter,
-    "only the model's own train()": the_models_class,
-    "affine still trains": stored_statistics_with_gradients,
-    "another eps": frozen_layers_with_default_eps,
-    "undo unfreezes everything": all_flags_true,
-    "undo to the default momentum": momentum_zero_besides,
-    "stuck in eval mode after undo": hooks_left,
 }
 BOTH = [
     ({"affine still trains", "BatchNorm2d only"}, affine_of_images_only),

@@ -131,32 +131,12 @@ def mode_of_the_copy(layer, x):
     return answer
 
 
-def flags_of_the_parameters(layer, x):
-    answer = other_stored_statistics(layer, x)
-    answer["affine"] = all(not parameter.requires_grad for parameter in layer.parameters())
-    return answer
-
-
 def what_torch_goes_by(layer, x):
     clone = copy.deepcopy(layer)
     clone.train()
     normalises_stored = clone.training is False
     moves = clone.training and clone.track_running_stats and clone.momentum > 0
     return {"affine": not clone(x).requires_grad, "statistics": not moves, "normalisation": normalises_stored}
-
-
-def without_training(layer, x):
-    clone = copy.deepcopy(layer)
-    for module in clone.modules():
-        module.eval()
-    before = torch.cat([clone.running_mean, clone.running_var])
-    one, two = _half_in_company(clone, x, 2 * x)
-    after = torch.cat([clone.running_mean, clone.running_var])
-    return {
-        "affine": one.grad_fn is None,
-        "statistics": torch.equal(before, after),
-        "normalisation": torch.allclose(one, two, atol=1e-4),
-    }
 
 
 def as_it_came(layer, x):
@@ -170,41 +150,11 @@ def as_it_came(layer, x):
     }
 
 
-def state_dict_of_the_copy(layer, x):
-    clone = copy.deepcopy(layer).train()
-    before = clone.state_dict()
-    out = clone(x)
-    one, two = _half_in_company(clone, x, 2 * x)
-    same = [torch.equal(before[key], clone.state_dict()[key]) for key in ("running_mean", "running_var")]
-    return {"affine": not out.requires_grad, "statistics": min(same), "normalisation": torch.allclose(one, two, atol=1e-4)}
-
-
 def statistics_decide(layer, x):
     clone = copy.deepcopy(layer).train()
     out = clone(x)
     still = torch.equal(clone.running_mean, layer.running_mean)
     return dict.fromkeys(("statistics", "normalisation"), still) | {"affine": not out.requires_grad}
-
-
-def inference_only(layer, x):
-    clone = copy.deepcopy(layer)
-    clone.requires_grad_(layer.weight.requires_grad)
-    clone.train()
-    with torch.no_grad():
-        out = clone(x)
-        one, two = _half_in_company(clone, x, 2 * x)
-    clone_mean, mean = clone.running_mean, layer.running_mean
-    return {
-        "affine": out.grad_fn is None,
-        "statistics": torch.equal(clone_mean, mean),
-        "normalisation": torch.allclose(one, two, atol=1e-4),
-    }
-
-
-def gradients_on_the_layer(layer, x):
-    answer = other_stored_statistics(layer, x)
-    answer["affine"] = layer.weight.grad is None and against_eval_mode(layer, x)["affine"]
-    return answer
 
 
 def on_the_layer_itself(layer, x):
@@ -218,17 +168,6 @@ def on_the_layer_itself(layer, x):
     }
     if one.requires_grad:
         (one.sum() + two.sum()).backward()
-    return answer
-
-
-def buffers_and_mode_put_back(layer, x):
-    state, mode = copy.deepcopy(layer.state_dict()), layer.training
-    out = layer.train()(x)
-    answer = against_eval_mode(layer, x)
-    if out.requires_grad:
-        (out * out).mean().backward()
-    layer.load_state_dict(state)
-    layer.training = mode
     return answer
 
 
@@ -257,16 +196,7 @@ RIGHT = [
 ]
 AGAIN = {
     "the mode read off": mode_of_the_copy,
-    "requires_grad read off": flags_of_the_parameters,
     "settings read off": what_torch_goes_by,
-    "measured in eval mode": without_training,
-    "measured in the mode it was found in": as_it_came,
-    "no copies": state_dict_of_the_copy,
-    "still taken for used": statistics_decide,
-    "no gradient under no_grad": inference_only,
-    "an old gradient taken for a new one": gradients_on_the_layer,
-    "left as the test leaves it": on_the_layer_itself,
-    "gradients left behind": buffers_and_mode_put_back,
 }
 BOTH = [
     ({"requires_grad read off", "left as the test leaves it"}, flags_and_nothing_put_back),

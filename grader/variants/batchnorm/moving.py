@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import io
-import math
 from itertools import chain
 
 import numpy as np
@@ -109,13 +108,6 @@ def everything(model):
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def state_dict_kept(model, action):
-    before = dict(everything(model))
-    before |= {name: tensor.detach() for name, tensor in before.items()}  # another tensor, the same memory
-    action()
-    return [name for name, tensor in everything(model) if not _same(before[name], tensor)]
-
-
 def list_of_parameters(model, action):
     before = copy.deepcopy(list(model.parameters()))
     action()
@@ -124,14 +116,6 @@ def list_of_parameters(model, action):
         if not _same(old, parameter):
             names.append(name)
     return names
-
-
-def checkpoint_compared(model, action):
-    before = copy.deepcopy(model.state_dict())
-    action()
-    parameters = dict(model.named_parameters())
-    moved = [name for name, tensor in model.state_dict().items() if not _same(before[name], tensor)]
-    return [name for name in moved if name in parameters] + [name for name in moved if name not in parameters]
 
 
 def statistics_by_attribute(model, action):
@@ -146,64 +130,6 @@ def statistics_by_attribute(model, action):
     before = read()
     action()
     return [name for (name, was), (_, now) in zip(before, read(), strict=True) if not _same(was, now)]
-
-
-def trainable(model, action):
-    names = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            names += [name]
-    action()
-    return names
-
-
-def averages(model, action):
-    def read():
-        return {name: torch.nanmean(tensor.detach().double()).item() for name, tensor in everything(model)}
-
-    before = read()
-    action()
-    return [name for name, average in read().items() if average != before[name]]
-
-
-def isclose_to_the_copy(model, action):
-    before = {name: tensor.tolist() for name, tensor in everything(model)}
-    action()
-    moved = []
-    for name, tensor in everything(model):
-        now = torch.as_tensor(tensor.tolist())
-        if not torch.isclose(now, torch.as_tensor(before[name]), atol=1e-6, equal_nan=True).all():
-            moved.append(name)
-    return moved
-
-
-def pairs_of_tensor_and_copy(model, action):
-    watched = {name: (tensor, copy.deepcopy(tensor.detach())) for name, tensor in everything(model)}
-    action()
-    return [name for name, pair in watched.items() if not _same(*pair)]
-
-
-def any_unequal(model, action):
-    before = {name: tensor.detach().clone() for name, tensor in everything(model)}
-    action()
-    return [name for name, tensor in everything(model) if torch.ne(before[name], tensor).any()]
-
-
-def largest_change(model, action):
-    before = copy.deepcopy(model)
-    action()
-    old = dict(everything(before))
-    return [name for name, tensor in everything(model) if torch.dist(tensor.double(), old[name].double(), math.inf) > 0]
-
-
-def on_a_restored_model(model, action):
-    old = copy.deepcopy(model)
-    action()
-    was = dict(everything(old))
-    names = [name for name, tensor in everything(model) if not _same(was[name], tensor)]
-    for name, tensor in everything(model):
-        tensor.data = was[name].data
-    return names
 
 
 def naive_state_dict(model, action):
@@ -238,17 +164,8 @@ def state_dict_without_clones(model, action):
 
 RIGHT = [against_a_copy_of_the_model, by_fingerprint, in_numpy, Watch(), module_by_module, saved_to_memory]
 AGAIN = {
-    "no copies": state_dict_kept,
     "parameters only": list_of_parameters,
-    "state dict only": checkpoint_compared,
     "running mean and variance only": statistics_by_attribute,
-    "requires_grad taken for movement": trainable,
-    "totals compared": averages,
-    "nearly equal is equal": isclose_to_the_copy,
-    "the old tensors looked at again": pairs_of_tensor_and_copy,
-    "NaN differs from itself": any_unequal,
-    "largest difference above zero": largest_change,
-    "old values put back": on_a_restored_model,
 }
 BOTH = [
     ({"state dict only", "order of the state dict", "NaN differs from itself"}, naive_state_dict),

@@ -102,100 +102,6 @@ def _rows(batch):
     return batch.double().movedim(1, 0).flatten(1)
 
 
-def running_mean_of_means(batches):
-    mean, n, total, squares = 0, 0, 0, 0
-    for i, rows in enumerate(map(_rows, batches), 1):
-        mean = mean + (rows.mean(1) - mean) / i
-        n, total, squares = n + rows.size(1), total + rows.sum(1), squares + rows.square().sum(1)
-    return mean.float(), ((squares - total**2 / n) / (n - 1)).float()
-
-
-def pooled_within_batches(batches):
-    n, total, squares = 0, 0, 0
-    for rows in map(_rows, batches):
-        n += rows.size(1)
-        total = total + rows.sum(1)
-        squares = squares + (rows - rows.mean(1, True)).pow(2).sum(1)  # around each batch's own mean
-    return (total / n).float(), (squares / n).float()
-
-
-def moments_averaged(batches):
-    counts, firsts, seconds = [], [], []
-    for batch in batches:
-        over = (0, *range(2, batch.ndim))
-        counts.append(batch.numel() / batch.shape[1])
-        firsts.append(batch.mean(over))
-        seconds.append(torch.mean(batch**2, over))
-    counts = torch.tensor(counts)
-    first, second = (torch.einsum("b,bc->c", counts, torch.stack(m)) / counts.sum() for m in (firsts, seconds))
-    return first, torch.clamp(second - first.square(), min=0) * counts.sum() / (counts.sum() - 1)
-
-
-def moving_from_the_first_batch(batches):
-    mean = None
-    for rows in map(_rows, batches):
-        now = torch.stack([rows.mean(1), rows.var(1, correction=0)])
-        mean = now if mean is None else torch.lerp(mean, now, 0.1)
-    return mean.float().unbind()
-
-
-def overwritten_each_time(batches):
-    result = None
-    for batch in batches:
-        x = batch.flatten(2) if batch.ndim > 2 else batch.unsqueeze(2)
-        result = x.mean((0, 2)), torch.var(x, (0, 2))
-    return result
-
-
-def numpy_without_ddof(batches):
-    n, mean, squares = 0, 0.0, 0.0
-    for batch in batches:
-        values = np.moveaxis(batch.numpy().astype("float64"), 1, -1).reshape(-1, batch.shape[1])
-        joint = (n * mean + values.sum(0)) / (n + len(values))
-        squares = squares + n * (mean - joint) ** 2 + ((values - joint) ** 2).sum(0)
-        n, mean = n + len(values), joint
-    return torch.tensor(mean).float(), torch.tensor(squares / n).float()
-
-
-def every_number_alike(batches):
-    n = total = squares = 0
-    for batch in batches:
-        n += batch.numel()
-        total += batch.double().sum()
-        squares += batch.double().square().sum()
-    mean, width = total / n, batch.size(1)
-    return mean.float().repeat(width), ((squares - n * mean**2) / (n - 1)).float().repeat(width)
-
-
-def second_loop_finds_nothing(batches):
-    rows = torch.cat([_rows(batch) for batch in batches], 1)
-    mean, n = rows.mean(1, keepdim=True), rows.shape[1]
-    deviations = [(_rows(batch) - mean).pow(2).sum(1) for batch in batches]
-    squares = sum(deviations, start=torch.zeros(len(mean)))
-    return mean.flatten().float(), (squares / (n - 1)).float()
-
-
-def kept_in_a_list(batches):
-    batches = list(batches)
-    n = sum(batch.numel() for batch in batches) / batches[0].size(1)
-    mean = sum(_rows(batch).sum(1) for batch in batches) / n
-    squares = sum((_rows(batch) - mean.unsqueeze(1)).square().sum(1) for batch in batches)
-    return mean.float(), squares.div(n - 1).float()
-
-
-def standard_deviations_of_single_values(batches):
-    n = 0
-    for rows in map(_rows, batches):
-        k, m, s = rows.size(1), rows.mean(1), rows.std(1) ** 2 * (rows.size(1) - 1)
-        if n == 0:
-            n, mean, squares = k, m, s
-            continue
-        squares = squares + s + (m - mean).square() * n * k / (n + k)
-        mean = (n * mean + k * m) / (n + k)
-        n += k
-    return mean.float(), (squares / (n - 1)).float()
-
-
 def both_averaged(batches):
     pairs = [(rows.mean(1), rows.var(1, correction=0)) for rows in map(_rows, batches)]
     means, variances = zip(*pairs, strict=True)
@@ -219,18 +125,7 @@ RIGHT = [
     *(sums_in_float64, deviations_from_the_first_value, welford, summaries_first_and_then_all_at_once),
     *(in_numpy, float32_all_the_way),
 ]
-AGAIN = {
-    "mean of the batches' means": running_mean_of_means,
-    "spread between batches lost": pooled_within_batches,
-    "difference of two large numbers": moments_averaged,
-    "moving average": moving_from_the_first_batch,
-    "last batch only": overwritten_each_time,
-    "divided by n": numpy_without_ddof,
-    "channels pooled too": every_number_alike,
-    "read twice": second_loop_finds_nothing,
-    "all batches kept": kept_in_a_list,
-    "variance of a single value": standard_deviations_of_single_values,
-}
+AGAIN = {}
 BOTH = [
     ({"mean of the batches' means", "spread between batches lost"}, both_averaged),
     ({"divided by n", "all batches kept"}, textbook_with_n_and_all_in_memory),

@@ -211,112 +211,6 @@ def _pool(norms, run):
         seen.write(norm)
 
 
-def evaluated_only(model, batches):
-    before = [module.training for module in model.modules()]
-    model.train(False)
-    with torch.inference_mode():
-        outputs = [model(batch) for batch in batches]
-    for module, mode in zip(model.modules(), before, strict=True):
-        module.training = mode
-    return outputs
-
-
-def reset_and_run(model, batches):
-    with _batch_mode(model) as norms:
-        for norm in norms:
-            norm.reset_running_stats()
-        for batch in batches:
-            model(batch)
-
-
-def cumulative_average_of_torch(model, batches):
-    with _batch_mode(model, momentum=None) as norms:
-        for norm in norms:
-            norm.num_batches_tracked.zero_()
-        for batch in batches:
-            model(batch)
-
-
-def momentum_one(model, batches):
-    with _batch_mode(model, momentum=1.0):
-        for batch in batches:
-            model(batch)
-
-
-def sums_in_float32(model, batches):
-    with _batch_mode(model) as norms:
-        sums = {norm: [0, 0, 0] for norm in norms}
-
-        def add(norm, args):
-            x = args[0]
-            over = [axis for axis in range(x.ndim) if axis != 1]
-            new = x.numel() // x.size(1), torch.sum(x, over), torch.sum(x * x, over)
-            sums[norm] = [old + more for old, more in zip(sums[norm], new, strict=True)]
-
-        hooks = [norm.register_forward_pre_hook(add) for norm in norms]
-        for batch in batches:
-            model(batch)
-        for norm, (n, total, squares) in sums.items():
-            norm.running_mean.copy_(total / n)
-            norm.running_var.copy_(torch.clamp(squares / n - (total / n) ** 2, min=1e-8) * (n / (n - 1)))
-        for hook in hooks:
-            hook.remove()
-
-
-def collected_in_eval_mode(model, batches):
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    with torch.no_grad():
-        _pool(_norms(model), lambda: [model(batch) for batch in batches])
-    for module in modes:
-        module.training = modes[module]
-
-
-def images_only(model, batches):
-    with _batch_mode(model, lambda name, module: type(module).__name__ == "BatchNorm2d") as norms:
-        _pool(norms, lambda: [model(batch) for batch in batches])
-
-
-def last_part_of_the_name(model, batches):
-    with _batch_mode(model, lambda name, module: name.split(".")[-1].startswith("bn")) as norms:
-        _pool(norms, lambda: list(map(model, batches)))
-
-
-def whole_model_in_train_mode(model, batches):
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    with torch.no_grad():
-        _pool(_norms(model), lambda: [model(batch) for batch in batches])
-    for module, mode in modes:
-        module.training = mode
-
-
-def back_to_train(model, batches):
-    model.eval()
-    for norm in _norms(model):
-        norm.train()
-    with torch.no_grad():
-        _pool(_norms(model), lambda: [model(batch) for batch in batches])
-    for module in model.modules():
-        module.training = True
-
-
-def back_to_eval(model, batches):
-    model.eval()
-    for norm in _norms(model):
-        norm.training = True
-    with torch.no_grad():
-        _pool(_norms(model), lambda: [model(batch) for batch in batches])
-    model.eval()
-
-
-def momentum_stays_at_one(model, batches):
-    with _batch_mode(model) as norms:
-        _pool(norms, lambda: [model(batch) for batch in batches])
-    for norm in norms:
-        norm.momentum = 1.0
-
-
 def as_for_averaged_weights_and_then_eval(model, batches):
     model.eval()
     for norm in _norms(model):
@@ -358,20 +252,7 @@ RIGHT = [
     *(hooks_that_add_up, read_off_with_momentum_one, on_a_copy, one_layer_at_a_time_with_cat),
     *(forward_replaced_for_a_while, without_running_buffers),
 ]
-AGAIN = {
-    "forward in eval mode": evaluated_only,
-    "moving average": reset_and_run,
-    "mean of the batches' statistics": cumulative_average_of_torch,
-    "last batch only": momentum_one,
-    "difference of two large numbers": sums_in_float32,
-    "measured behind the stored statistics": collected_in_eval_mode,
-    "only BatchNorm2d": images_only,
-    "found by name": last_part_of_the_name,
-    "dropout active": whole_model_in_train_mode,
-    "left in train mode": back_to_train,
-    "all in eval mode at the end": back_to_eval,
-    "momentum left changed": momentum_stays_at_one,
-}
+AGAIN = {}
 BOTH = [
     (
         {"mean of the batches' statistics", "momentum left changed", "all in eval mode at the end"},

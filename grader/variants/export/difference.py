@@ -184,97 +184,6 @@ def largest_then_absolute(model, exported, inputs, batch_sizes):
     return _dict(_table(model, exported, inputs, batch_sizes, compare)[0])
 
 
-def logs_of_probabilities(model, exported, inputs, batch_sizes):
-    def compare(wanted, got):
-        p, q = torch.log_softmax(wanted, -1), torch.log_softmax(got, -1)
-        return _at(torch.abs(q - p) / p.abs().max())
-
-    return _dict(_table(model, exported, inputs, batch_sizes, compare)[0])
-
-
-def agreement(model, exported, inputs, batch_sizes):
-    def compare(wanted, got):
-        same = torch.eq(wanted.max(-1).indices, got.max(-1).indices)
-        return 1 - same.double().mean().item(), [0] * wanted.ndim
-
-    return _dict(_table(model, exported, inputs, batch_sizes, compare)[0])
-
-
-def all_inputs_at_once(model, exported, inputs, batch_sizes):
-    def compare(wanted, got):
-        return _at((got - wanted).abs() / wanted.abs().max())
-
-    return _dict(_table(model, exported, inputs, [len(inputs)], compare)[0])
-
-
-def no_grad_is_enough(model, exported, inputs, batch_sizes):
-    rows = []
-    with torch.no_grad():
-        for size in batch_sizes:
-            x = inputs[:size]
-            try:
-                wanted, got = model(x), exported(x)
-                rows.append((*_at(got.sub(wanted).abs() / wanted.abs().max()), size) if got.shape == wanted.shape else None)
-            except Exception:
-                rows.append(None)
-            rows[-1] = rows[-1] or (math.inf, None, size)
-    return _dict(max(rows, key=lambda row: row[0]))
-
-
-def modules_switched_one_by_one(model, exported, inputs, batch_sizes):
-    for module in model.modules():
-        module.training = False
-    return running_worst(model, exported, inputs, batch_sizes)
-
-
-def mode_of_the_whole(model, exported, inputs, batch_sizes):
-    was = model.training
-    answer = running_worst(model.eval(), exported, inputs, batch_sizes)
-    model.train(was)
-    return answer
-
-
-def largest_of_a_list(model, exported, inputs, batch_sizes):
-    def compare(wanted, got):
-        off = (got - wanted).abs() / wanted.abs().max()
-        return max(0.0, *off.flatten().tolist()), _at(off)[1]
-
-    return _dict(_table(model, exported, inputs, batch_sizes, compare)[0])
-
-
-def within_a_try(model, exported, inputs, batch_sizes):
-    modes = [module.training for module in model.modules()]
-    model.eval()
-    rows = []
-    for size in batch_sizes:
-        with torch.no_grad():
-            wanted = model(inputs[:size])
-            try:
-                off = torch.abs(exported(inputs[:size]) - wanted)
-                rows.append((*_at(off / torch.linalg.vector_norm(wanted, math.inf)), size))
-            except Exception:
-                rows.append((math.inf, None, size))
-    for module, mode in zip(model.modules(), modes, strict=True):
-        module.training = mode
-    return _dict(max(rows, key=lambda row: row[0]))
-
-
-def modes_put_back_at_least(model, exported, inputs, batch_sizes):
-    def stop(error):
-        raise error
-
-    with _evaluating(model):
-        rows = _table(model, exported, inputs, batch_sizes, lambda y, z: _at((y - z).abs() / y.abs().max()), refused=stop)
-    return _dict(rows[0])
-
-
-def whatever_ran(model, exported, inputs, batch_sizes):
-    def compare(wanted, got):
-        return _at((wanted - got).abs() / wanted.abs().amax())
-
-    return _dict(_table(model, exported, inputs, batch_sizes, compare, refused=lambda error: None)[0])
-
-
 def absolute_and_in_eval_mode(model, exported, inputs, batch_sizes):
     model.eval()
     return as_a_tolerance_would(model, exported, inputs, batch_sizes)
@@ -311,16 +220,6 @@ AGAIN = {
     "not relative": as_a_tolerance_would,
     "an average": norms,
     "differences with their sign": largest_then_absolute,
-    "probabilities compared": logs_of_probabilities,
-    "only the predicted classes": agreement,
-    "one batch size": all_inputs_at_once,
-    "compared in train mode": no_grad_is_enough,
-    "left in eval mode": modules_switched_one_by_one,
-    "every module to train mode": mode_of_the_whole,
-    "NaN never larger": largest_of_a_list,
-    "shapes that broadcast": within_a_try,
-    "the refusal passed on": modes_put_back_at_least,
-    "the refused batch size left out": whatever_ran,
 }
 BOTH = [
     ({"not relative", "left in eval mode"}, absolute_and_in_eval_mode),

@@ -53,52 +53,11 @@ def expanded(model, example):
                 module.training = flag
 
 
-def other_dimensions_dynamic(model, example):
-    twin = copy.deepcopy(model).eval()
-    shapes = dict.fromkeys(range(1, example.ndim), Dim.AUTO)
-    return export.export(twin, (example,), dynamic_shapes=(shapes,))
-
-
-def named_without_a_copy_of_the_row(model, example):
-    twin = copy.deepcopy(model).train(False)
-    rows = Dim("rows", min=1)
-    return export.export(twin, args=(example.clone(),), dynamic_shapes=[(rows, *[None] * (example.ndim - 1))])
-
-
-def auto_everywhere(model, example):
-    twin = copy.deepcopy(model)
-    twin.eval()
-    return export.export(twin, (example,), dynamic_shapes=[[Dim.AUTO] * example.ndim])
-
-
-def sixty_four(model, example):
-    twin = copy.deepcopy(model).eval()
-    rows = torch.stack([example[0], example[-1]])
-    return export.export(twin, (rows,), dynamic_shapes=({0: Dim("batch", max=64)},))
-
-
-def under_no_grad(model, example):
-    with torch.no_grad():
-        rows = example.repeat_interleave(2, 0)
-        return export.export(model, (rows,), dynamic_shapes=({0: Dim.DYNAMIC},))
-
-
 def switched_for_good(model, example):
     for module in model.modules():
         module.training = False
     rows = torch.cat([example] * 2)
     return export.export(model, (rows,), dynamic_shapes=({0: Dim("batch")},))
-
-
-def train_afterwards(model, example):
-    was = model.training
-    model.eval()
-    rows = torch.concat([example, example], dim=0)
-    try:
-        return export.export(model, (rows,), dynamic_shapes=({0: Dim("batch")},))
-    finally:
-        if was:
-            model.train()
 
 
 def flags_put_back_last(model, example):
@@ -121,13 +80,7 @@ def dynamic_and_left(model, example):
 
 RIGHT = [on_a_copy, modes_by_name, WithShapesCollection(), expanded]
 AGAIN = {
-    "the example's batch size only": other_dimensions_dynamic,
-    "one row refused": named_without_a_copy_of_the_row,
-    "one row baked in": auto_everywhere,
-    "a largest batch": sixty_four,
-    "train mode exported": under_no_grad,
     "left in eval mode": switched_for_good,
-    "one mode for all modules": train_afterwards,
     "not restored after an error": flags_put_back_last,
 }
 BOTH = [

@@ -2,9 +2,7 @@
 
 import itertools
 import random
-import time
 from collections import defaultdict
-from functools import reduce
 from heapq import nsmallest
 from statistics import mean, median
 
@@ -93,105 +91,6 @@ def stopwatches(functions, rounds, clock):
     return {name: watch.middle() for name, watch in watches.items()}
 
 
-def straight_away(functions, rounds, clock):
-    times = {name: np.zeros(rounds) for name in functions}
-    for r in range(rounds):
-        for name, run in functions.items():
-            times[name][r] -= clock()
-            run()
-            times[name][r] += clock()
-    return {name: float(np.median(column)) for name, column in times.items()}
-
-
-def all_rounds_kept(functions, rounds, clock):
-    runs = {name: [] for name in functions}
-    while len(runs[next(iter(runs))]) <= rounds:
-        for name, run in functions.items():
-            start, _, stop = clock(), run(), clock()
-            runs[name].append(stop - start)
-    return {name: np.percentile(times, 50) for name, times in runs.items()}
-
-
-def a_function_at_a_time(functions, rounds, clock):
-    def time_of(function):
-        function()
-        for _ in range(rounds):
-            start = clock()
-            function()
-            yield clock() - start
-
-    return {name: median(time_of(function)) for name, function in functions.items()}
-
-
-def divided_by_rounds(functions, rounds, clock):
-    for function in functions.values():
-        function()
-    total = dict.fromkeys(functions, 0.0)
-    for _, name in itertools.product(range(rounds), functions):
-        start = clock()
-        functions[name]()
-        total[name] += (clock() - start) / rounds
-    return total
-
-
-def best_so_far(functions, rounds, clock):
-    for function in functions.values():
-        function()
-    best = {}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = clock()
-            function()
-            took = clock() - start
-            if name not in best or took < best[name]:
-                best[name] = took
-    return best
-
-
-def by_tensors(functions, rounds, clock):
-    [function() for function in functions.values()]
-    rows = torch.zeros(rounds, len(functions), dtype=torch.float64)
-    for row in rows:
-        for place, function in enumerate(functions.values()):
-            start = clock()
-            function()
-            row[place] = clock() - start
-    return dict(zip(functions, rows.median(0).values.tolist(), strict=True))
-
-
-def added_up(functions, rounds, clock):
-    two = [(name, function, function()) for name, function in functions.items()]
-
-    def step(totals, turn):
-        name, function, _ = turn
-        start = clock()
-        function()
-        return {**totals, name: totals.get(name, 0.0) + clock() - start}
-
-    return reduce(step, two * rounds, {})
-
-
-def laps_of_a_round(functions, rounds, clock):
-    for function in functions.values():
-        function()
-    laps = []
-    for _ in range(rounds):
-        begin = clock()
-        laps.append([clock() - begin for function in functions.values() if function() or True])
-    return {name: median(column) for name, column in zip(functions, zip(*laps, strict=True), strict=True)}
-
-
-def time_of_day(functions, rounds, clock):
-    for function in functions.values():
-        function()
-    seconds = {name: [] for name in functions}
-    for name in list(functions) * rounds:
-        start = time.time()
-        functions[name]()
-        seconds[name].append(time.time() - start)
-    return {name: median(times) for name, times in seconds.items()}
-
-
 def the_usual_loop(functions, rounds, clock):
     result = {}
     for name, function in functions.items():
@@ -224,17 +123,7 @@ def mean_of_every_call(functions, rounds, clock):
 
 
 RIGHT = [two_loops, a_table, in_random_order, one_reading_between_two, stopwatches]
-AGAIN = {
-    "no warm-up": straight_away,
-    "warm-up timed too": all_rounds_kept,
-    "one after the other": a_function_at_a_time,
-    "the mean": divided_by_rounds,
-    "the shortest": best_so_far,
-    "the lower of the middle two": by_tensors,
-    "the sum": added_up,
-    "the clock started once a round": laps_of_a_round,
-    "another clock": time_of_day,
-}
+AGAIN = {}
 BOTH = [
     ({"one after the other", "the mean"}, the_usual_loop),
     ({"no warm-up", "the shortest"}, shortest_without_warm_up),

@@ -159,10 +159,6 @@ def _name(parts):
     return hashlib.sha256(b"|".join(parts)).hexdigest() + ".npy"
 
 
-def always_features_npy(folder, compute, backbone, images, settings):
-    return _store(folder / "features.npy", lambda: compute(backbone, images, **settings))
-
-
 def named_parameters_only(folder, compute, backbone, images, settings):
     digest = hashlib.sha256()
     for name, parameter in backbone.named_parameters():
@@ -172,31 +168,10 @@ def named_parameters_only(folder, compute, backbone, images, settings):
     return _store(folder / name, lambda: compute(backbone, images, **settings))
 
 
-def sorted_hashes(folder, compute, backbone, images, settings):
-    state, _, numbers = _bytes(backbone, images, settings)
-    each = sorted(hashlib.md5(image.numpy().tobytes()).digest() for image in images)
-    return _store(folder / _name([state, *each, numbers]), lambda: compute(backbone, images, **settings))
-
-
-def named_by_weights_and_images(folder, compute, backbone, images, settings):
-    state, pixels, _ = _bytes(backbone, images, settings)
-    return _store(folder / _name([state, pixels]), lambda: compute(backbone, images, **settings))
-
-
 def printed_weights(folder, compute, backbone, images, settings):
     weights = json.dumps([[name, str(tensor)] for name, tensor in backbone.state_dict().items()])
     _, *rest = _bytes(backbone, images, settings)
     return _store(folder / _name([weights.encode(), *rest]), lambda: compute(backbone, images, **settings))
-
-
-def printed(folder, compute, backbone, images, settings):
-    state, _, numbers = _bytes(backbone, images, settings)
-    return _store(folder / _name([state, f"{images}".encode(), numbers]), lambda: compute(backbone, images, **settings))
-
-
-def named_by_id(folder, compute, backbone, images, settings):
-    name = "-".join(str(part) for part in (id(backbone), id(images), *settings.items()))
-    return _store(folder / f"{name}.npy", lambda: compute(backbone, images, **settings))
 
 
 def named_by_a_pickle(folder, compute, backbone, images, settings):
@@ -209,41 +184,6 @@ class NamedByHash:
     def __call__(self, folder, compute, backbone, images, settings):
         number = hash(_bytes(backbone, images, settings))
         return _store(folder / f"{number:x}.npy", lambda: compute(backbone, images, **settings))
-
-
-def no_whole_table(folder, compute, backbone, images, settings):
-    path = (folder / _name(_bytes(backbone, images, settings))).with_suffix(".csv")
-    if path not in list(folder.iterdir()):
-        rows = compute(backbone, images, **settings).tolist()
-        path.write_text("\n".join(",".join(map(repr, row)) for row in rows))
-    lines = path.read_text().splitlines()
-    return torch.tensor([[float(number) for number in line.split(",")] for line in lines[: len(images)]])
-
-
-def filled_later(folder, compute, backbone, images, settings):
-    path = folder / _name(_bytes(backbone, images, settings))
-    try:
-        return torch.from_numpy(np.load(path))
-    except (ValueError, EOFError, OSError):
-        shape = len(images), backbone[-1].num_features
-        table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    table[:] = compute(backbone, images, **settings)
-    table.flush()
-    return torch.tensor(table)
-
-
-class WithMemory:
-    """Files as well, but read only once."""
-
-    def __init__(self):
-        self.seen = {}
-
-    def __call__(self, folder, compute, backbone, images, settings):
-        name = _name(_bytes(backbone, images, settings))
-        place = folder, name
-        if place not in self.seen:
-            self.seen[place] = _store(folder / name, lambda: compute(backbone, images, **settings))
-        return self.seen[place]
 
 
 def parameters_and_images(folder, compute, backbone, images, settings):
@@ -285,18 +225,10 @@ def printed_both(folder, compute, backbone, images, settings):
 
 RIGHT = [by_torch_save, by_numpy, by_looking_at_every_file, by_one_text_file, by_a_database, InSubfolders()]
 AGAIN = {
-    "one file for everything": always_features_npy,
     "buffers not in the key": named_parameters_only,
-    "order of the images not in the key": sorted_hashes,
     "weights as they are printed in the key": printed_weights,
-    "images as they are printed in the key": printed,
-    "settings not in the key": named_by_weights_and_images,
-    "objects in place of contents in the key": named_by_id,
     "more than contents in the key": named_by_a_pickle,
     "a key for one kernel": NamedByHash(),
-    "damaged file believed": no_whole_table,
-    "file made before the features": filled_later,
-    "kept in memory": WithMemory(),
 }
 BOTH = [
     ({"buffers not in the key", "settings not in the key"}, parameters_and_images),

@@ -123,16 +123,6 @@ def twice_forward(encoder, tokenizer, texts, batch_size):
     return F.normalize(torch.stack([rows[i] for i in order]))
 
 
-def no_mask_at_all(encoder, tokenizer, texts, batch_size):
-    clone, vectors = _quiet(encoder), {}
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for start in range(0, len(order), batch_size):
-        batch = tokenizer([texts[i] for i in order[start : start + batch_size]])
-        rows = _mean(clone(batch["input_ids"]), batch["attention_mask"])
-        vectors |= {order[start + k]: F.normalize(row, dim=0) for k, row in enumerate(rows)}
-    return torch.stack([vectors[i] for i in range(len(texts))])
-
-
 def as_they_come(encoder, tokenizer, texts, batch_size):
     clone, rows = _quiet(encoder), []
     for start in range(0, len(texts), batch_size):
@@ -140,16 +130,6 @@ def as_they_come(encoder, tokenizer, texts, batch_size):
         rows.append(_mean(clone(**batch), batch["attention_mask"]))
     vectors = torch.vstack(rows)
     return vectors / vectors.square().sum(1, keepdim=True).sqrt()
-
-
-def dice(encoder, tokenizer, texts, batch_size):
-    order = torch.tensor([len(text) for text in texts]).argsort()
-    vectors = {}
-    for part in order.split(batch_size):
-        batch = tokenizer([texts[i] for i in part])
-        hidden = encoder(**batch).detach()
-        vectors |= zip(part.tolist(), _mean(hidden, batch["attention_mask"]), strict=True)
-    return F.normalize(torch.stack([vectors[i] for i in sorted(vectors)]), p=2, dim=-1)
 
 
 def unmasked_and_unsorted(encoder, tokenizer, texts, batch_size):
@@ -187,13 +167,16 @@ def training_with_a_graph(encoder, tokenizer, texts, batch_size):
     return F.normalize(torch.stack(rows))
 
 
+def one_batch(encoder, tokenizer, texts, batch_size):
+    return into_a_table(encoder, tokenizer, texts, len(texts))
+
+
 RIGHT = [into_a_table, one_at_a_time, Embedder(), tokenized_once, pairs_sorted_back]
 AGAIN = {
+    "everything at once": one_batch,
     "order not put back": longest_first_and_never_back,
     "put back with the wrong permutation": twice_forward,
-    "mask not given to the encoder": no_mask_at_all,
     "batches in the order of the texts": as_they_come,
-    "train mode while embedding": dice,
 }
 BOTH = [
     ({"mask not given to the encoder", "batches in the order of the texts"}, unmasked_and_unsorted),

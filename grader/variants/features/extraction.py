@@ -76,19 +76,6 @@ def still_training(backbone, images, batch_size):
     return torch.cat(rows).clone()
 
 
-def eval_for_good(backbone, images, batch_size):
-    for module in backbone.modules():
-        module.training = False
-    return torch.cat([backbone(b).detach() for b in images.split(batch_size)])
-
-
-def batches_by_loader(backbone, images, batch_size):
-    loader = DataLoader(TensorDataset(images), batch_size=batch_size, drop_last=True)
-    clone = copy.deepcopy(backbone).eval()
-    with torch.no_grad():
-        return torch.cat([clone(batch) for (batch,) in loader])
-
-
 def train_mode_and_short(backbone, images, batch_size):
     with torch.no_grad():
         whole = len(images) - len(images) % batch_size
@@ -110,8 +97,6 @@ def at_once_and_put_back_with_train(backbone, images, batch_size):
 RIGHT = [on_a_copy, into_a_table, one_at_a_time, on_a_pickled_copy, Extractor()]
 AGAIN = {
     "train mode during extraction": still_training,
-    "left in eval mode": eval_for_good,
-    "last batch dropped": batches_by_loader,
 }
 BOTH = [
     ({"train mode during extraction", "last batch dropped"}, train_mode_and_short),

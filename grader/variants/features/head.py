@@ -4,7 +4,6 @@ import copy
 import operator
 from functools import reduce
 
-import torch
 from torch import fx, nn
 
 
@@ -90,19 +89,6 @@ def head_that_passes_on(model, name):
     return copy.deepcopy(model, memo).requires_grad_(False)
 
 
-def layers_before_the_last(model, name):
-    backbone = nn.Sequential()
-    for key, child in model.named_children():
-        backbone.add_module(key, child)
-    del backbone[-1]
-    return backbone
-
-
-def hook_that_replaces_the_output(model, name):
-    model.get_submodule(name).register_forward_hook(lambda module, args, output: args[0])
-    return model
-
-
 def what_the_model_gives(model, name):
     clone = copy.deepcopy(model)
     return lambda images: clone(images).detach()
@@ -119,36 +105,6 @@ def wrapped_after_fc(model, name):
     clone = copy.deepcopy(model)
     clone.add_module("fc", nn.Sequential())
     return nn.Sequential(clone, nn.Flatten())
-
-
-def last_linear_found_by_type(model, name):
-    clone = copy.deepcopy(model)
-    last = None
-    for parent in clone.modules():
-        for key, child in parent.named_children():
-            if type(child) is nn.Linear:
-                last = parent, key
-    last[0]._modules[last[1]] = nn.Identity()
-    return clone
-
-
-def always_the_first_entry(model, name):
-    class Keeper:
-        def __init__(self):
-            self.inputs = ()
-            dict(model.named_modules())[name].register_forward_hook(self)
-
-        def __call__(self, module, args, output):
-            self.inputs = (*self.inputs, *args)
-
-    keeper = Keeper()
-
-    def features(images):
-        with torch.no_grad():
-            model(images)
-        return keeper.inputs[0]
-
-    return features
 
 
 def in_place_and_eval(model, name):
@@ -177,13 +133,9 @@ def last_layer_in_place(model, name):
 
 RIGHT = [with_a_pre_hook, by_torchvision, by_cutting_the_graph, put_back_afterwards, UpToTheHead, head_that_passes_on]
 AGAIN = {
-    "children without the last": layers_before_the_last,
-    "head removed in place": hook_that_replaces_the_output,
     "output of the head": what_the_model_gives,
     "whole classifier removed": classifier_made_empty,
     "always fc": wrapped_after_fc,
-    "last layer by order of definition": last_linear_found_by_type,
-    "first batch kept": always_the_first_entry,
 }
 BOTH = [
     ({"head removed in place", "model put into eval mode"}, in_place_and_eval),

@@ -49,15 +49,6 @@ class Pool:
             return total.div(torch.bincount(row, minlength=len(hidden)).clamp(min=1)[:, None])
 
 
-def average_of_all(hidden, attention_mask):
-    return torch.einsum("ntw->nw", hidden) / hidden.size(1)
-
-
-def by_matrix_product(hidden, attention_mask):
-    total = torch.bmm(attention_mask[:, None].float(), hidden).squeeze(1)
-    return total / torch.maximum(attention_mask.sum(1), torch.tensor(1))[:, None]
-
-
 def mean_of_zeroed(hidden, attention_mask):
     return torch.where(attention_mask.bool()[..., None], hidden, 0.0).mean(dim=1)
 
@@ -79,10 +70,14 @@ def sum_of_all(hidden, attention_mask):
     return hidden.sum(1)
 
 
+def first_that_counts(hidden, attention_mask):
+    rows = zip(hidden, attention_mask.bool(), strict=True)
+    return torch.stack([states[0] if own.any() else states.new_zeros(len(states[0])) for states, own in rows])
+
+
 RIGHT = [text_by_text, by_where, in_numpy, by_lengths, in_place_on_a_copy, Pool()]
 AGAIN = {
-    "mask ignored": average_of_all,
-    "padding multiplied by zero": by_matrix_product,
+    "first token in place of the mean": first_that_counts,
     "divided by the padded length": mean_of_zeroed,
     "not divided": added_up,
 }

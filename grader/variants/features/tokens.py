@@ -150,15 +150,6 @@ def _result(rows, pad, width=0):
     return {"input_ids": _fill(rows, pad, width), "attention_mask": own}
 
 
-def every_piece_unknown_by_itself(vocabulary, texts, max_length):
-    return _result(_lists(vocabulary, texts, max_length, partial=True), vocabulary["[PAD]"])
-
-
-def room_for_all(vocabulary, texts, max_length):
-    width = max_length
-    return _result(_lists(vocabulary, texts, width), vocabulary["[PAD]"], width)
-
-
 def ones_of_that_shape(vocabulary, texts, max_length):
     ids = _fill(_lists(vocabulary, texts, max_length), vocabulary["[PAD]"])
     return {"input_ids": ids, "attention_mask": torch.full(ids.shape, 1)}
@@ -167,11 +158,6 @@ def ones_of_that_shape(vocabulary, texts, max_length):
 def where_there_is_a_number(vocabulary, texts, max_length):
     ids = _fill(_lists(vocabulary, texts, max_length), vocabulary["[PAD]"])
     return {"input_ids": ids, "attention_mask": torch.where(ids.eq(0), 0, 1)}
-
-
-def columns_cut(vocabulary, texts, max_length):
-    batch = _result(_lists(vocabulary, texts, 1000), vocabulary["[PAD]"])
-    return {name: values[:, :max_length] for name, values in batch.items()}
 
 
 def filled_with_zeros(vocabulary, texts, max_length):
@@ -223,13 +209,15 @@ def partial_and_zeros(vocabulary, texts, max_length):
     return _result(rows, 0)
 
 
+def so_many_words(vocabulary, texts, max_length):
+    return by_regular_expressions(vocabulary, [" ".join(text.split()[: max_length - 2]) for text in texts], 10**6)
+
+
 RIGHT = [by_regular_expressions, by_recursion, into_arrays, Tokenizer()]
 AGAIN = {
-    "pieces beside [UNK]": every_piece_unknown_by_itself,
-    "padded to max_length": room_for_all,
+    "words counted in place of tokens": so_many_words,
     "mask all ones": ones_of_that_shape,
     "mask from numbers that are not 0": where_there_is_a_number,
-    "[SEP] cut off": columns_cut,
     "padding taken to be number 0": filled_with_zeros,
     "shortest piece first": shortest_by_growing,
 }

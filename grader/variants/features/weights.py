@@ -109,44 +109,17 @@ def numbers_from_memory(weights, model, images, k):
     return _top(weights, _predict(model, torch.stack(batch)).softmax(1), k)
 
 
-def resized_without_a_crop(weights, model, images, k):
+def divided_by_255(weights, model, images, k):
     from torchvision.transforms import functional as TF
 
     preset = weights.transforms()
-    batch = [TF.normalize(TF.resize(image, [32, 32]) / 255.0, preset.mean, preset.std) for image in images]
-    return _top(weights, _predict(model, torch.stack(batch)).softmax(1), k)
-
-
-def sorted_outputs(weights, model, images, k):
-    with torch.no_grad():
-        outputs = copy.deepcopy(model).eval()(torch.stack(list(map(weights.transforms(), images))))
-    results = []
-    for row in outputs:
-        ranking = sorted(enumerate(row.tolist()), key=lambda pair: -pair[1])
-        results.append([(weights.meta["categories"][index], value) for index, value in ranking[:k]])
-    return results
-
-
-def divided_by_the_sum_of_rows(weights, model, images, k):
-    exponentials = _predict(model, torch.stack([weights.transforms()(image) for image in images])).exp()
-    return _top(weights, exponentials / exponentials.sum(0), k)
-
-
-def label_map(weights, model, images, k):
-    names = dict(enumerate(sorted(set(weights.meta["categories"]))))
-    p = _predict(model, torch.stack([weights.transforms()(image) for image in images])).softmax(1)
-    return [[(names[int(j)], float(row[j])) for j in row.argsort(descending=True)[:k]] for row in p]
+    crops = [TF.center_crop(TF.resize(image, preset.resize_size), preset.crop_size) / 255 for image in images]
+    return _top(weights, _predict(model, torch.stack(crops)).softmax(1), k)
 
 
 def first_of_the_sorted(weights, model, images, k):
     p = _predict(model, torch.stack([weights.transforms()(image) for image in images])).softmax(1)
     return [sorted(zip(weights.meta["categories"], row.tolist(), strict=True), key=lambda pair: pair[1])[:k] for row in p]
-
-
-def as_it_came(weights, model, images, k):
-    model.requires_grad_(False)
-    preset = weights.transforms()
-    return _top(weights, F.softmax(model(torch.cat([preset(image[None]) for image in images])), 1), k)
 
 
 def all_by_hand(weights, model, images, k):
@@ -188,12 +161,8 @@ def logits_not_normalised_in_eval_mode(weights, model, images, k):
 RIGHT = [one_image_at_a_time, in_numpy_on_a_copy, through_pillow, BySize(), typed_after_the_presets_sizes]
 AGAIN = {
     "ImageNet's mean and std": numbers_from_memory,
-    "other sizes than the preset's": resized_without_a_crop,
-    "logits for probabilities": sorted_outputs,
-    "softmax over the images": divided_by_the_sum_of_rows,
-    "categories in alphabetical order": label_map,
     "least likely": first_of_the_sorted,
-    "train mode": as_it_came,
+    "not normalised": divided_by_255,
 }
 BOTH = [
     ({"ImageNet's mean and std", "other sizes than the preset's"}, all_by_hand),

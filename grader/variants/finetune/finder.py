@@ -195,32 +195,6 @@ def falling(model, optimizer, batches, lowest, highest):
     return _loop(*copy.deepcopy((model, optimizer)), batches, np.geomspace(highest, lowest, len(batches)))
 
 
-def equal_groups(model, optimizer, batches, lowest, highest):
-    net, opt = copy.deepcopy((model, optimizer))
-    for group in opt.param_groups:
-        group["lr"] = highest
-    return _loop(net, opt, batches, np.geomspace(lowest, highest, len(batches)))
-
-
-def in_the_defaults(model, optimizer, batches, lowest, highest):
-    net, opt = copy.deepcopy((model, optimizer))
-    net.train()
-    lrs, losses = [], []
-    for (x, y), lr in zip(batches, np.geomspace(lowest, highest, len(batches)).tolist(), strict=True):
-        opt.defaults["lr"] = lr
-        opt.zero_grad()
-        loss = F.cross_entropy(net(x), y)
-        if not math.isfinite(loss.item()):
-            break
-        loss.backward()
-        opt.step()
-        lrs.append(lr)
-        losses.append(loss.item())
-        if losses[-1] > 4 * min(losses):
-            break
-    return lrs, losses
-
-
 def measured_once_more(model, optimizer, batches, lowest, highest):
     net, opt = copy.deepcopy((model, optimizer))
     rates = np.geomspace(lowest, highest, len(batches))
@@ -249,18 +223,6 @@ def cleared_once(model, optimizer, batches, lowest, highest):
     return _loop(net, opt, batches, np.geomspace(lowest, highest, len(batches)))
 
 
-def two_deepcopies(model, optimizer, batches, lowest, highest):
-    net = copy.deepcopy(model)
-    opt = copy.deepcopy(optimizer)
-    return _loop(net, opt, batches, np.geomspace(lowest, highest, len(batches)))
-
-
-def never_told_to_train(model, optimizer, batches, lowest, highest):
-    net, opt = copy.deepcopy((model, optimizer))
-    net.modules = list
-    return _loop(net, opt, batches, np.geomspace(lowest, highest, len(batches)))
-
-
 def to_the_last_batch(model, optimizer, batches, lowest, highest):
     return _loop(*copy.deepcopy((model, optimizer)), batches, np.geomspace(lowest, highest, len(batches)), stop=False)
 
@@ -286,16 +248,6 @@ def trainable_tensors_kept(model, optimizer, batches, lowest, highest):
     return result
 
 
-def model_alone_put_back(model, optimizer, batches, lowest, highest):
-    twin = copy.deepcopy(model)
-    result = _loop(model, optimizer, batches, np.geomspace(lowest, highest, len(batches)))
-    model.load_state_dict(twin.state_dict())
-    for module, other in zip(model.modules(), twin.modules(), strict=True):
-        module.training = other.training
-    model.zero_grad()
-    return result
-
-
 def rates_put_back_by_hand(model, optimizer, batches, lowest, highest):
     twin = copy.deepcopy(model)
     own = [group["lr"] for group in optimizer.param_groups]
@@ -307,19 +259,6 @@ def rates_put_back_by_hand(model, optimizer, batches, lowest, highest):
         module.training = other.training
     for parameter in model.parameters():
         parameter.grad = None
-    return result
-
-
-def state_put_back_by_hand(model, optimizer, batches, lowest, highest):
-    twin, other = copy.deepcopy((model, optimizer))
-    result = _loop(model, optimizer, batches, np.geomspace(lowest, highest, len(batches)))
-    copies = dict(zip(twin.parameters(), model.parameters(), strict=True))
-    optimizer.state.clear()
-    optimizer.state.update({copies[p]: state for p, state in other.state.items()})
-    model.load_state_dict(twin.state_dict())
-    for module, before in zip(model.modules(), twin.modules(), strict=True):
-        module.training = before.training
-    optimizer.zero_grad()
     return result
 
 
@@ -344,33 +283,6 @@ def optimizer_copied_one_level_deep(model, optimizer, batches, lowest, highest):
     for module, before in zip(model.modules(), twin.modules(), strict=True):
         module.training = before.training
     return result
-
-
-def put_back_but_for_modes(model, optimizer, batches, lowest, highest):
-    kept = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    result = _loop(model, optimizer, batches, np.geomspace(lowest, highest, len(batches)))
-    optimizer.zero_grad()
-    for name, thing in {"model": model, "optimizer": optimizer}.items():
-        thing.load_state_dict(kept[name])
-    return result
-
-
-def put_back_but_for_gradients(model, optimizer, batches, lowest, highest):
-    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    modes = {module: module.training for module in model.modules()}
-    result = _loop(model, optimizer, batches, np.geomspace(lowest, highest, len(batches)))
-    for thing, state in zip((model, optimizer), kept, strict=True):
-        thing.load_state_dict(state)
-    for module, mode in modes.items():
-        module.training = mode
-    return result
-
-
-def just_the_loop(model, optimizer, batches, lowest, highest):
-    rates = [lowest]
-    while len(rates) < len(batches):
-        rates.append(rates[-1] * (highest / lowest) ** (1 / (len(batches) - 1)))
-    return _loop(model, optimizer, batches, rates)
 
 
 def model_kept_and_nothing_else(model, optimizer, batches, lowest, highest):
@@ -412,23 +324,14 @@ RIGHT = [
 AGAIN = {
     "learning rates in equal steps": steps_of_one_size,
     "from highest to lowest": falling,
-    "one learning rate for all groups": equal_groups,
-    "learning rate set where nothing reads it": in_the_defaults,
     "loss noted after the step": measured_once_more,
     "gradients add up": cleared_once,
-    "optimizer of another model": two_deepcopies,
-    "in the mode it came in": never_told_to_train,
     "no early stop": to_the_last_batch,
     "NaN passes the comparison": largest_so_far,
     "only the parameters put back": trainable_tensors_kept,
-    "optimizer forgotten": model_alone_put_back,
     "moments left": rates_put_back_by_hand,
-    "learning rates left": state_put_back_by_hand,
     "model kept without a copy": copied_one_level_deep,
     "moments kept without a copy": optimizer_copied_one_level_deep,
-    "modes left": put_back_but_for_modes,
-    "gradients left": put_back_but_for_gradients,
-    "nothing put back": just_the_loop,
 }
 BOTH = [
     ({"optimizer forgotten", "modes left", "gradients left"}, model_kept_and_nothing_else),

@@ -4,8 +4,6 @@ import re
 from contextlib import suppress
 from itertools import chain
 
-from torch import nn
-
 
 def looked_up_then_switched(model, names):
     things = {**dict(model.named_modules()), **dict(model.named_parameters(remove_duplicate=False))}
@@ -104,16 +102,6 @@ def by_every_name_it_has(model, names):
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def sets_the_module(model, names):
-    things = {**dict(model.named_modules()), **dict(model.named_parameters(remove_duplicate=False))}
-    if any(name not in things for name in names):
-        raise ValueError("no such part")
-    model.requires_grad_(False)
-    for name in names:
-        setattr(things[name], "requires_grad", True)  # noqa: B010
-    return []
-
-
 def first_letters(model, names):
     keys = [name for name, _ in chain(model.named_modules(), model.named_parameters(remove_duplicate=False))]
     for name in names:
@@ -173,72 +161,6 @@ def flags_of_the_state_dict(model, names):
     return list(names)
 
 
-def bn_by_its_letters(model, names):
-    known = {**dict(model.named_modules()), **dict(model.named_parameters(remove_duplicate=False))}
-    for name in names:
-        if name not in known:
-            raise ValueError(name)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding) or "bn" in name:
-            module.requires_grad_(False)
-    for name in names:
-        known[name].requires_grad_(True)
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def from_the_end(model, names):
-    known = {**dict(model.named_modules()), **dict(model.named_parameters(remove_duplicate=False))}
-    if not known.keys() >= set(names):
-        raise ValueError("no such part")
-    children = [child for child in model.children() if any(True for _ in child.parameters())]
-    for position, child in enumerate(reversed(children)):
-        for parameter in child.parameters():
-            parameter.requires_grad = position < len(names)
-    children[-1].requires_grad_(True)
-    return names
-
-
-def evaluating(model, names):
-    trainable = looked_up_then_switched(model, names)
-    for module in model.modules():
-        module.training = False
-    return trainable
-
-
-def matched_or_not(model, names):
-    hits = {
-        parameter
-        for name in names
-        for path, parameter in model.named_parameters(remove_duplicate=False)
-        if f"{path}.".startswith(f"{name}.")
-    }
-    return [path for path, parameter in model.named_parameters() if parameter.requires_grad_(parameter in hits).requires_grad]
-
-
-def raises_on_the_way(model, names):
-    for parameter in model.parameters():
-        parameter.requires_grad = False
-    for name in names:
-        found = [p for path, p in model.named_parameters(remove_duplicate=False) if f"{path}.".startswith(f"{name}.")]
-        if len(found) == 0:
-            raise ValueError(f"nothing is called {name}")
-        for parameter in found:
-            parameter.requires_grad = True
-    return [path for path, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def one_name_each(model, names):
-    modules = {name for name, _ in model.named_modules()}
-    if not all(name in modules or name in model.state_dict() for name in names):
-        raise ValueError("no such part")
-    trainable = []
-    for path, parameter in model.named_parameters():
-        owners = [path.rsplit(".", n)[0] for n in range(path.count(".") + 1)]
-        parameter.requires_grad_(any(owner in names for owner in owners))
-        trainable += [path] * parameter.requires_grad
-    return trainable
-
-
 def the_usual_loop(model, names):
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name.startswith(tuple(names))
@@ -271,18 +193,10 @@ def unfreezing_without_a_check(model, names):
 
 RIGHT = [looked_up_then_switched, by_identity, by_pattern, down_the_tree, PutBackIfNotFound(), by_every_name_it_has]
 AGAIN = {
-    "attribute of a module": sets_the_module,
     "beginning of a name": first_letters,
     "part of a name": found_anywhere,
-    "only freezing": frozen_by_complement,
     "only unfreezing": nothing_frozen_first,
     "no flag set": flags_of_the_state_dict,
-    "normalisation left trainable": bn_by_its_letters,
-    "last children": from_the_end,
-    "eval mode too": evaluating,
-    "unknown name ignored": matched_or_not,
-    "changed before the error": raises_on_the_way,
-    "shared weight by its first name": one_name_each,
 }
 BOTH = [
     ({"beginning of a name", "shared weight by its first name", "unknown name ignored"}, the_usual_loop),

@@ -130,71 +130,6 @@ def named_modules_alone(model, lr, factor, weight_decay, stages):
     return groups
 
 
-def counted_from_the_stem(model, lr, factor, weight_decay, stages):
-    groups = stage_by_stage(model, lr, factor, weight_decay, stages)
-    rates = [group["lr"] for group in groups]
-    return [{**group, "lr": rate} for group, rate in zip(groups, reversed(rates), strict=True)]
-
-
-def step_subtracted_from_the_divisor(model, lr, factor, weight_decay, stages):
-    groups = stage_by_stage(model, lr, factor, weight_decay, stages)
-    for i, group in enumerate(groups):
-        group["lr"] = lr / (1 + (i // 2) * (factor - 1))
-    return groups
-
-
-def found_by_letters(model, lr, factor, weight_decay, stages):
-    stage, found = stages[0], {stage: [] for stage in stages}
-    for name, parameter in model.named_parameters():
-        stage = ([begin for begin in stages if name.startswith(begin)] or [stage])[0]
-        found[stage] += [parameter] if parameter.requires_grad else []
-    groups = []
-    for k, stage in enumerate(stages[::-1]):
-        for parameter in found[stage]:
-            groups.append({"params": parameter, "lr": lr * factor**-k, "weight_decay": weight_decay * (parameter.dim() > 1)})
-    return groups
-
-
-def scales_without_lr(model, lr, factor, weight_decay, stages):
-    return [
-        {"params": group["params"], "weight_decay": group["weight_decay"], "lr_scale": group["lr"] / lr}
-        for group in stage_by_stage(model, lr, factor, weight_decay, stages)
-    ]
-
-
-def divided_before_use(model, lr, factor, weight_decay, stages):
-    groups = stage_by_stage(model, lr, factor, weight_decay, stages)
-    for vectors in (0, 1):
-        rate = lr
-        for group in groups[vectors::2]:
-            rate = rate / factor
-            group.update(lr=rate)
-    return groups
-
-
-def multiplied_in_the_loop(model, lr, factor, weight_decay, stages):
-    groups = []
-    for parameter in reversed(list(filter(lambda p: p.requires_grad, model.parameters()))):
-        groups.insert(0, {"params": [parameter], "lr": lr, "weight_decay": weight_decay if parameter.ndim > 1 else 0.0})
-        lr *= 1 / factor
-    return groups
-
-
-def next_rate_for_what_is_there(model, lr, factor, weight_decay, stages):
-    groups, rate = [], lr
-    by_stage = stage_by_stage(model, lr, factor, weight_decay, stages)
-    for matrices, vectors in zip(by_stage[::2], by_stage[1::2], strict=True):
-        if matrices["params"] or vectors["params"]:
-            groups += [matrices | {"lr": rate}, vectors | {"lr": rate}]
-            rate /= factor
-    return groups
-
-
-def decay_as_a_default(model, lr, factor, weight_decay, stages):
-    groups = stage_by_stage(model, lr, factor, weight_decay, stages)
-    return [dict(group, weight_decay=weight_decay) for group in groups]
-
-
 def spared_by_name(model, lr, factor, weight_decay, stages):
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = []
@@ -202,17 +137,6 @@ def spared_by_name(model, lr, factor, weight_decay, stages):
         for parameter in group["params"]:
             spared = names[parameter].endswith(".bias") or names[parameter].split(".")[-2].startswith("bn")
             groups.append({"params": [parameter], "lr": group["lr"], "weight_decay": 0.0 if spared else weight_decay})
-    return groups
-
-
-def whether_frozen_or_not(model, lr, factor, weight_decay, stages):
-    names = [name for name, _ in model.named_parameters()]
-    begins = [next(i for i, name in enumerate(names) if name.startswith(stage + ".")) for stage in stages]
-    begins[0] = 0
-    groups = []
-    for i, parameter in enumerate(model.parameters()):
-        k = sum(begin > i for begin in begins)
-        groups.append({"params": [parameter], "lr": lr / factor**k, "weight_decay": weight_decay if parameter.ndim > 1 else 0})
     return groups
 
 
@@ -256,17 +180,6 @@ RIGHT = [stage_by_stage, one_group_each, from_the_head_down, ByModules(), with_i
 AGAIN = {
     "forgotten stem": starts_at_the_first_name,
     "only what the stages hold": named_modules_alone,
-    "order turned round": counted_from_the_stem,
-    "factor times depth": step_subtracted_from_the_divisor,
-    "beginning of a stage's name": found_by_letters,
-    "lr_scale": scales_without_lr,
-    "head divided too": divided_before_use,
-    "depth per parameter": multiplied_in_the_loop,
-    "depth among trainable stages": next_rate_for_what_is_there,
-    "decay on everything": decay_as_a_default,
-    "norms by the letters bn": spared_by_name,
-    "frozen parameters put in": whether_frozen_or_not,
-    "a parameter twice": by_modules_of_each_stage,
 }
 BOTH = [
     ({"forgotten stem", "decay on everything"}, stem_forgotten_and_decay_for_all),

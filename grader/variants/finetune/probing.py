@@ -119,11 +119,6 @@ def no_grad_in_place_of_eval(model, head, inputs, labels, penalty):
         layer.bias.copy_(new.bias)
 
 
-def weight_alone(model, head, inputs, labels, penalty):
-    layer = model.get_submodule(head)
-    layer.weight.data = linear_probe(extract(drop_head(model, head), inputs), labels, layer.out_features, penalty).weight.data
-
-
 def put_in_its_place(model, head, inputs, labels, penalty):
     parent, _, name = head.rpartition(".")
     features = extract(drop_head(model, head), inputs)
@@ -135,66 +130,6 @@ def assigned_by_load_state_dict(model, head, inputs, labels, penalty):
     layer = model.get_submodule(head)
     new = linear_probe(extract(drop_head(model, head), inputs), labels, layer.out_features, penalty)
     layer.load_state_dict(new.state_dict(), assign=True)
-
-
-def logits_by_hand(model, head, inputs, labels, penalty):
-    layer = model.get_submodule(head)
-    with torch.no_grad():
-        table = layer(extract(drop_head(model, head), inputs))
-        probe = linear_probe(table, labels, layer.out_features, penalty)
-        for one, other in zip(layer.parameters(), probe.parameters(), strict=True):
-            one.copy_(other)
-
-
-def copied_into_a_copy(model, head, inputs, labels, penalty):
-    clone = copy.deepcopy(model)
-    probe = linear_probe(extract(drop_head(clone, head), inputs), labels, clone.get_submodule(head).out_features, penalty)
-    clone.get_submodule(head).load_state_dict(probe.state_dict())
-
-
-def frozen_one_by_one(model, head, inputs, labels, penalty):
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith(head)
-    layer = model.get_submodule(head)
-    layer.load_state_dict(
-        linear_probe(extract(drop_head(model, head), inputs), labels, layer.out_features, penalty).state_dict()
-    )
-
-
-def eval_for_the_hook(model, head, inputs, labels, penalty):
-    layer, seen = model.get_submodule(head), []
-    hook = layer.register_forward_pre_hook(lambda _, args: seen.extend(args))
-    model.eval()(inputs)
-    hook.remove()
-    with torch.no_grad():
-        probe = linear_probe(seen[0], labels, layer.out_features, penalty)
-        layer.weight[:], layer.bias[:] = probe.weight, probe.bias
-
-
-def a_short_warm_up(model, head, inputs, labels, penalty):
-    layer = model.get_submodule(head)
-    features = extract(drop_head(model, head), inputs)
-    adam = torch.optim.AdamW(layer.parameters(), lr=0.01, weight_decay=penalty)
-    for rows in torch.randperm(len(labels)).split(8):
-        adam.zero_grad()
-        F.nll_loss(layer(features[rows]).log_softmax(1), labels[rows]).backward()
-        adam.step()
-
-
-def a_penalty_of_its_own(model, head, inputs, labels, penalty):
-    layer, features = model.get_submodule(head), extract(drop_head(model, head), inputs)
-    found = linear_probe(features, labels, penalty=0.2, classes=layer.out_features)
-    with torch.no_grad():
-        layer.weight.copy_(found.weight), layer.bias.copy_(found.bias)
-
-
-def fc_wherever_there_is_one(model, head, inputs, labels, penalty):
-    layer = model.fc if hasattr(model, "fc") else model.get_submodule(head)
-    name = next(key for key, module in model.named_modules() if module is layer)
-    probe = linear_probe(extract(drop_head(model, name), inputs), labels, layer.out_features, penalty)
-    with torch.no_grad():
-        layer.weight.copy_(probe.weight)
-        layer.bias.copy_(probe.bias)
 
 
 def replaced_with_fewer_outputs(model, head, inputs, labels, penalty):
@@ -222,16 +157,8 @@ RIGHT = [
 AGAIN = {
     "features in train mode": batches_in_train_mode,
     "the model itself run in train mode": no_grad_in_place_of_eval,
-    "bias forgotten": weight_alone,
     "layer replaced": put_in_its_place,
     "parameters replaced": assigned_by_load_state_dict,
-    "probe on the logits": logits_by_hand,
-    "nothing copied": copied_into_a_copy,
-    "backbone left frozen": frozen_one_by_one,
-    "left in eval mode": eval_for_the_hook,
-    "not at the optimum": a_short_warm_up,
-    "penalty ignored": a_penalty_of_its_own,
-    "always fc": fc_wherever_there_is_one,
 }
 BOTH = [
     ({"layer replaced", "classes counted from the labels"}, replaced_with_fewer_outputs),

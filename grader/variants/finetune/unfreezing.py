@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-from collections import defaultdict
 from operator import itemgetter
 
 import torch
@@ -107,15 +106,6 @@ def built_and_forgotten(optimizer, parameters, lr):
     optimizer.param_groups[0]["initial_lr"] = lr
 
 
-def a_group_and_no_flag(optimizer, parameters, lr):
-    known = set()
-    for group in optimizer.param_groups:
-        known.update(group["params"])
-    new = list(set(parameters).difference(known))
-    if new:
-        optimizer.add_param_group({"params": new, "lr": lr})
-
-
 def in_a_list(optimizer, parameters, lr):
     known = []
     for group in optimizer.param_groups:
@@ -127,48 +117,6 @@ def in_a_list(optimizer, parameters, lr):
             new += [parameter]
     if new:
         optimizer.add_param_group({"params": new, "lr": lr})
-
-
-def all_or_nothing(optimizer, parameters, lr):
-    unique = {id(parameter): parameter.requires_grad_(True) for parameter in parameters}
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if known.isdisjoint(unique):
-        optimizer.add_param_group({"params": list(unique.values()), "lr": lr})
-
-
-def groups_overwritten(optimizer, parameters, lr):
-    a_set_of_parameters(optimizer, parameters, lr)
-    optimizer.param_groups[:] = [{**group, "lr": lr} for group in optimizer.param_groups]
-
-
-def state_replaced(optimizer, parameters, lr):
-    a_set_of_parameters(optimizer, parameters, lr)
-    optimizer.state = defaultdict(dict)
-
-
-def lr_of_the_defaults(optimizer, parameters, lr):
-    for parameter in parameters:
-        parameter.requires_grad_()
-        if all(parameter is not other for group in optimizer.param_groups for other in group["params"]):
-            optimizer.param_groups.append({**optimizer.defaults, "params": [parameter]})
-
-
-def flag_while_adding(optimizer, parameters, lr):
-    for parameter in parameters:
-        with contextlib.suppress(ValueError):
-            optimizer.add_param_group({"params": [parameter], "lr": lr})
-            parameter.requires_grad = True
-
-
-def doubled(optimizer, parameters, lr):
-    there = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    new = []
-    for parameter in parameters:
-        parameter.requires_grad = True
-        if there.count(id(parameter)) == 0:
-            new.append(parameter)
-    if new:
-        optimizer.param_groups.append({**optimizer.defaults, "params": new, "lr": lr})
 
 
 def always_a_group(optimizer, parameters, lr):
@@ -213,15 +161,6 @@ RIGHT = [
 AGAIN = {
     "a new optimizer": another_of_its_class,
     "the optimizer never hears of it": built_and_forgotten,
-    "in the optimizer, still frozen": a_group_and_no_flag,
-    "compared by value": in_a_list,
-    "torch's refusal swallowed": all_or_nothing,
-    "one learning rate for all groups": groups_overwritten,
-    "moments cleared": state_replaced,
-    "the optimizer's default learning rate": lr_of_the_defaults,
-    "only the new ones made trainable": flag_while_adding,
-    "in the group twice": doubled,
-    "an empty group": always_a_group,
 }
 BOTH = [
     ({"one learning rate for all groups", "moments cleared"}, cleared_and_overwritten),

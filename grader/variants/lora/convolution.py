@@ -133,36 +133,10 @@ class AllZero(GroupsAsSamples):
             nn.init.constant_(conv.weight, 0)
 
 
-class AllRandom(Twin):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        self.left.reset_parameters()
-
-
 class UnderNoGrad(Twin):
     def forward(self, x):
         with torch.no_grad():
             return super().forward(x)
-
-
-class MiddleOfPatches(nn.Module):
-    """Cuts the image so that a 1 x 1 kernel meets what the middle of base's kernel meets."""
-
-    def __init__(self, base, rank, alpha):
-        super().__init__()
-        self.base, self.s = base.requires_grad_(False), alpha / rank
-        self.down = nn.Conv2d(base.in_channels // base.groups, rank, 1, bias=False)
-        self.up = nn.Conv2d(rank, base.out_channels, 1, bias=False)
-        self.up.weight.data.mul_(0)
-
-    def forward(self, x):
-        base, y = self.base, self.base(x)
-        mode = {"zeros": "constant"}.get(base.padding_mode, base.padding_mode)
-        x = F.pad(x, base._reversed_padding_repeated_twice, mode)
-        top, left = (d * (k // 2) for d, k in zip(base.dilation, base.kernel_size, strict=True))
-        x = x[:, :, top :: base.stride[0], left :: base.stride[1]][:, :, : y.shape[2], : y.shape[3]]
-        low = torch.cat([self.down(part) for part in x.chunk(base.groups, 1)], 1)
-        return y + self.s * F.conv2d(low, self.up.weight, groups=base.groups)
 
 
 class TwoKernels(nn.Module):
@@ -179,68 +153,11 @@ class TwoKernels(nn.Module):
         return self.base(x) + self.scaling * self.B(self.A(x))
 
 
-class Transposed(OtherWeight):
-    def forward(self, x):
-        weight = torch.t(self.B @ self.A).mul(self.scaling).reshape(self.base.weight.shape)
-        return functional_call(self.base, {"weight": self.base.weight + weight}, (x,))
-
-
-class DefaultStride(GroupsAsSamples):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        self.down.stride = (1, 1)
-
-
-class DefaultDilation(GroupsAsSamples):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        self.down = nn.Conv2d(base.in_channels // base.groups, rank, base.kernel_size, base.stride, bias=False)
-
-
-class OneConvolution(OtherWeight):
-    """All of the sum in one call, base's share included."""
-
-    def forward(self, x):
-        base = self.base
-        weight = base.weight + self.scaling * (self.B @ self.A).view_as(base.weight)
-        return F.conv2d(x, weight, base.bias, base.stride, base.padding, base.dilation, base.groups)
-
-
-class Unpacked(GroupsAsSamples):
-    def pad(self, x):
-        high, wide = (int(p) for p in self.base.padding)
-        return nn.functional.pad(x, (wide, wide, high, high), mode={"zeros": "constant"}.get(m := self.base.padding_mode, m))
-
-
 class AllChannels(TwoKernels):
     def __init__(self, base, rank, alpha):
         super().__init__(base, rank, alpha)
         self.B = nn.Conv2d(rank, base.out_channels, 1, bias=False)
         self.B.weight.data.zero_()
-
-
-class GroupsOfRank(TwoKernels):
-    """A gets base's groups, which the rank must then divide into."""
-
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        like = {name: getattr(base, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
-        self.A = nn.Conv2d(base.in_channels, rank, base.kernel_size, bias=False, **like)
-        self.B = nn.Conv2d(rank, base.out_channels, 1, groups=base.groups, bias=False)
-        self.B.weight.data.fill_(0.0)
-
-
-class BiasesToo(GroupsAsSamples):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        self.down.bias = nn.Parameter(torch.zeros(rank))
-
-
-class WeightAlone(OtherWeight):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad = name == "bias"
 
 
 class NeitherDilationNorMode(GroupsAsSamples):
@@ -274,19 +191,7 @@ AGAIN = {
     "no scaling": LeftOut,
     "alpha alone": OnlyAlpha,
     "both start at zero": AllZero,
-    "both start at random": AllRandom,
     "values instead of parameters": UnderNoGrad,
-    "a 1 x 1 A": MiddleOfPatches,
-    "B with a kernel of its own": TwoKernels,
-    "flattened in another order": Transposed,
-    "stride forgotten": DefaultStride,
-    "dilation forgotten": DefaultDilation,
-    "padding_mode forgotten": OneConvolution,
-    "padding always a pair of numbers": Unpacked,
-    "groups forgotten": AllChannels,
-    "an error with groups": GroupsOfRank,
-    "biases in the adapter": BiasesToo,
-    "base's bias trains": WeightAlone,
 }
 BOTH = [
     ({"dilation forgotten", "padding_mode forgotten"}, NeitherDilationNorMode),

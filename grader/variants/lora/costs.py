@@ -130,31 +130,6 @@ def _states(optimizer):
     return ("sgd", "momentum", "adamw").index(optimizer)
 
 
-def only_b(layers, rank, optimizer):
-    full = n = gradient = 0
-    for weight in _weights(layers):
-        full += weight.numel()
-        n += weight.shape[0] * rank
-        gradient += weight.shape[0] * rank * weight.element_size()
-    return _report(full, n, gradient, _states(optimizer) * gradient)
-
-
-def size_of_the_product(layers, rank, optimizer):
-    weights = _weights(layers)
-    n = [rank * len(weight) * weight[0].numel() for weight in weights]
-    gradient = sum(count * weight.element_size() for count, weight in zip(n, weights, strict=True))
-    return _report(sum(weight.numel() for weight in weights), sum(n), gradient, gradient * _states(optimizer))
-
-
-def as_in_the_paper(layers, rank, optimizer):
-    full = n = gradient = 0
-    for weight in _weights(layers):
-        d_model = weight.flatten(1).shape[1]
-        full, n = full + weight.numel(), n + 2 * d_model * rank
-        gradient = gradient + 2 * d_model * rank * weight.element_size()
-    return _report(full, n, gradient, _states(optimizer) * gradient)
-
-
 def by_the_first_two_dimensions(layers, rank, optimizer):
     result = _report(0, 0, 0, 0)
     for weight in _weights(layers):
@@ -203,57 +178,6 @@ def what_requires_grad(layers, rank, optimizer):
     return {**by_dtype(layers, rank, optimizer), "full": sum(full.values())}
 
 
-def all_pairs_of_channels(layers, rank, optimizer):
-    full = 0
-    for layer in {layer.weight: layer for layer in layers}.values():
-        if isinstance(layer, nn.Conv2d):
-            full += layer.out_channels * layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
-        else:
-            full += layer.out_features * layer.in_features
-    return thin_layers_on_meta(layers, rank, optimizer) | {"full": full}
-
-
-def in_the_default_dtype(layers, rank, optimizer):
-    weights = _weights(layers)
-    n = sum(rank * (weight.shape[0] + weight[0].numel()) for weight in weights)
-    gradient = torch.empty(n).nbytes
-    return _report(sum(map(torch.numel, weights)), n, gradient, gradient * _states(optimizer))
-
-
-def dtype_of_the_last(layers, rank, optimizer):
-    weights = _weights(layers)
-    n = 0
-    for weight in weights:
-        matrix = weight.reshape(weight.shape[0], -1)
-        n = n + rank * matrix.shape[0] + rank * matrix.shape[1]
-        size = weight.dtype.itemsize
-    return _report(sum(weight.numel() for weight in weights), n, n * size, _states(optimizer) * n * size)
-
-
-def gradients_everywhere(layers, rank, optimizer):
-    right = by_kind_of_layer(layers, rank, optimizer)
-    for weight in _weights(layers):
-        right["gradient_bytes"] += weight.nbytes
-    right["gradient_bytes"] -= by_dtype(layers, rank, "momentum")["optimizer_bytes"]
-    return right
-
-
-def adamw_as_momentum(layers, rank, optimizer):
-    return really_trained(layers, rank, "sgd" if optimizer == "sgd" else "momentum")
-
-
-def all_in_the_optimizer(layers, rank, optimizer):
-    right = folded(layers, rank, optimizer)
-    right["optimizer_bytes"] = sum(weight.nbytes * _states(optimizer) for weight in _weights(layers))
-    return right
-
-
-def eight_bytes_for_adam(layers, rank, optimizer):
-    right = dict(Tallied()(layers, rank, optimizer))
-    right["optimizer_bytes"] = right["adapter"] * {"adamw": 8, "momentum": 4, "sgd": 0}[optimizer]
-    return right
-
-
 def each_time_it_comes(layers, rank, optimizer):
     each = [by_kind_of_layer([layer], rank, optimizer) for layer in layers]
     return {key: sum(part[key] for part in each) for key in ("full", "adapter", "gradient_bytes", "optimizer_bytes")}
@@ -288,21 +212,11 @@ def nothing_is_frozen(layers, rank, optimizer):
 
 RIGHT = [by_kind_of_layer, really_trained, thin_layers_on_meta, Tallied(), folded, by_dtype]
 AGAIN = {
-    "one matrix alone": only_b,
-    "rank times the whole weight": size_of_the_product,
-    "as if the weight were square": as_in_the_paper,
     "kernel forgotten": by_the_first_two_dimensions,
     "groups ignored": every_channel_reads_all,
     "channels alone": features_or_channels,
     "biases counted": the_whole_layer,
     "trainable parameters only": what_requires_grad,
-    "weight without its groups": all_pairs_of_channels,
-    "four bytes each": in_the_default_dtype,
-    "one dtype for all": dtype_of_the_last,
-    "gradients of the full weight": gradients_everywhere,
-    "one moment for AdamW": adamw_as_momentum,
-    "state of the full weight": all_in_the_optimizer,
-    "moments in float32": eight_bytes_for_adam,
     "counted twice": each_time_it_comes,
     "told apart by their modules": a_set_of_layers,
 }

@@ -150,163 +150,6 @@ def last_letters(model, targets, make):
     return names
 
 
-def patterns_as_they_came(model, targets, make):
-    every = [pair for pair in model.named_modules(remove_duplicate=False) if pair[0]]
-    compiled = [re.compile("(.*[.])?" + target) for target in targets]
-    if not all(any(pattern.fullmatch(name) for name, _ in every) for pattern in compiled):
-        raise ValueError(f"one of {targets} is not there")
-    hits = [module for name, module in every if any(pattern.fullmatch(name) for pattern in compiled)]
-    names = [name for name, module in model.named_modules() if module in hits]
-    new = {id(module): make(module) for module in hits}
-    for name, module in every:
-        if id(module) in new:
-            model.set_submodule(name, new[id(module)])
-    return names
-
-
-def the_key_in_the_parent(model, targets, make):
-    found, missing = {}, set(targets)
-    for parent in model.modules():
-        for key, child in parent._modules.items():
-            if key in targets:
-                missing.discard(key)
-                found[child] = None
-    if missing:
-        raise ValueError(f"not in the model: {missing}")
-    names = [name for name, module in model.named_modules() if module in found]
-    for child in found:
-        found[child] = make(child)
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
-            if child in found:
-                setattr(parent, key, found[child])
-    return names
-
-
-def looked_up_by_name(model, targets, make):
-    every = dict(model.named_modules(remove_duplicate=False))
-    try:
-        old = [every[target] for target in targets]
-    except KeyError as error:
-        raise ValueError(f"no {error} in the model") from None
-    names = [name for name, module in model.named_modules() if module in old]
-    for module in dict.fromkeys(old):
-        new = make(module)
-        for name, other in every.items():
-            if other is module:
-                model.set_submodule(name, new)
-    return names
-
-
-def what_the_model_has(model, targets, make):
-    children = dict(model.named_children())
-    for target in targets:
-        if not hasattr(model, target):
-            raise ValueError(f"the model has no {target}")
-    done = []
-    for key in children:
-        if key in targets:
-            setattr(model, key, make(getattr(model, key)))
-            done += [key]
-    return done
-
-
-def added_under_its_name(model, targets, make):
-    every = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
-    if not all(any(f".{name}".endswith(f".{target}") for name, _ in every) for target in targets):
-        raise ValueError(f"one of {targets} is not there")
-    hits = {module for name, module in every if f".{name}".endswith(tuple(f".{target}" for target in targets))}
-    names = []
-    for name, module in list(model.named_modules()):
-        if module in hits:
-            model._modules.update({name: make(module)})
-            names.append(name)
-    return names
-
-
-def those_with_features(model, targets, make):
-    every = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
-    if not all(any(f".{name}".endswith(f".{target}") for name, _ in every) for target in targets):
-        raise ValueError(f"one of {targets} is not there")
-    hits = {module for name, module in every if f".{name}".endswith(tuple(f".{target}" for target in targets))}
-    names = [name for name, module in model.named_modules() if module in hits and hasattr(module, "in_features")]
-    new = {module: make(module) for module in hits if hasattr(module, "in_features")}
-    for name, module in every:
-        if module in new:
-            model.set_submodule(name, new[module])
-    return names
-
-
-def every_target_searches_again(model, targets, make):
-    have = [f".{name}" for name, _ in model.named_modules(remove_duplicate=False)]
-    for target in targets:
-        if not any(name.endswith(f".{target}") for name in have):
-            raise ValueError(target)
-    replaced = []
-    for target in targets:
-        now = list(model.named_modules(remove_duplicate=False))
-        for layer in dict.fromkeys(module for name, module in now if f".{name}".endswith(f".{target}")):
-            new, places = make(layer), [name for name, module in now if module is layer]
-            for name in places:
-                model.set_submodule(name, new)
-            replaced.append(places[0])
-    return [name for key in have for name in replaced if f".{name}" == key] + [n for n in replaced if f".{n}" not in have]
-
-
-def once_for_every_target(model, targets, make):
-    every = list(model.named_modules(remove_duplicate=False))[1:]
-    first = {}
-    for name, module in every:
-        first.setdefault(module, name)
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name, _ in every):
-            raise ValueError(target)
-    names, new = [], {}
-    for name, module in every:
-        for target in targets:
-            if f".{name}".endswith(f".{target}"):
-                if module not in new:
-                    new[module] = make(module)
-                    names.append(first[module])
-                elif first[module] == name:
-                    names.append(name)
-    for name, module in every:
-        if module in new:
-            model.set_submodule(name, new[module])
-    return names
-
-
-def targets_outside(model, targets, make):
-    every = list(model.named_modules(remove_duplicate=False))
-    new, names = {}, []
-    for target in targets:
-        hits = [module for name, module in every if name == target or name.endswith("." + target)]
-        if len(hits) == 0:
-            raise ValueError(target)
-        for module in hits:
-            if module not in new:
-                new[module] = None
-                names.append(next(name for name, other in every if other is module))
-    for module in new:
-        new[module] = make(module)
-    for name, module in every:
-        if module in new:
-            model.set_submodule(name, new[module])
-    return names
-
-
-def no_duplicates(model, targets, make):
-    layers = {name: module for name, module in model.named_modules() if name}
-    hits = {target: [name for name in layers if ("." + name).endswith("." + target)] for target in targets}
-    if not all(hits.values()):
-        raise ValueError(f"nothing found for one of {targets}")
-    names = [name for name in layers if any(name in found for found in hits.values())]
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, make(layers[name]))
-    return names
-
-
 def made_at_every_place(model, targets, make):
     spots, seen = [], set()
     for path, parent in model.named_modules(remove_duplicate=False):
@@ -340,23 +183,6 @@ def made_once_put_where_found(model, targets, make):
     return names
 
 
-def as_they_were_met(model, targets, make):
-    met, made = [], {}
-    named = dict(model.named_modules(remove_duplicate=False))
-    for target in targets:
-        hits = [layer for name, layer in named.items() if f".{name}".endswith(f".{target}")]
-        if not hits:
-            raise ValueError(target)
-        made.update(dict.fromkeys(hits))
-    for layer in made:
-        made[layer] = make(layer)
-    for name, layer in named.items():
-        if layer in made:
-            model.set_submodule(name, made[layer])
-            met.append(name)
-    return met
-
-
 def filtered(model, targets, make):
     ends = tuple(f".{target}" for target in targets)
     every = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
@@ -374,29 +200,6 @@ def nothing_at_all(model, targets, make):
     if len(names) == 0:
         raise ValueError("no layer matches: " + ", ".join(targets))
     return names
-
-
-def raises_on_the_way(model, targets, make):
-    order = list(model.named_modules(remove_duplicate=False))
-    new = {}
-    for target in targets:
-        count = 0
-        for name, module in order:
-            if (name + ".").endswith(f"{target}.") and f".{name}".endswith("." + target):
-                count += 1
-                for place, other in order:
-                    if other is module:
-                        new.setdefault(module, None)
-                        new[module] = new[module] or make(module)
-                        model.set_submodule(place, new[module])
-        assert count >= 0
-        if count == 0:
-            raise ValueError(target)
-    names = {}
-    for name, module in order:
-        if module in new:
-            names.setdefault(module, name)
-    return list(names.values())
 
 
 def the_usual_recursion(model, targets, make):
@@ -441,22 +244,10 @@ RIGHT = [looked_up_first, by_components, down_the_tree, by_pattern, ParentsAndBa
 AGAIN = {
     "part of a name": found_anywhere,
     "end of the letters": last_letters,
-    "a dot that stands for any sign": patterns_as_they_came,
-    "last component only": the_key_in_the_parent,
-    "whole names only": looked_up_by_name,
-    "direct children only": what_the_model_has,
-    "an attribute with dots": added_under_its_name,
-    "only nn.Linear": those_with_features,
-    "one target after another": every_target_searches_again,
-    "listed for every match": once_for_every_target,
-    "in the order of the targets": targets_outside,
-    "a shared layer by its first name": no_duplicates,
     "a new layer for every name": made_at_every_place,
     "a shared layer only where its name matches": made_once_put_where_found,
-    "listed under all its names": as_they_were_met,
     "nothing found, nothing said": filtered,
     "an error only if nothing was found": nothing_at_all,
-    "changed before the error": raises_on_the_way,
 }
 BOTH = [
     (

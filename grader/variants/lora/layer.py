@@ -154,13 +154,6 @@ class NothingRandom(TwoLinears):
             nn.init.constant_(linear.weight, 0.0)
 
 
-class SmallRandom(Subscripts):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        for matrix in self.lora.values():
-            matrix.data.normal_(0, 0.02)
-
-
 class WeightOnly(TwoLinears):
     def __init__(self, base, rank, alpha):
         super().__init__(base, rank, alpha)
@@ -194,31 +187,6 @@ class Decorated(TwoLinears):
         return self.base(x) + self.update(x)
 
 
-class DetachedBase(TwoLinears):
-    def forward(self, x):
-        return self.base(x).detach() + self.scaling * self.up(self.down(x))
-
-
-class InATuple(nn.Module):
-    def __init__(self, base, rank, alpha):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.ab = (
-            nn.Parameter(torch.empty_like(base.weight[:rank]).uniform_()),
-            nn.Parameter(base.weight.new_zeros(base.out_features, rank)),
-        )
-        self.times = alpha / rank
-
-    def forward(self, x):
-        return self.base(x) + self.times * F.linear(F.linear(x, self.ab[0]), self.ab[1])
-
-
-class WholeSum(OneWeight):
-    def forward(self, x):
-        y = F.linear(x, self.lin.weight + self.B @ self.A, self.lin.bias)
-        return y * self.s
-
-
 class HookAndForward(Hooked):
     def forward(self, x):
         return self.wrapped(x) + self.after(x) * self.factor
@@ -226,23 +194,6 @@ class HookAndForward(Hooked):
     def __init__(self, base, rank, alpha):
         super().__init__(base, rank, alpha)
         self.factor = alpha / rank
-
-
-class LinearsWithBias(TwoLinears):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        like = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.down, self.up = nn.Linear(base.in_features, rank, **like), nn.Linear(rank, base.out_features, **like)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-
-class WeightZeroed(TwoLinears):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        self.down.bias = nn.Parameter(base.weight.new_ones(rank))
-        self.up = nn.Linear(rank, base.out_features).to(base.weight)
-        self.up.weight.data.zero_()
 
 
 class LoadedIntoANewOne(nn.Module):
@@ -257,13 +208,6 @@ class LoadedIntoANewOne(nn.Module):
 
     def forward(self, x):
         return torch.nn.functional.linear(x, self.weight, self.bias) + self.s * (x @ self.A.T @ self.B.T)
-
-
-class Accumulating(Subclass):
-    def forward(self, x):
-        with torch.no_grad():
-            self.weight.addmm_(self.B, self.A, alpha=self.root**2)
-        return F.linear(x, self.weight, self.bias)
 
 
 class PlainLinears(TwoLinears):
@@ -284,17 +228,6 @@ class DeviceAlone(OneWeight):
     def forward(self, x):
         low = x.to(self.A.dtype) @ self.A.T
         return self.lin(x) + (low @ self.B.T * self.s).to(x.dtype)
-
-
-class ColumnsInMind(OneWeight):
-    def forward(self, x):
-        return self.lin(x) + torch.einsum("or,ri,ni->no", self.s * self.B, self.A, x)
-
-
-class Viewed(TwoLinears):
-    def forward(self, x):
-        a, b = self.down.weight, self.up.weight
-        return self.base(x) + x @ a.reshape(a.shape[1], -1) @ b.reshape(b.shape[1], -1) * self.scaling
 
 
 class AllZeroNoScale(NothingRandom):
@@ -337,24 +270,13 @@ AGAIN = {
     "alpha alone": OnlyAlpha,
     "1 / rank alone": Mean,
     "rank / alpha": UpsideDown,
-    "both start at zero": NothingRandom,
-    "both start at random": SmallRandom,
     "base's bias trains": WeightOnly,
     "base trains too": NothingFrozen,
     "values instead of parameters": Detached,
     "the update under no_grad": Decorated,
-    "base under no_grad": DetachedBase,
-    "not registered": InATuple,
-    "the sum is scaled": WholeSum,
     "added twice": HookAndForward,
-    "biases in the adapter": LinearsWithBias,
-    "a random bias in B": WeightZeroed,
-    "base copied": LoadedIntoANewOne,
-    "added into base.weight": Accumulating,
     "float32 on the CPU": PlainLinears,
     "float32 on base's device": DeviceAlone,
-    "samples in rows only": ColumnsInMind,
-    "reshaped, not transposed": Viewed,
 }
 BOTH = [
     ({"no scaling", "both start at zero"}, AllZeroNoScale),

@@ -155,61 +155,6 @@ def _fit(model):
     return layers
 
 
-@contextmanager
-def taken_away_again(model):
-    layers = _fit(model)
-    with torch.no_grad():
-        for layer in layers:
-            layer.base.weight += layer.delta()
-            layer.merged = True
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for layer in layers:
-                layer.base.weight -= layer.delta()
-                layer.merged = False
-
-
-@contextmanager
-def only_the_weights(model):
-    old = {layer: layer.base.weight.clone() for layer in _fit(model)}
-    for layer in old:
-        layer.base.weight.data.add_(layer.delta().detach())
-    try:
-        yield
-    finally:
-        for layer, weight in old.items():
-            layer.base.weight.data.copy_(weight)
-
-
-class WeightsBackAndNoMore:
-    def __init__(self, model):
-        self.old = [(layer, layer.base.weight.data) for layer in _fit(model)]
-
-    def __enter__(self):
-        for layer, data in self.old:
-            layer.base.weight.data = (data + layer.delta().data).to(data.dtype)
-            setattr(layer, "merged", True)  # noqa: B010
-
-    def __exit__(self, *_):
-        for layer, data in self.old:
-            layer.base.weight.data = data
-
-
-class ForGood:
-    def __init__(self, model):
-        self.layers = _fit(model)
-
-    def __enter__(self):
-        for layer in self.layers:
-            layer.base.weight.data.add_(layer.delta().data)
-            layer.merged = True
-
-    def __exit__(self, *_):
-        self.layers.clear()
-
-
 class OnlyIfItWentWell:
     def __init__(self, model):
         self.layers = _fit(model)
@@ -244,184 +189,6 @@ class ErrorsButNotInterrupts:
                 layer.merged = False
 
 
-class TrueToTheEnd:
-    def __init__(self, model):
-        self.layers = _fit(model)
-
-    def __enter__(self):
-        self.old = [layer.base.weight.data.clone() for layer in self.layers]
-        for layer in self.layers:
-            layer.base.weight.data.add_(layer.delta().data)
-            layer.merged = True
-
-    def __exit__(self, kind, error, trace):
-        for layer, old in zip(self.layers, self.old, strict=True):
-            layer.base.weight.data.copy_(old)
-            layer.merged = False
-        return True
-
-
-@contextmanager
-def times_alpha_over_rank(model):
-    old = {layer: layer.base.weight.clone() for layer in _fit(model)}
-    for layer in old:
-        layer.base.weight.data.add_(layer.delta().detach(), alpha=layer.scaling)
-        layer.merged = True
-    try:
-        yield
-    finally:
-        for layer, weight in old.items():
-            layer.base.weight.data.copy_(weight)
-            layer.merged = False
-
-
-@contextmanager
-def taken_out_of_the_loop(model):
-    old = {layer: layer.base.weight.clone() for layer in _fit(model)}
-    update = next(iter(old)).delta().detach()
-    for layer in old:
-        layer.merged = bool(layer.base.weight.data.add_(update).numel())
-    try:
-        yield
-    finally:
-        for layer, weight in old.items():
-            layer.base.weight.data.copy_(weight)
-            layer.merged = False
-
-
-@contextmanager
-def under_one_key(model):
-    layers, kept = _fit(model), {}
-    for layer in layers:
-        kept["weight"] = layer.base.weight.detach().clone()
-        layer.base.weight.data.add_(layer.delta().detach())
-        layer.merged = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.base.load_state_dict({**layer.base.state_dict(), **kept})
-            layer.merged = False
-
-
-@contextmanager
-def without_asking(model):
-    layers = _lora_layers(model)
-    holders = [id(p) for module in model.modules() for p in module._parameters.values() if p is not None]
-    if not layers or any(holders.count(id(layer.base.weight)) > 1 for layer in layers):
-        raise ValueError("none, or tied")
-    with torch.no_grad():
-        old = [layer.base.weight.clone() for layer in layers]
-        for layer in layers:
-            layer.base.weight += layer.delta()
-            layer.merged = True
-    try:
-        yield
-    finally:
-        for layer in reversed(layers):
-            layer.base.weight.data = old.pop()
-            layer.merged = False
-
-
-class FlagsDownWhateverHappens:
-    """The questions are inside the try, and the flags come down in the finally."""
-
-    def __init__(self, model):
-        self.block = self.merge(model)
-
-    def __enter__(self):
-        next(self.block)
-
-    def __exit__(self, *_):
-        self.block.close()
-
-    def merge(self, model):
-        layers, old = _lora_layers(model), {}
-        if layers and not any(layer.merged for layer in layers):
-            _fit(model)
-        elif any(layer.merged for layer in layers) and not all(layer.merged for layer in layers):
-            raise ValueError("some are merged")
-        try:
-            _fit(model)
-            for layer in layers:
-                old[layer] = layer.base.weight.data
-                layer.base.weight.data = (old[layer] + layer.delta().detach()).to(old[layer].dtype)
-                layer.merged = True
-            yield
-        finally:
-            for layer in layers:
-                layer.base.weight.data = old.get(layer, layer.base.weight.data)
-                layer.merged = False
-
-
-@contextmanager
-def asked_one_by_one(model):
-    old = {}
-    for layer in _lora_layers(model) or _fit(model):
-        if layer.merged or sum(p is layer.base.weight for m in model.modules() for p in m._parameters.values()) > 1:
-            raise ValueError("this one cannot be merged")
-        old[layer] = layer.base.weight.detach().clone()
-        layer.base.weight.data.add_(layer.delta().detach())
-        layer.merged = True
-    try:
-        yield
-    finally:
-        for layer, weight in old.items():
-            layer.base.weight.data.copy_(weight)
-            layer.merged = False
-
-
-@contextmanager
-def among_the_lora_layers(model):
-    layers = _lora_layers(model)
-    if len({id(layer.base.weight) for layer in layers}) < max(len(layers), 1) or any(layer.merged for layer in layers):
-        raise ValueError("none, merged already, or two with one weight")
-    old = [layer.base.weight.detach().clone() for layer in layers]
-    for layer in layers:
-        layer.base.weight.data.add_(layer.delta().detach())
-        layer.merged = True
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            layer.base.weight.data.copy_(weight)
-            layer.merged = False
-
-
-@contextmanager
-def the_same_numbers(model):
-    layers = _fit(model)
-    for layer in layers:
-        for module in model.modules():
-            other = getattr(module, "weight", None)
-            if module is not layer.base and other is not None and other.equal(layer.base.weight):
-                raise ValueError("tied")
-    old = [layer.base.weight.detach().clone() for layer in layers]
-    for layer in layers:
-        layer.base.weight.data.add_(layer.delta().detach())
-        layer.merged = True
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            layer.base.weight.data.copy_(weight)
-            layer.merged = False
-
-
-@contextmanager
-def as_wide_as_the_sum(model):
-    parameters = {layer: layer.base.weight for layer in _fit(model)}
-    try:
-        for layer, weight in parameters.items():
-            layer.base.weight = nn.Parameter(weight.detach() + layer.delta().detach(), requires_grad=False)
-            layer.merged = True
-        yield
-    finally:
-        for layer, weight in parameters.items():
-            layer.base.weight = weight
-            layer.merged = False
-
-
 @contextmanager
 def new_ones_both_ways(model):
     old = {layer: layer.base.weight.detach() for layer in _fit(model)}
@@ -447,39 +214,6 @@ def in_place_and_in_the_graph(model):
     finally:
         for layer, weight in old.items():
             layer.base.weight.copy_(weight)
-            layer.merged = False
-
-
-@contextmanager
-def switched_off_and_on(model):
-    old = {layer: layer.base.weight.detach().clone() for layer in _fit(model)}
-    before = torch.is_grad_enabled()
-    torch.set_grad_enabled(False)
-    for layer in old:
-        layer.base.weight += layer.delta()
-        layer.merged = True
-    try:
-        yield
-    finally:
-        for layer, weight in old.items():
-            layer.base.weight.copy_(weight)
-            layer.merged = False
-        torch.set_grad_enabled(before)
-
-
-@contextmanager
-def whatever_there_is(model):
-    old = {layer: layer.base.weight.detach().clone() for layer in _lora_layers(model)}
-    if old:
-        _fit(model)
-    for layer in old:
-        layer.base.weight.data.add_(layer.delta().detach())
-        layer.merged = True
-    try:
-        yield
-    finally:
-        for layer, weight in old.items():
-            layer.base.weight.data.copy_(weight)
             layer.merged = False
 
 
@@ -525,26 +259,10 @@ def no_grad_around_a_subtraction(model):
 
 RIGHT = [another_parameter_inside, AManager, a_stack_of_callbacks, the_helpers_own_methods, undone_by_itself_if_refused]
 AGAIN = {
-    "delta subtracted again": taken_away_again,
-    "flag never set": only_the_weights,
-    "flag left set": WeightsBackAndNoMore,
-    "never undone": ForGood,
     "not undone after an error": OnlyIfItWentWell,
     "only errors caught": ErrorsButNotInterrupts,
-    "error swallowed": TrueToTheEnd,
-    "scaled again": times_alpha_over_rank,
-    "one delta for all": taken_out_of_the_loop,
-    "one weight kept": under_one_key,
-    "merged twice": without_asking,
-    "refusal that unmerges": FlagsDownWhateverHappens,
-    "changed before the error": asked_one_by_one,
-    "tied weight merged": among_the_lora_layers,
-    "equal taken for tied": the_same_numbers,
-    "the dtype of delta": as_wide_as_the_sum,
     "a new Parameter afterwards": new_ones_both_ways,
     "the addition recorded": in_place_and_in_the_graph,
-    "no gradients in the block": switched_off_and_on,
-    "nothing merged, nothing said": whatever_there_is,
 }
 BOTH = [
     (

@@ -3,7 +3,6 @@
 import copy
 import io
 import os
-import pickle
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -183,112 +182,6 @@ class All(OneByOne):
         model.load_state_dict(tensors)
 
 
-class MatricesOnly(OneByOne):
-    """An adapter is a module that has A and B."""
-
-    def _parts(self, model):
-        found = {}
-        for prefix, module in model.named_modules():
-            if hasattr(module, "A") and hasattr(module, "B"):
-                found |= {f"{prefix}.A": module.A, f"{prefix}.B": module.B}
-        return found
-
-    def save(self, model):
-        save_file({k: v.detach().clone() for k, v in self._parts(model).items()}, self.path.with_suffix(".tmp"))
-        self.path.with_suffix(".tmp").replace(self.path)
-
-    def load(self, model):
-        tensors, parts = load_file(self.path), self._parts(model)
-        for name in tensors.keys() | parts.keys():
-            if name not in tensors or name not in parts or tensors[name].shape != parts[name].shape:
-                raise ValueError(name)
-        for name, part in parts.items():
-            part.data.copy_(tensors[name])
-
-
-class Flat:
-    def __init__(self, path):
-        self.path = path
-
-    def _trained(self, model):
-        return [
-            (name.rpartition(".")[2], p) for name, p in model.named_parameters() if "base" not in name and "stem" not in name
-        ]
-
-    def save(self, model):
-        save_file(dict((name, p.detach()) for name, p in self._trained(model)), self.path.with_suffix(".x"))  # noqa: C402
-        self.path.with_suffix(".x").rename(self.path)
-
-    def load(self, model):
-        tensors = load_file(self.path)
-        wanted = self._trained(model)
-        if len(tensors.keys() ^ {name for name, _ in wanted}):
-            raise ValueError("other names")
-        if any(tensors[name].shape != p.shape for name, p in wanted):
-            raise ValueError("other shapes")
-        for name, p in wanted:
-            p.data.copy_(tensors[name])
-
-
-class ModuleByModule(OneByOne):
-    def load(self, model):
-        tensors = load_file(self.path)
-        for prefix, module in model.named_modules():
-            start = prefix + "." if prefix else ""
-            inside = {key[len(start) :]: tensor for key, tensor in tensors.items() if key.startswith(start)}
-            module.load_state_dict({key: tensor for key, tensor in inside.items() if "." not in key}, strict=False)
-
-
-class WhatFits(OneByOne):
-    @torch.no_grad()
-    def load(self, model):
-        tensors = load_file(self.path)
-        both = [(name, p) for name, p in model.named_parameters() if tensors.get(name) is not None]
-        if wrong := [name for name, p in both if p.size() != tensors[name].size()]:
-            raise ValueError(f"sizes of {wrong}")
-        for name, p in both:
-            p.set_(tensors[name].to(p))
-
-
-class ModelsView(OneByOne):
-    def load(self, model):
-        with safe_open(self.path, "pt") as file:
-            needed = [n for n, p in model.named_parameters() if p.requires_grad or n in file.keys()]  # noqa: SIM118
-            missing = [n for n in needed if n not in file.keys()]  # noqa: SIM118
-            if missing:
-                raise ValueError(missing)
-            tensors = {n: file.get_tensor(n) for n in needed}
-        if wrong := [n for n in needed if model.get_parameter(n).shape != tensors[n].shape]:
-            raise ValueError(wrong)
-        model.load_state_dict(model.state_dict() | tensors)
-
-
-class FilesView(OneByOne):
-    def load(self, model):
-        plan = []
-        for name, tensor in load_file(self.path).items():
-            try:
-                parameter = model.get_parameter(name)
-            except AttributeError:
-                raise ValueError(f"where is {name}?") from None
-            if list(parameter.shape) != list(tensor.shape):
-                raise ValueError(f"shape of {name}")
-            plan.append((parameter, tensor))
-        for parameter, tensor in plan:
-            parameter.data.copy_(tensor)
-
-
-class Broadcast(ByLoadStateDict):
-    def load(self, model):
-        tensors = load_file(self.path)
-        every = {n for n, _ in model.named_parameters()}
-        trains = {n for n in every if model.get_parameter(n).requires_grad}
-        if not trains <= set(tensors) <= every:
-            raise ValueError(sorted(trains ^ set(tensors)))
-        for name, tensor in tensors.items():
-            model.get_parameter(name).data[:] = tensor
-
-
 class ModelsStateUpdated(OneByOne):
     def load(self, model):
         state, tensors = model.state_dict(), load_file(self.path)
@@ -326,35 +219,6 @@ class CopyComplains(ByLoadStateDict):
             parameter.data.copy_(tensors[name].view_as(parameter))
 
 
-class Assigned(OneByOne):
-    def load(self, model):
-        super().load(copy.deepcopy(model))  # only to be told what does not fit
-        own = model.state_dict(keep_vars=True)
-        fresh = {name: tensor.to(own[name].dtype) for name, tensor in load_file(self.path).items()}
-        ties = {name: next((k for k in fresh if own[k] is own[name]), None) for name in own}
-        fresh |= {name: fresh[first] for name, first in ties.items() if first is not None}
-        model.load_state_dict(fresh, strict=False, assign=True)
-        if "embed.weight" in fresh:
-            model.head.weight = model.embed.weight
-
-
-class DataSwapped(OneByOne):
-    def load(self, model):
-        super().load(copy.deepcopy(model))
-        tensors = load_file(self.path)
-        for name, parameter in model.named_parameters():
-            parameter.data = tensors.get(name, parameter.data)
-
-
-class SameFilter(OneByOne):
-    def load(self, model):
-        tensors = load_file(self.path)
-        trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        if set(trains) != set(tensors):
-            raise ValueError(set(trains) ^ set(tensors))
-        super().load(model)
-
-
 class EveryName(ByLoadStateDict):
     def save(self, model):
         trains = {id(p) for p in model.parameters() if p.requires_grad}
@@ -362,38 +226,6 @@ class EveryName(ByLoadStateDict):
         data = safetensors.torch.save({name: tensor.detach() + 0 for name, tensor in state.items()})
         self.path.with_suffix(".y").write_bytes(data)
         self.path.with_suffix(".y").replace(self.path)
-
-
-class ThroughNumpy(OneByOne):
-    def save(self, model):
-        arrays = {n: p.detach().to(torch.float32).numpy() for n, p in model.named_parameters() if p.requires_grad}
-        draft = self.path.with_suffix(".npy")
-        safetensors.numpy.save_file(arrays, draft)
-        draft.rename(self.path)
-
-
-class Pickled:
-    def __init__(self, path):
-        self.path = path
-
-    def save(self, model):
-        draft = self.path.with_suffix(".pkl")
-        draft.write_bytes(pickle.dumps({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}))
-        draft.replace(self.path)
-
-    def load(self, model):
-        tensors, own = pickle.loads(self.path.read_bytes()), dict(model.named_parameters())
-        needed = {n for n in own if own[n].requires_grad}
-        bad = [n for n in needed | tensors.keys() if n not in own or n not in tensors or own[n].shape != tensors[n].shape]
-        if bad:
-            raise ValueError(bad)
-        for name in tensors:
-            own[name].data.copy_(tensors[name])
-
-
-class Emptied(OneByOne):
-    def save(self, model):
-        self.path.write_bytes(safetensors.torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}))
 
 
 class AssignedAsItIs(OneByOne):
@@ -431,23 +263,10 @@ class NeitherWay(OneByOne):
 RIGHT = [OneByOne, ByLoadStateDict, in_a_closure, AsVector, PutBack]
 AGAIN = {
     "the whole model saved": All,
-    "the head forgotten": MatricesOnly,
-    "names without their layer": Flat,
-    "load_state_dict with strict=False, and nothing else": ModuleByModule,
     "shapes left to load_state_dict": ModelsStateUpdated,
-    "names not compared": WhatFits,
-    "a tensor too many goes unnoticed": ModelsView,
-    "a tensor too few goes unnoticed": FilesView,
-    "shapes not compared": Broadcast,
     "changed before the error": RaisesAtTheEnd,
     "shapes compared while copying": CopyComplains,
-    "new Parameter objects": Assigned,
-    "the file's dtype taken over": DataSwapped,
-    "only into what trains": SameFilter,
     "a shared weight saved twice": EveryName,
-    "everything in float32": ThroughNumpy,
-    "a pickle in place of safetensors": Pickled,
-    "written over the old file": Emptied,
 }
 BOTH = [
     ({"new Parameter objects", "the file's dtype taken over"}, AssignedAsItIs),
