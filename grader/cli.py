@@ -55,10 +55,37 @@ def prove(
         line
         for name in ([topic] if topic else TOPICS.values())
         for exercise in exercises(name).values()
-        for line in faults(name, exercise, seeds)
+        for line in faults(name, exercise, range(seeds))
     ]
     print("\n".join(found) or "all checks proven")
     raise typer.Exit(bool(found))
+
+
+@app.command()
+def mutants(
+    numbers: Annotated[list[str] | None, typer.Argument(help="Exercises, such as 2.4 6.1; all if left out.")] = None,
+    only_list: Annotated[bool, typer.Option("--list", help="Print the mutants and run none.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the counts into the table of docs/proofs.md.")] = False,
+    cap: Annotated[
+        int, typer.Option(min=1, help="How many mutants of an exercise are run; of more, always the same ones.")
+    ] = 100,
+    processes: Annotated[int, typer.Option(min=1, help="How many exercises run at a time.")] = os.cpu_count() or 1,
+) -> None:
+    """Measure the checks: change each solution in one place, and count the mutants that are rejected.
+
+    Ends with status 1 if a score is below the one in docs/proofs.md, or what is declared equivalent is not.
+    """
+    from grader.checks import TOPICS, exercises
+    from grader.mutants import list_mutants, measure
+
+    chosen = numbers or [number for topic in TOPICS.values() for number in exercises(topic)]
+    try:
+        if only_list:
+            list_mutants(_root(), chosen)
+        elif not measure(_root(), chosen, cap=cap, processes=processes, write=write):
+            raise typer.Exit(1)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()
