@@ -18,7 +18,7 @@ import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +83,10 @@ def measure_arm(task: str, arm: str, labels_per_class: int, draw: int = 0) -> fl
     known = _task(task)
     if arm not in known.arms:
         raise ValueError(f"arm must be one of {', '.join(map(repr, known.arms))}, got {arm!r}.")
+    return _measure(known, arm, labels_per_class, draw)
+
+
+def _measure(known: Task, arm: str, labels_per_class: int, draw: int) -> float:
     train = known.examples("train", labels_per_class, draw)
     held_out = {split: known.examples(split) for split in ("validation", "test")}
     if arm in known.arms[:2]:
@@ -108,12 +112,12 @@ def record(task: str, labels_per_class: tuple[int, ...], draws: int, processes: 
     """Measure every arm of a task: what `recorded` gives, with the machine and the versions."""
     known, cells = _task(task), []
     for labels in labels_per_class:
-        cells += [(task, arm, labels, draw) for arm in known.arms for draw in range(draws)]
+        cells += [(arm, labels, draw) for arm in known.arms for draw in range(draws)]
     with ProcessPoolExecutor(processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        values = dict(zip(cells, pool.map(_measure_cell, cells), strict=True))
+        values = dict(zip(cells, pool.map(partial(_measure_cell, task, known), cells), strict=True))
     return {
         "accuracy": {
-            str(labels): {arm: [values[task, arm, labels, draw] for draw in range(draws)] for arm in known.arms}
+            str(labels): {arm: [values[arm, labels, draw] for draw in range(draws)] for arm in known.arms}
             for labels in labels_per_class
         },
         "steps": known.steps,
@@ -124,10 +128,11 @@ def record(task: str, labels_per_class: tuple[int, ...], draws: int, processes: 
     }
 
 
-def _measure_cell(cell: tuple[str, str, int, int]) -> float:
+def _measure_cell(task: str, known: Task, cell: tuple[str, int, int]) -> float:
+    """One number of a record, in a process of its own, with the settings of the process that asks."""
     torch.set_num_threads(1)
-    value = round(measure_arm(*cell), 4)
-    print(*cell, value, flush=True)
+    value = round(_measure(known, *cell), 4)
+    print(task, *cell, value, flush=True)
     return value
 
 

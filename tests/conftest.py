@@ -1,5 +1,6 @@
 import os
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +18,41 @@ from grader.pretend import pretending
 from grader.setting import GPU
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cost", action="store_true", help="print what each test file costs, in CPU seconds")
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])
+
+
+def pytest_runtest_logstart():
+    global _measured
+    _measured = _cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    global _measured
+    report = yield  # of the test, or of the fixtures before or after it
+    before, _measured = _measured, _cpu_seconds()
+    report.cpu_seconds = _measured - before
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--cost"):
+        return
+    costs = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        costs[getattr(report, "nodeid", "").partition("::")[0]] += getattr(report, "cpu_seconds", 0)
+    terminalreporter.section("CPU seconds of each file")
+    for file, seconds in costs.most_common():
+        terminalreporter.write_line(f"{seconds:8.1f}  {file}")
+    terminalreporter.write_line(f"{costs.total():8.1f}  all")
 
 
 def pytest_itemcollected(item):
