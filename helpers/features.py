@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from helpers import expect
+from helpers.progress import progress_bar
 
 
 def drop_head(model: nn.Module, name: str = "fc") -> nn.Module:
@@ -72,7 +72,7 @@ def extract(model: nn.Module, inputs: Tensor | Sequence, batch_size: int = 256, 
     expect.whole_number("batch_size", batch_size, advice="256 suits most models on a CPU.")
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     home = _check_inputs(inputs)
-    starts = tqdm(range(0, len(inputs), batch_size), desc="extracting", disable=not progress, leave=False)
+    starts = progress_bar(range(0, len(inputs), batch_size), "extracting", show=progress)
     with eval_mode(model), torch.no_grad():
         return torch.cat([model(take(inputs, slice(start, start + batch_size), device)).to(home) for start in starts])
 

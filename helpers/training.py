@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm.auto import tqdm
 
 from helpers import expect
 from helpers.data import Examples
 from helpers.features import extract, take
+from helpers.progress import progress_bar
 
 if TYPE_CHECKING:
     from helpers.finetune import EarlyStopping  # which imports this module
@@ -167,7 +167,7 @@ def fit(
     try:
         train_mode(model)
         batches = _batches(len(train.labels), batch_size)
-        bar = tqdm(range(steps), desc="training", disable=not progress, leave=False)
+        bar = progress_bar(range(steps), "training", show=progress)
         for step in bar:
             if before_step is not None:
                 before_step(step, optimizer, scheduler)

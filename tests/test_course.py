@@ -47,6 +47,7 @@ def means(name, title):
 
 def run(path, tmp_path, **options):
     nb = nbformat.read(path, 4)
+    options |= {"coalesce_streams": True}  # what a progress bar wrote over is gone, as on the screen
     NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}, **options).execute()
     return nb
 
