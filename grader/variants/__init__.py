@@ -1,10 +1,11 @@
 """Solutions in other styles, right and wrong: what proves that a check judges behaviour and not wording.
 
-Each topic's module has three tables, by exercise number:
+Each topic's module has four tables, by exercise number:
 
-    RIGHT   at least three right solutions that differ from each other and from the reference
-    AGAIN   misconceptions written a second time, differently: {misconception's name: subject}
-    BOTH    subjects with two mistakes at once: [({names}, subject)]
+    RIGHT       at least three right solutions that differ from each other and from the reference
+    AGAIN       misconceptions written a second time, differently: {misconception's name: subject}
+    BOTH        subjects with two mistakes at once: [({names}, subject)]
+    EQUIVALENT  mutants of the author's solution that are no mistakes: {"old lines -> new lines": the reason}, see docs/proofs.md
 
 They are no part of what is installed from a wheel; the proofs and the tolerances are made with them.
 """

@@ -67,3 +67,10 @@ BOTH = {
         ({"count", "probability of the label"}, count_of_label_probabilities),
     ]
 }
+EQUIVALENT = {
+    "0.1": {
+        "winners = logits.argmax(dim=1) -> winners = logits.argmax(dim=-1)": "of two axes, the last is the second",
+        "return (winners == labels).float().mean().item() -> "
+        "return (winners == labels).float().mean()": "a tensor with one number in it will do",
+    }
+}

@@ -175,3 +175,7 @@ BOTH = [
     ({"batch statistics in eval mode", "biased running variance"}, batch_statistics_always_and_biased_stored),
     ({"graph kept in the buffers", "biased running variance"}, all_with_a_graph_and_the_biased_variance),
 ]
+
+EQUIVALENT = {
+    "unbiased = x.var(others, correction=1) -> unbiased = x.var(others)": "1 is the default",
+}

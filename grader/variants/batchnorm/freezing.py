@@ -280,3 +280,8 @@ BOTH = [
     ({"eval() once", "undo unfreezes everything"}, eval_once_and_all_flags_true),
     ({"statistics that stand still", "undo to the default momentum"}, momentum_zero_and_forgotten),
 ]
+
+EQUIVALENT = {
+    "norm.train = lambda mode=True, norm=norm: norm -> "
+    "norm.train = lambda mode=False, norm=norm: norm": "the argument is not read",
+}

@@ -203,3 +203,40 @@ BOTH = [
     ({"requires_grad read off", "measured in the mode it was found in"}, settings_as_it_came),
     ({"still taken for used", "an old gradient taken for a new one"}, old_gradients_and_still),
 ]
+
+EQUIVALENT = {
+    "tested.zero_grad() -> pass": "`copy.deepcopy` of a parameter leaves its gradient behind",
+    "tested.zero_grad() -> tested": "`copy.deepcopy` of a parameter leaves its gradient behind",
+    "half = len(x) // 2 -> half = len(x) // 3": "a third of the batch shows it too",
+    "moving = not (torch.equal(tested.running_mean, stored[0]) and torch.equal(tested.running_var, … -> "
+    "moving = not (torch.equal(stored[0], tested.running_mean) and torch.equal(tested.running_var, …": "equality has no order",
+    "… stored[0]) and torch.equal(tested.running_var, stored[1])) -> "
+    "… stored[0]) and torch.equal(stored[1], tested.running_var))": "equality has no order",
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
+    "in_other_company = tested(torch.cat([x, 2 * x[half:] + 1]))": "any other company does",
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] - 1]))": "any other company does",
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:]]))": "any other company does",
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
+    "in_other_company = tested(torch.cat([x[:half], 2 / x[half:] + 1]))": "any other company does",
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
+    "in_other_company = tested(torch.cat([x[:half], x[half:] + 1]))": "any other company does",
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
+    "in_other_company = tested(torch.cat([x[:half], 3 * x[half:] + 1]))": "any other company does",
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
+    "in_other_company = tested(torch.cat([x[:half], 1 * x[half:] + 1]))": "any other company does",
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
+    "in_other_company = tested(torch.cat([x[:half], 2 * x + 1]))": "any other company does",
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 2]))": "any other company does",
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
+    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 0]))": "any other company does",
+    "output.square().sum().backward() -> output.sum().backward()": "whether there is a gradient is looked at, not which",
+    "… in_other_company[:half], atol=0.0001)} -> "
+    "… in_other_company[:half])}": "torch's own tolerance is above this rounding too",
+    "… 'normalisation': torch.allclose(output[:half], in_other_company[:half], atol=0.0001)} -> "
+    "… 'normalisation': torch.allclose(in_other_company[:half], output[:half], atol=0.0001)}": "order makes no difference",
+    "… in_other_company[:half], atol=0.0001)} -> "
+    "… in_other_company[:half], atol=0.0002)}": "twice the tolerance is still far below the difference",
+}

@@ -174,3 +174,8 @@ BOTH = [
     ({"parameters only", "NaN differs from itself"}, parameters_that_are_not_equal),
     ({"no copies", "state dict only"}, state_dict_without_clones),
 ]
+
+EQUIVALENT = {
+    "before = {name: tensor.detach().clone() for name, tensor in tensors()} -> "
+    "before = {name: tensor.clone() for name, tensor in tensors()}": "a copy with a graph has the same values",
+}

@@ -131,3 +131,15 @@ BOTH = [
     ({"divided by n", "all batches kept"}, textbook_with_n_and_all_in_memory),
     ({"difference of two large numbers", "divided by n"}, float32_squares_divided_by_n),
 ]
+
+EQUIVALENT = {
+    "n, mean, squares = (0, 0.0, 0.0) -> n, mean, squares = (0, 1.0, 0.0)": "while n is 0, the first mean has no weight",
+    "values = batch.double().transpose(0, 1).flatten(1) -> "
+    "values = batch.double().transpose(1, 0).flatten(1)": "the two axes are exchanged either way",
+    "values = batch.double().transpose(0, 1).flatten(1) -> "
+    "values = batch.transpose(0, 1).flatten(1)": "float32 is right to 1 % too, if deviations are from the mean",
+    "return (mean.float(), (squares / (n - 1)).float()) -> "
+    "return (mean, (squares / (n - 1)).float())": "the dtype of the result is not asked for",
+    "return (mean.float(), (squares / (n - 1)).float()) -> "
+    "return (mean.float(), squares / (n - 1))": "the dtype of the result is not asked for",
+}

@@ -262,3 +262,10 @@ BOTH = [
     ({"measured behind the stored statistics", "only BatchNorm2d", "found by name"}, images_called_bn_in_eval_mode),
     ({"last batch only", "dropout active"}, momentum_one_and_dropout_on),
 ]
+
+EQUIVALENT = {
+    "… seen[layer].append(args[0])) for layer in layers] -> "
+    "… seen[layer].append(args[-1])) for layer in layers]": "a BatchNorm is called with one argument",
+    "try: ⏎ model.eval() ⏎ for layer in layers: ⏎ … ⏎ for batch in batches: ⏎ model(batch) ⏎ finally: -> "
+    "model.eval() ⏎ for layer in layers: ⏎ … ⏎ for batch in batches: ⏎ model(batch)": "a model that raises is out of scope",
+}

@@ -7,3 +7,4 @@ _MODULES = {"8.1": difference, "8.2": torchscript, "8.3": programs, "8.4": onnxf
 RIGHT = {number: module.RIGHT for number, module in _MODULES.items()}
 AGAIN = {number: module.AGAIN for number, module in _MODULES.items()}
 BOTH = {number: module.BOTH for number, module in _MODULES.items()}
+EQUIVALENT = {number: module.EQUIVALENT for number, module in _MODULES.items()}

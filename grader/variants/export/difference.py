@@ -226,3 +226,13 @@ BOTH = [
     ({"an average", "the refusal passed on"}, mean_and_no_refusal),
     ({"each element by itself", "shapes that broadcast"}, by_element_and_broadcast),
 ]
+
+EQUIVALENT = {
+    "worst = {'error': -1.0} -> worst = {'error': -2.0}": "any start below 0",
+    "except Exception: -> except BaseException:": "an exception of whatever type is infinite",
+    "error = (difference.max() / wanted.abs().max()).item() -> "
+    "error = difference.max() / wanted.abs().max()": "a tensor with one number in it is a number too",
+    "index = tuple((i.item() for i in torch.unravel_index(difference.argmax(), … -> "
+    "index = tuple((i for i in torch.unravel_index(difference.argmax(), …": "a tensor with one number in it is a number too",
+    "if error > worst['error']: -> if error >= worst['error']:": "of equals, any may be named",
+}

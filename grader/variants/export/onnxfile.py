@@ -81,3 +81,12 @@ BOTH = [
         the_usual_call,
     )
 ]
+
+EQUIVALENT = {
+    "if len(example) == 1: ⏎ example = torch.cat([example, example]) -> "
+    "pass": "this exporter keeps the batch dynamic for an example of one row too",
+    "if len(example) == 1: -> if len(example) != 1:": "this exporter keeps the batch dynamic for an example of one row too",
+    "if len(example) == 1: -> if len(example) == 2:": "this exporter keeps the batch dynamic for an example of one row too",
+    "… (example,), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), … -> "
+    "… (example,), path, dynamic_shapes=({0: torch.export.Dim('batch')},), …": "True is the default",
+}

@@ -87,3 +87,7 @@ BOTH = [
     ({"the example's batch size only", "train mode exported"}, the_first_page_of_the_tutorial),
     ({"one row refused", "left in eval mode"}, dynamic_and_left),
 ]
+
+EQUIVALENT = {
+    "if len(example) == 1: -> if True:": "an example that is there twice is as good",
+}

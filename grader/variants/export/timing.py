@@ -129,3 +129,4 @@ BOTH = [
     ({"no warm-up", "the shortest"}, shortest_without_warm_up),
     ({"warm-up timed too", "the mean"}, mean_of_every_call),
 ]
+EQUIVALENT = {}

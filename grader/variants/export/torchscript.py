@@ -77,3 +77,7 @@ BOTH = [
     ({"always traced", "left in eval mode"}, the_usual_three_lines),
     ({"always scripted", "train mode exported"}, script_as_it_is),
 ]
+
+EQUIVALENT = {
+    "except Exception: -> except BaseException:": "also catches what no compiler raises",
+}

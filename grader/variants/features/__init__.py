@@ -8,3 +8,4 @@ _MODULES = _IMAGES | {"2.6": tokens, "2.7": pooling, "2.8": embedding}
 RIGHT = {number: module.RIGHT for number, module in _MODULES.items()}
 AGAIN = {number: module.AGAIN for number, module in _MODULES.items()}
 BOTH = {number: module.BOTH for number, module in _MODULES.items()}
+EQUIVALENT = {number: module.EQUIVALENT for number, module in _MODULES.items()}

@@ -237,3 +237,11 @@ BOTH = [
     ({"order of the images not in the key", "damaged file believed"}, mean_image_and_no_care),
     ({"one file for everything", "damaged file believed"}, one_file_and_no_care),
 ]
+
+EQUIVALENT = {
+    "key.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode()) -> "
+    "key.update(f'{name} {tensor.dtype} {tensor.shape}'.encode())": "another spelling of the same shape",
+    "key.update(tensor.detach().cpu().numpy().tobytes()) -> "
+    "key.update(tensor.detach().numpy().tobytes())": "works on the CPU only, which costs no points",
+    "draft = path.with_suffix('.part') -> draft = path": "a file cut short counts as no file",
+}

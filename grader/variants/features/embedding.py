@@ -184,3 +184,16 @@ BOTH = [
     ({"mask not given to the encoder", "padding pooled"}, no_mask_anywhere),
     ({"train mode while embedding", "graph kept"}, training_with_a_graph),
 ]
+
+EQUIVALENT = {
+    "lengths = tokenizer(texts)['attention_mask'].sum(dim=1) -> "
+    "lengths = tokenizer(texts)['attention_mask'].sum(dim=-1)": "of two axes, the last is the second",
+    "try: ⏎ with torch.no_grad(): ⏎ for part in … batch['attention_mask'])) ⏎ finally: -> "
+    "with torch.no_grad(): ⏎ for part in … batch['attention_mask']))": "an encoder that raises is out of scope",
+    "batch = {name: rows.to(device) for name, rows in tokenizer([texts[i] … -> "
+    "batch = {name: rows for name, rows in tokenizer([texts[i] …": "works on the CPU only, which costs no points",
+    "vectors = torch.empty_like(rows) -> vectors = rows": "the right side is computed before anything is written",
+    "vectors[order] = F.normalize(rows, dim=1) -> vectors[order] = F.normalize(rows)": "1 is the default",
+    "vectors[order] = F.normalize(rows, dim=1) -> "
+    "vectors[order] = F.normalize(rows, dim=-1)": "of two axes, the last is the second",
+}

@@ -103,3 +103,8 @@ BOTH = [
     ({"graph kept", "left in eval mode"}, graph_and_eval_for_good),
     ({"everything at once", "put back with train()"}, at_once_and_put_back_with_train),
 ]
+
+EQUIVALENT = {
+    "try: ⏎ with torch.no_grad(): ⏎ batches = … in modes.items(): ⏎ module.training = training -> "
+    "with torch.no_grad(): ⏎ batches = … ⏎ module.training = training ⏎ return result": "a raising backbone is out of scope",
+}

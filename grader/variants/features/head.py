@@ -143,3 +143,9 @@ BOTH = [
     ({"head removed in place", "always fc"}, fc_in_place),
     ({"head removed in place", "last layer by order of definition"}, last_layer_in_place),
 ]
+
+EQUIVALENT = {
+    "… args: caught.append(args[0])) -> … args: caught.append(args[-1]))": "a head is called with one argument",
+    "try: ⏎ model(images) ⏎ finally: -> model(images)": "a forward that raises is out of scope",
+    "return caught[0] -> return caught[-1]": "the head is called once in a forward",
+}

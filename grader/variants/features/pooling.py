@@ -86,3 +86,4 @@ BOTH = [
     ({"padding multiplied by zero", "divided by the padded length"}, product_and_padded_length),
     ({"mask ignored", "not divided"}, sum_of_all),
 ]
+EQUIVALENT = {}

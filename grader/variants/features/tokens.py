@@ -228,3 +228,10 @@ BOTH = [
     ({"capitals kept", "split at single spaces"}, capitals_and_single_spaces),
     ({"pieces beside [UNK]", "padded with number 0"}, partial_and_zeros),
 ]
+
+EQUIVALENT = {
+    "… = [n for n in range(1, len(word) + 1) if mark … -> "
+    "… = [n for n in range(0, len(word) + 1) if mark …": "an empty piece is in no vocabulary",
+    "… range(1, len(word) + 1) if mark + word[:n] … -> "
+    "… range(1, len(word) + 2) if mark + word[:n] …": "behind its end, a word is cut into the same pieces",
+}

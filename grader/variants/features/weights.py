@@ -170,3 +170,14 @@ BOTH = [
     ({"softmax over the images", "categories in alphabetical order"}, sorted_names_over_the_images),
     ({"not normalised", "logits for probabilities", "left in eval mode"}, logits_not_normalised_in_eval_mode),
 ]
+
+EQUIVALENT = {
+    "try: ⏎ with torch.no_grad(): ⏎ probabilities = … for image in images])).softmax(dim=1) ⏎ finally: -> "
+    "with torch.no_grad(): ⏎ probabilities = … for image in images])).softmax(dim=1)": "a network that raises is out of scope",
+    "with torch.no_grad(): ->": "`.item()` leaves the graph behind",
+    "… images])).softmax(dim=1) -> … images])).softmax(dim=-1)": "of two axes, the last is the second",
+    "answers.append([(categories[column], row[column].item()) for column in best.tolist()]) -> "
+    "answers.append([(categories[column], row[column]) for column in best.tolist()])": "a tensor with one number will do",
+    "… row[column].item()) for column in best.tolist()]) -> "
+    "… row[column].item()) for column in best])": "a tensor with one whole number is an index too",
+}

@@ -7,3 +7,4 @@ _MODULES = {"4.1": freezing, "4.2": groups, "4.3": unfreezing, "4.4": probing, "
 RIGHT = {number: module.RIGHT for number, module in _MODULES.items()}
 AGAIN = {number: module.AGAIN for number, module in _MODULES.items()}
 BOTH = {number: module.BOTH for number, module in _MODULES.items()}
+EQUIVALENT = {number: module.EQUIVALENT for number, module in _MODULES.items()}

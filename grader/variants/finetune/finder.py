@@ -339,3 +339,4 @@ BOTH = [
     ({"learning rates in equal steps", "no early stop"}, equal_steps_to_the_last_batch),
     ({"modes left", "gradients left"}, modes_and_gradients_left),
 ]
+EQUIVALENT = {}

@@ -204,3 +204,7 @@ BOTH = [
     ({"attribute of a module", "unknown name ignored"}, module_attribute_and_no_check),
     ({"only unfreezing", "unknown name ignored"}, unfreezing_without_a_check),
 ]
+
+EQUIVALENT = {
+    "raise ValueError(f'not in the model: {unknown}') -> raise ValueError()": "no message is asked for",
+}

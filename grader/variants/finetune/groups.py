@@ -188,3 +188,4 @@ BOTH = [
     ({"lr_scale", "a parameter twice"}, scale_and_twice),
     ({"decay on everything"}, one_lr_for_all),
 ]
+EQUIVALENT = {}

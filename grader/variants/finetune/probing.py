@@ -166,3 +166,4 @@ BOTH = [
     ({"features in train mode", "penalty ignored"}, train_mode_and_no_penalty),
     ({"layer replaced", "always fc"}, fc_replaced),
 ]
+EQUIVALENT = {}

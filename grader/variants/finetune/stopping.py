@@ -235,3 +235,4 @@ BOTH = [
     ({"the last state kept", "bad scores added up"}, LastAndTotal),
     ({"the first score is the best, even NaN", "restore changes nothing"}, NoneAndLive),
 ]
+EQUIVALENT = {}

@@ -168,3 +168,4 @@ BOTH = [
     ({"compared by value", "one learning rate for all groups"}, by_value_and_one_lr),
     ({"moments cleared", "an empty group"}, cleared_and_an_empty_group),
 ]
+EQUIVALENT = {}

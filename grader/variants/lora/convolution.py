@@ -198,3 +198,18 @@ BOTH = [
     ({"no scaling", "stride forgotten"}, NoStrideNoScale),
     ({"both start at random", "groups forgotten"}, RandomAndUngrouped),
 ]
+
+EQUIVALENT = {
+    "nn.init.kaiming_uniform_(self.A, a=5 ** 0.5) -> "
+    "nn.init.kaiming_uniform_(self.A)": "the statement does not say how A starts",
+    "nn.init.kaiming_uniform_(self.A, a=5 ** 0.5) -> "
+    "nn.init.kaiming_uniform_(self.A, a=5 * 0.5)": "the statement does not say how A starts",
+    "nn.init.kaiming_uniform_(self.A, a=5 ** 0.5) -> "
+    "nn.init.kaiming_uniform_(self.A, a=5)": "the statement does not say how A starts",
+    "nn.init.kaiming_uniform_(self.A, a=5 ** 0.5) -> "
+    "nn.init.kaiming_uniform_(self.A, a=6 ** 0.5)": "the statement does not say how A starts",
+    "nn.init.kaiming_uniform_(self.A, a=5 ** 0.5) -> "
+    "nn.init.kaiming_uniform_(self.A, a=4 ** 0.5)": "the statement does not say how A starts",
+    "nn.init.kaiming_uniform_(self.A, a=5 ** 0.5) -> "
+    "nn.init.kaiming_uniform_(self.A, a=5 ** 1.0)": "the statement does not say how A starts",
+}

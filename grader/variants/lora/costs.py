@@ -226,3 +226,4 @@ BOTH = [
     ({"one moment for AdamW", "counted twice"}, one_moment_each_time),
     ({"gradients of the full weight", "state of the full weight"}, nothing_is_frozen),
 ]
+EQUIVALENT = {}

@@ -258,3 +258,8 @@ BOTH = [
     ({"a shared layer by its first name", "nothing found, nothing said"}, first_names_and_no_error),
     ({"last component only", "in the order of the targets"}, last_names_in_their_order),
 ]
+
+EQUIVALENT = {
+    "… model.named_modules(remove_duplicate=False) if name} -> "
+    "… model.named_modules(remove_duplicate=False)}": "the model itself has no name that a target could end in",
+}

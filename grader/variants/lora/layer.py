@@ -284,3 +284,4 @@ BOTH = [
     ({"base copied", "base's bias trains"}, CopiedAndBias),
     ({"both start at zero", "base under no_grad"}, ZeroAndDetachedBase),
 ]
+EQUIVALENT = {}

@@ -273,3 +273,14 @@ BOTH = [
     ({"scaled again", "not undone after an error"}, scaled_and_left_after_an_error),
     ({"delta subtracted again", "no gradients in the block"}, no_grad_around_a_subtraction),
 ]
+
+EQUIVALENT = {
+    "raise ValueError('the model has no LoRA layer') -> raise ValueError()": "no message is asked for",
+    "raise ValueError('a layer is merged already: its update would count twice') -> "
+    "raise ValueError()": "no message is asked for",
+    "raise ValueError('a base weight belongs to another module too: merging would change that one') -> "
+    "raise ValueError()": "no message is asked for",
+    "weights = [layer.base.weight.detach().clone() for layer in layers] -> "
+    "weights = [layer.base.weight.clone() for layer in layers]": "a frozen weight has no graph",
+    "with torch.no_grad(): -> (2)": "writing into a frozen weight records nothing",
+}

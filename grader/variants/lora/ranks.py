@@ -91,3 +91,17 @@ BOTH = [
     ({"kernel by kernel", "half precision as it comes"}, shaped_and_half),
     ({"the weight instead of its update", "kernel by kernel"}, weight_and_kernels),
 ]
+
+EQUIVALENT = {
+    "update = after.detach().double() - before.detach().double() -> "
+    "update = after.detach() - before.detach().double()": "if one of the two is float64, so is the difference",
+    "update = after.detach().double() - before.detach().double() -> "
+    "update = after.double() - before.detach().double()": "`int` leaves the graph behind",
+    "update = after.detach().double() - before.detach().double() -> "
+    "update = after.detach().double() - before.detach()": "if one of the two is float64, so is the difference",
+    "update = after.detach().double() - before.detach().double() -> "
+    "update = after.detach().double() - before.double()": "`int` leaves the graph behind",
+    "too_few = squares.cumsum(0) < share * total -> "
+    "too_few = squares.cumsum(0) <= share * total": "a tie is left out by the statement",
+    "too_few = squares.cumsum(0) < share * total -> too_few = squares.cumsum(-1) < share * total": "a vector has one axis",
+}

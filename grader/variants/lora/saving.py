@@ -274,3 +274,14 @@ BOTH = [
     ({"everything in float32", "written over the old file"}, HalfAndOver),
     ({"names not compared", "shapes not compared"}, NeitherWay),
 ]
+
+EQUIVALENT = {
+    "trained = {name: p.detach().contiguous() for name, … -> "
+    "trained = {name: p.contiguous() for name, …": "the file is the same with or without a graph",
+    "draft = self.path.with_name(self.path.name + '.part') -> "
+    "draft = self.path.with_name('.part')": "a draft of another name in the same folder",
+    "… ValueError(f'{name} has shape {tuple(tensor.shape)} in the file, {tuple(parameters[name].shape)} … -> "
+    "… ValueError(f'{name} has shape {tensor.shape} in the file, {tuple(parameters[name].shape)} …": "same shape, other words",
+    "… {tuple(tensor.shape)} in the file, {tuple(parameters[name].shape)} here') -> "
+    "… {tuple(tensor.shape)} in the file, {parameters[name].shape} here')": "same shape, other words",
+}

@@ -1,0 +1,246 @@
+"""How many small mistakes the checks notice: what `warmstart mutants` runs, and the table in docs/proofs.md.
+
+Each mutant of an author's solution (`grader.mutation`) runs through the exercise's experiments, with the notebook's seed, in a
+forked process of its own: one that loops for ever or takes its process down is rejected, and costs the others nothing.
+Mutants that are no mistakes are declared, in `EQUIVALENT` of `grader.variants`.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass
+from importlib import import_module
+from pathlib import Path
+
+from grader import golden
+from grader.checks import TOPICS, exercises, find
+from grader.experiment import Exercise, Subject
+from grader.mutation import Mutant, Solution, mutants, solution
+from grader.observe import observe
+from grader.verdict import Table, judge
+from helpers.files import write_text
+
+PAGE = Path("docs/proofs.md")
+CAP = 100  # mutants of an exercise; of more, a sample
+ENVIRONMENT = {  # of the processes that are started here
+    "OMP_NUM_THREADS": "1",  # no thread of torch's is there when they fork
+    "MALLOC_PERTURB_": "193",  # a tensor that nobody filled holds 0.19, so that no outcome is a matter of chance (Linux)
+}
+REJECTED = ("named", "described", "raised")
+
+
+@dataclass(frozen=True)
+class Count:
+    """What became of mutants, as a row of the table has it."""
+
+    mutants: int
+    rejected: int
+    raised: int  # of the rejected, those in which an experiment ended with an error: not much of a proof
+    equivalent: int
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def score(self) -> float:
+        """The part of those that are mistakes that is rejected."""
+        return self.rejected / max(1, self.mutants - self.equivalent)
+
+    @property
+    def score_without_raised(self) -> float:
+        return (self.rejected - self.raised) / max(1, self.mutants - self.equivalent - self.raised)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """The mutants of one exercise that were run, each with "named", "described", "raised" or "survived"."""
+
+    number: str
+    possible: tuple[Mutant, ...]
+    ran: tuple[tuple[Mutant, str], ...]
+
+    def count(self, equivalent: Mapping[str, str]) -> Count:
+        outcomes = Counter(outcome for _, outcome in self.ran)
+        declared = sum(outcome == "survived" and mutant.change in equivalent for mutant, outcome in self.ran)
+        return Count(len(self.ran), sum(outcomes[word] for word in REJECTED), outcomes["raised"], declared)
+
+    def out_of_date(self, equivalent: Mapping[str, str]) -> Iterator[str]:
+        """What is declared equivalent and is not."""
+        outcome_of = {mutant.change: outcome for mutant, outcome in self.ran}
+        for change in equivalent:
+            if change not in {mutant.change for mutant in self.possible}:
+                yield f"declared equivalent, but no mutant any more: {change}"
+            elif outcome_of.get(change) in REJECTED:
+                yield f"declared equivalent, but rejected ({outcome_of[change]}): {change}"
+
+
+def measure(root: Path, numbers: Sequence[str], *, cap: int, processes: int, write: bool) -> bool:
+    """Run the mutants of exercises, print what became of them, and say whether all is at least as it was.
+
+    Args:
+        root: the course's repository.
+        numbers: the exercises.
+        cap: how many mutants of an exercise are run at most, always the same ones.
+        processes: how many exercises run at a time.
+        write: whether to put the counts into the table of docs/proofs.md.
+
+    Returns:
+        False if a score is below the one in the table, or a declaration is out of date.
+    """
+    declared = {number: equivalent_of(number) for number in numbers}
+    page = (root / PAGE).read_text(encoding="utf-8")
+    committed = counts_in(page)
+    counts, good = {}, True
+    os.environ |= ENVIRONMENT
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for outcomes in pool.map(outcomes_of, [root] * len(numbers), numbers, [cap] * len(numbers)):
+            equivalent = declared[outcomes.number]
+            count = counts[outcomes.number] = outcomes.count(equivalent)
+            before = committed.get(outcomes.number, count)
+            good &= count.score >= before.score and not [*outcomes.out_of_date(equivalent)]
+            print("\n".join(report(outcomes, equivalent, committed.get(outcomes.number))), flush=True)
+    if write:
+        write_text(root / PAGE, with_table(page, committed | counts))
+    return good
+
+
+def list_mutants(root: Path, numbers: Sequence[str]) -> None:
+    """Print the mutants of exercises."""
+    for number in numbers:
+        original = solution_of(root, number)
+        possible = mutants(original.code, original.above)
+        print("\n".join([f"{number}  {len(possible)} mutants", *(line for mutant in possible for line in described(mutant))]))
+
+
+def outcomes_of(root: Path, number: str, cap: int = CAP) -> Outcomes:
+    """Make the mutants of an exercise and run them.
+
+    Raises:
+        ValueError: the author's solution itself is rejected.
+    """
+    topic, exercise = find(number)
+    original, table = solution_of(root, number), golden.load(topic)[number]
+    started = time.monotonic()
+    if (outcome := outcome_on(exercise, table, lambda: original.define(original.code))) != "survived":
+        raise ValueError(f"the author's solution of {number} must pass its check, but it is rejected ({outcome}).")
+    limit = 60 + 5 * (time.monotonic() - started)
+    possible = mutants(original.code, original.above)
+    ran = [
+        (mutant, apart(lambda code=mutant.code: outcome_on(exercise, table, lambda: original.define(code)), limit))
+        for mutant in sample(possible, cap)
+    ]
+    return Outcomes(number, tuple(possible), tuple(ran))
+
+
+def solution_of(root: Path, number: str) -> Solution:
+    """The author's solution of an exercise."""
+    topic, exercise = find(number)
+    (script,) = (root / "solutions").glob(f"*_{topic}/*_{topic}.py")
+    return solution(script, number, exercise.name)
+
+
+def equivalent_of(number: str) -> Mapping[str, str]:
+    """The mutants of an exercise that are no mistakes: change -> the reason."""
+    return import_module(f"grader.variants.{find(number)[0]}").EQUIVALENT[number]
+
+
+def sample(possible: Sequence[Mutant], cap: int) -> list[Mutant]:
+    """At most `cap` of the mutants, in their order; which ones depends on nothing but their code."""
+    chosen = sorted(possible, key=lambda mutant: hashlib.md5(mutant.code.encode()).digest())[:cap]
+    return [mutant for mutant in possible if mutant in chosen]
+
+
+def outcome_on(exercise: Exercise, table: Table, define: Callable[[], Subject]) -> str:
+    """What the check makes of what `define` returns: "survived", or "named", "described" or "raised" if it is rejected."""
+    try:
+        subject = define()
+    except Exception:
+        return "raised"
+    seen = {}
+    for experiment in exercise.experiments:
+        seen[experiment.name] = observe(experiment, subject, 0, exercise.number)
+        if seen[experiment.name].problem and seen[experiment.name].problem.kind == "time":
+            return "raised"  # the others would take as long
+    verdict = judge(exercise, seen, table)
+    if verdict.outcome == "passed":
+        return "survived"
+    if verdict.outcome == "error":
+        return "raised"
+    return "named" if verdict.named else "described"
+
+
+def apart(work: Callable[[], str], seconds: float) -> str:
+    """What `work` returns, found in a forked process; "raised" if that ends without an answer, or has none in time."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(work()))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(seconds) else "raised"
+    except EOFError:
+        return "raised"
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def report(outcomes: Outcomes, equivalent: Mapping[str, str], before: Count | None) -> Iterator[str]:
+    """The lines that are printed about one exercise; `before` is its row in the table."""
+    count, words = outcomes.count(equivalent), Counter(outcome for _, outcome in outcomes.ran)
+    survivors = [mutant for mutant, outcome in outcomes.ran if outcome == "survived" and mutant.change not in equivalent]
+    possible = f" ({len(outcomes.possible)} are possible)" if len(outcomes.possible) > count.mutants else ""
+    kinds = ", ".join(f"{words[word]} {word}" for word in REJECTED)
+    yield f"{outcomes.number}  {count.mutants} mutants{possible}: {count.rejected} rejected ({kinds})"
+    yield f"     {count.equivalent} equivalent, {len(survivors)} survived"
+    table = "it is not in the table yet" if before is None else f"the table has {scores(before)}"
+    yield f"     score {scores(count)}; {table}{': IT FELL' if before and count.score < before.score else ''}"
+    for mutant in survivors:
+        yield from described(mutant)
+    yield from (f"     {line}" for line in outcomes.out_of_date(equivalent))
+
+
+def scores(count: Count) -> str:
+    """Both scores; the second leaves out the mutants that raise."""
+    return f"{100 * count.score:.1f} % ({100 * count.score_without_raised:.1f} %)"
+
+
+def described(mutant: Mutant) -> Iterator[str]:
+    """A mutant on two lines: what stood there, and what stands there now."""
+    yield f"     {mutant.operator:<17}  {mutant.old}"
+    yield f"     {'->':>17}  {mutant.new}"
+
+
+HEAD = """\
+| exercise | mutants | rejected | of these raise | equivalent | score | without those that raise |
+|---|---|---|---|---|---|---|"""
+
+
+def counts_in(page: str) -> dict[str, Count]:
+    """The counts of exercises in the table of a page."""
+    rows = re.findall(r"^\| (\d+\.\d+) .*?\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", page, re.MULTILINE)
+    return {number: Count(*map(int, cells)) for number, *cells in rows}
+
+
+def with_table(page: str, counts: Mapping[str, Count]) -> str:
+    """The page with a new table: a row for each exercise that has counts, for each chapter and for all."""
+    rows, total = [HEAD], Count(0, 0, 0, 0)
+    for chapter, topic in TOPICS.items():
+        known = {number: exercise for number, exercise in exercises(topic).items() if number in counts}
+        rows += [_row(f"{number} `{exercise.name}`", counts[number]) for number, exercise in known.items()]
+        of_chapter = sum((counts[number] for number in known), Count(0, 0, 0, 0))
+        rows.append(_row(f"**{chapter.zfill(2)} {topic}**", of_chapter))
+        total += of_chapter
+    table = "\n".join([*rows, _row("**all**", total)])
+    return re.sub(r"^\| exercise \|.*(\n\|.*)*", lambda _: table, page, flags=re.MULTILINE)
+
+
+def _row(name: str, count: Count) -> str:
+    cells = (*astuple(count), f"{100 * count.score:.1f} %", f"{100 * count.score_without_raised:.1f} %")
+    return f"| {name} | {' | '.join(map(str, cells))} |"

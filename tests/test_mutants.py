@@ -1,0 +1,227 @@
+"""Mutants: what is made of a solution, and what is counted."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from grader import mutants as command
+from grader.checks import TOPICS, exercises
+from grader.experiment import Exercise, Experiment
+from grader.mutants import Count, Outcomes, apart, counts_in, equivalent_of, outcome_on, report, sample, with_table
+from grader.mutation import Mutant, mutants, solution
+
+NUMBERS = [number for topic in TOPICS.values() for number in exercises(topic)]
+
+
+def changes(code, **above):
+    """{(operator, new lines)} of a function's body; `code` may have several lines."""
+    lines = "\n    ".join(code.splitlines())
+    return {(mutant.operator, mutant.new) for mutant in mutants(f"def f(x, y):\n    {lines}", above)}
+
+
+@pytest.mark.parametrize(
+    ("code", "operator", "new"),
+    [
+        ("return x < y", "compare", ["return x <= y", "return x >= y"]),
+        ("return x is y", "compare", ["return x is not y"]),
+        ("return x + y", "arithmetic", ["return x - y"]),
+        ("return x + y", "drop operand", ["return x", "return y"]),
+        ("return x - y", "drop operand", ["return x"]),
+        ("return x @ y", "swap operands", ["return y @ x"]),
+        ("x += y", "arithmetic", ["x -= y"]),
+        ("x += y", "+= to =", ["x = y"]),
+        ("return x and y", "and/or", ["return x or y"]),
+        ("return x and y", "drop operand", ["return x", "return y"]),
+        ("return not x", "drop not/minus", ["return x"]),
+        ("return -x", "drop not/minus", ["return x"]),
+        ("return 3", "constant", ["return 2", "return 4"]),
+        ("return True", "constant", ["return False"]),
+        ("return 0.5", "constant", ["return 1.0"]),
+        ("return x.sum(dim=2)", "dim", ["return x.sum(dim=-1)", "return x.sum(dim=0)", "return x.sum(dim=1)"]),
+        ("return x.sum(y, keepdim=y)", "drop keyword", ["return x.sum(y)"]),
+        ("return pow(x, y)", "swap arguments", ["return pow(y, x)"]),
+        ("return pow(x)", "f(x) to x", ["return x"]),
+        ("return x.abs()", "obj.m() to obj", ["return x"]),
+        ("return x[:3]", "drop slice", ["return x"]),
+        ("if x:\n    y()", "if true", ["if True:"]),
+        ("if x:\n    y()", "if false", ["if False:"]),
+        ("return x if y else 7", "if true", ["return x"]),
+        ("return x if y else 7", "if false", ["return 7"]),
+        ("while x:\n    y()", "empty loop", ["while False:"]),
+        ("for z in x:\n    y(z)", "empty loop", ["for z in []:"]),
+        ("for z in x:\n    y(z)", "loop once", ["y(z) ⏎ break"]),
+        ("return [z for z in x if z]", "drop filter", ["return [z for z in x]"]),
+        ("with x:\n    y()", "drop with", [""]),
+        ("try:\n    return x\nfinally:\n    y()", "no finally", ["result = x ⏎ y() ⏎ return result"]),
+        ("try:\n    x()\nexcept OSError:\n    y()", "no except", ["x()"]),
+        (
+            "try:\n    x()\nexcept ValueError:\n    y()",
+            "except other",
+            ["except BaseException:", "except RuntimeError:"],
+        ),
+        ("raise ValueError('empty')", "raise other", ["raise RuntimeError('empty')"]),
+        ("raise ValueError('empty')", "raise silent", ["raise ValueError()"]),
+        ("@x\ndef g():\n    y()", "drop decorator", [""]),
+        ("x()\ny()", "delete statement", ["pass"]),
+    ],
+)
+def test_an_operator_makes_these_changes(code, operator, new):
+    assert sorted(text for name, text in changes(code) if name == operator) == new
+
+
+def test_functions_of_modules_and_super_are_no_methods():
+    assert ("obj.m() to obj", "return os") not in changes("return os.getpid()", os=os)
+    assert ("obj.m() to obj", "return os.path") not in changes("return os.path.join()", os=os)
+    assert ("obj.m() to obj", "return super()") not in changes("return super().f()")
+
+
+def test_equal_code_is_made_once_and_what_does_not_compile_is_not_made():
+    made = mutants("def f(x):\n    return x[1]", {})
+    assert sorted(mutant.new for mutant in made) == ["pass", "return x[0]", "return x[2]"]
+    assert all(
+        "break" not in mutant.new for mutant in mutants("def f(x):\n    for y in x:\n        break", {}) if mutant.new[0] == "b"
+    )
+    dims = [mutant.new for mutant in mutants("def f(x):\n    return x.sum(dim=1)", {})]
+    assert dims.count("return x.sum(dim=0)") == 1
+
+
+def test_annotations_docstrings_and_the_definition_itself_stay():
+    code = 'def f(x: int=1 + 1) -> list[2]:\n    """Says 3."""\n    return x'
+    assert {mutant.operator for mutant in mutants(code, {})} == {"arithmetic", "drop operand", "constant", "delete statement"}
+    assert all("list[2]" in mutant.code and "Says 3." in mutant.code for mutant in mutants(code, {}))
+
+
+def test_equal_changes_in_two_places_have_different_names():
+    made = [mutant.change for mutant in mutants("def f(x):\n    x()\n    y\n    x()", {}) if mutant.old == "x()"]
+    assert made == ["x() -> pass", "x() -> x", "x() -> pass (2)", "x() -> x (2)"] or len(set(made)) == len(made)
+
+
+def test_a_solution_is_read_with_what_stands_above_it(tmp_path):
+    script = tmp_path / "00_new.py"
+    script.write_text(
+        "# %%\nimport math\n\n# %%\ndef half(x):\n    ### BEGIN SOLUTION\n    return x / 2\n    ### END SOLUTION\n\n"
+        '# %%\ncheck("0.8", half)\n\n# %% tags=["demo"]\nimport nothing_that_is_installed\n\n'
+        "# %%\ndef quarter(x):\n    ### BEGIN SOLUTION\n    return half(half(x))  # twice\n    ### END SOLUTION\n\n"
+        '# %%\ncheck("0.9", quarter)\n'
+    )
+    read = solution(script, "0.9", "quarter")
+    assert read.code == "def quarter(x):\n    return half(half(x))"
+    assert read.above["math"].pi > 3
+    assert read.define(read.code)(8) == 2
+    assert read.define("def quarter(x):\n    return half(x)")(8) == 4
+    with pytest.raises(ValueError, match=r"00_new.py must define `eighth` above the check of 0.9, found no such"):
+        solution(script, "0.9", "eighth")
+
+
+class Doubles(Experiment):
+    """it doubles"""
+
+    seconds = 0.2
+
+    def draw(self, trial):
+        return {"x": trial.integer(3, 9)}
+
+    def measure(self, subject, inputs):
+        return {"y": subject(inputs["x"])}
+
+    def facts(self, raw, inputs):
+        return {"twice as much": raw["y"] == 2 * inputs["x"]}
+
+
+def outcome(subject):
+    exercise = Exercise("0.9", "double", lambda x: 2 * x, (Doubles(),), (), ("?", "?", "?"))
+    facts = {"reference": {"twice as much": True}, "mistake": {"twice as much": None}}
+    return outcome_on(exercise, {"doubles": facts}, subject)
+
+
+def forever(_):
+    while True:
+        time.sleep(0.01)
+
+
+def test_outcomes_of_what_survives_and_of_what_is_rejected():
+    assert outcome(lambda: lambda x: x + x) == "survived"
+    assert outcome(lambda: lambda x: x) == "described"
+    assert outcome(lambda: lambda x: 1 / 0) == "raised"
+    assert outcome(lambda: forever) == "raised"
+    assert outcome(lambda: 1 / 0) == "raised"  # when it is defined
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_mutant_that_hangs_or_kills_its_process_is_rejected_alone():
+    assert apart(lambda: "survived", 30) == "survived"
+    assert apart(lambda: os._exit(0), 30) == "raised"
+    assert apart(lambda: os.kill(os.getpid(), signal.SIGKILL), 30) == "raised"
+    started = time.monotonic()
+    assert apart(lambda: forever(0), 0.2) == "raised"
+    assert time.monotonic() - started < 10
+    assert apart(lambda: "named", 30) == "named"
+
+
+def some(*outcomes):
+    """Outcomes of mutants x -> 0, x -> 1, ..."""
+    made = tuple(Mutant("constant", "x", str(i), f"x = {i}") for i in range(len(outcomes)))
+    return Outcomes("2.4", made, tuple(zip(made, outcomes, strict=True)))
+
+
+def test_scores_leave_out_equivalents_and_those_that_raise():
+    count = some("named", "described", "raised", "raised", "survived", "survived").count({"x -> 5": "no mistake"})
+    assert count == Count(6, 4, 2, 1)
+    assert (count.score, count.score_without_raised) == (4 / 5, 2 / 3)
+    assert Count(3, 0, 0, 3).score == 0
+
+
+def test_the_report_tells_survivors_and_a_score_that_fell():
+    ran = some("named", "raised", "survived", "survived")
+    text = "\n".join(report(ran, {"x -> 2": "no mistake"}, Count(4, 3, 1, 1)))
+    assert "2.4  4 mutants: 2 rejected (1 named, 0 described, 1 raised)" in text
+    assert "1 equivalent, 1 survived" in text
+    assert "score 66.7 % (50.0 %); the table has 100.0 % (100.0 %): IT FELL" in text
+    assert "constant           x\n                    ->  3" in text
+    assert "->  2" not in text
+    assert "it is not in the table yet" in "\n".join(report(ran, {}, None))
+
+
+def test_a_sample_is_told_and_always_the_same():
+    ran = some(*["named"] * 9)
+    few = sample(ran.possible, 4)
+    assert few == sample(ran.possible, 4) == sorted(few, key=lambda mutant: mutant.new)
+    assert set(few) < set(sample(ran.possible, 5))
+    part = Outcomes("2.4", ran.possible, tuple((mutant, "named") for mutant in few))
+    assert next(report(part, {}, None)).startswith("2.4  4 mutants (9 are possible)")
+
+
+def test_a_declaration_that_is_out_of_date_is_told():
+    ran = some("named", "survived")
+    declared = {"x -> 0": "is rejected", "x -> 1": "survives", "x -> 2": "is no mutant"}
+    told = ["declared equivalent, but rejected (named): x -> 0", "declared equivalent, but no mutant any more: x -> 2"]
+    assert list(ran.out_of_date(declared)) == told
+    assert all(any(line.endswith(text) for line in report(ran, declared, None)) for text in told)
+
+
+def test_every_solution_has_mutants_and_those_declared_equivalent_are_among_them(root):
+    for number in NUMBERS:
+        original, declared = command.solution_of(root, number), equivalent_of(number)
+        made = mutants(original.code, original.above)
+        assert len({mutant.change for mutant in made}) == len({mutant.code for mutant in made} - {original.code}) == len(made)
+        assert declared.keys() <= {mutant.change for mutant in made}, number
+        assert len(made) > len(declared)
+        assert all(10 < len(reason) < 120 for reason in declared.values()), number
+
+
+def test_the_page_names_every_exercise_and_its_sums_come_out(root):
+    page = (root / "docs/proofs.md").read_text(encoding="utf-8")
+    counts = counts_in(page)
+    assert list(counts) == NUMBERS
+    assert with_table(page, counts) == page
+
+
+def test_the_table_is_written_where_it_stands():
+    page = "# Title\n\n| exercise |\n|---|\n\nText | with a bar.\n"
+    written = with_table(page, {"2.4": Count(42, 33, 19, 2), "0.1": Count(11, 9, 6, 2)})
+    assert "| 2.4 `cached_features` | 42 | 33 | 19 | 2 | 82.5 % | 66.7 % |\n| **02 features** | 42 |" in written
+    assert "| **all** | 53 | 42 | 25 | 4 | 85.7 % | 70.8 % |\n\nText | with a bar.\n" in written
+    assert counts_in(written) == {"0.1": Count(11, 9, 6, 2), "2.4": Count(42, 33, 19, 2)}
+    assert with_table(written, counts_in(written)) == written
