@@ -5,8 +5,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: one BLAS thread each, in kernels that tests start too
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread, in kernels that tests start too: on networks this small several wait for each other, at many times the cost.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -55,12 +55,19 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(f"{costs.total():8.1f}  all")
 
 
+LONGEST = ("test_course", "test_lab", "test_nbgrader")  # begin with these, or one process waits for the other at the end
+
+
 def pytest_itemcollected(item):
     """What is not slow is fast; of processes side by side each takes whole files, or one proof after the other."""
     if "slow" not in item.keywords:
         item.add_marker("fast")
-    if item.path.stem != "test_proof":  # its tests share nothing
+    if item.path.stem != "test_proof" and item.get_closest_marker("xdist_group") is None:  # proofs share nothing
         item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: (LONGEST + (item.path.stem,)).index(item.path.stem))
 
 
 @pytest.fixture

@@ -157,7 +157,8 @@ STAGES = {
 
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_are_in_order_and_leave_out_the_head(name):
-    model = get_model(name, weights=None)
+    with torch.device("meta" if name == "vit_b_16" else "cpu"):  # names do; there it would be 86 million numbers
+        model = get_model(name, weights=None)
     headless = drop_head(model, backbones._last_linear(model))
     assert stages(headless)[: len(STAGES[name])] == tuple(STAGES[name])
     assert all(headless.get_submodule(stage) for stage in stages(headless))

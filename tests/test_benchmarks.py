@@ -128,6 +128,7 @@ def test_a_training_step_holds_at_least_the_weights_and_moves_what_trains_alone(
     assert step.peak_bytes() > held_bytes(step.model.parameters())
 
 
+@pytest.mark.slow
 def test_latency_is_that_of_the_same_outputs():
     model, inputs = export._model("glyphnet", "cpu")
     with torch.no_grad():

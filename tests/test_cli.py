@@ -38,6 +38,7 @@ def test_prove_names_the_topics_there_are(root):
     )
 
 
+@pytest.mark.slow
 def test_outside_the_course_it_says_where_to_go(tmp_path):
     done = warmstart("course", cwd=tmp_path)
     assert done.returncode == 2

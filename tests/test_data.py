@@ -122,9 +122,14 @@ def test_docstring_splits_are_disjoint_and_the_held_out_ones_balanced():
     assert splits["train"].labels.bincount().min() >= 190
 
 
-def test_no_module_is_in_two_splits():
-    found = listed()
-    modules = {split: {docstring.module for docstring in found if docstring.split == split} for split in SPLITS}
+@pytest.fixture(scope="module")
+def read_once():
+    """The listed docstrings: reading them parses a part of the standard library."""
+    return listed()
+
+
+def test_no_module_is_in_two_splits(read_once):
+    modules = {split: {docstring.module for docstring in read_once if docstring.split == split} for split in SPLITS}
     assert not modules["train"] & modules["test"] and not modules["train"] & modules["validation"]
     assert not modules["validation"] & modules["test"]
 
@@ -139,11 +144,11 @@ def test_no_training_text_is_nearly_a_held_out_one():
         assert max(len(own & other) / len(own | other) for other in held_out) < ALIKE
 
 
-def test_docstrings_are_what_this_python_says_of_itself():
+def test_docstrings_are_what_this_python_says_of_itself(read_once):
     import fractions
     import inspect
 
-    first = next(d for d in listed() if (d.module, d.name) == ("fractions", "Fraction"))
+    first = next(d for d in read_once if (d.module, d.name) == ("fractions", "Fraction"))
     assert " ".join(inspect.getdoc(fractions.Fraction).split("\n\n")[0].split()) == first.text
 
 
@@ -151,6 +156,7 @@ def runs(python):
     return subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_docstrings_are_the_same_in_every_python_that_is_here():
     keys = set(LIST.read_text(encoding="utf-8").split())
     others = [found for minor in (11, 12, 13) if (found := which(f"python3.{minor}")) and runs(found)]

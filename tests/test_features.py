@@ -64,8 +64,8 @@ NETWORKS = [
 
 @pytest.mark.parametrize(("name", "head", "node"), NETWORKS)
 def test_features_equal_torchvisions_feature_extractor_exactly(name, head, node):
-    model = get_model(name, weights=None).eval()
-    images = torch.randn(2, 3, 224 if name.startswith("vit") else 64, 224 if name.startswith("vit") else 64)
+    model = get_model(name, weights=None, **({"image_size": 64} if name.startswith("vit") else {})).eval()
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         wanted = create_feature_extractor(model, [node])(images)[node]
     assert torch.equal(extract(drop_head(model, head), images), wanted)

@@ -309,32 +309,37 @@ RESNET_FAILURES = {
 
 
 @pytest.fixture(scope="module")
-def resnet_failures(dead_url, tmp_path_factory):
-    """What `weights_file` said, where, how often the server was asked, and what the cache then held, for each failure."""
+def failures(dead_url, tmp_path_factory):
+    """Of each failure what was said, where, how often the server was asked, and the cache; what was said of no weights."""
     home = tmp_path_factory.mktemp("resnet")
     code = """
 from torchvision.models import ResNet18_Weights
+from torchvision.models.quantization import ResNet18_QuantizedWeights
+from torchvision.models._api import register_model
 said = {}
 for word, os.environ["WARMSTART_MIRROR"] in json.loads(sys.argv[1]).items():
     os.environ["WARMSTART_OFFLINE"] = "1" if word == "offline" else ""
     said[word] = outcome(hub.torchvision_model, ResNet18_Weights.IMAGENET1K_V1)
-print(json.dumps(said))
+register_model("untrained")(lambda: None)
+wrong = ["resnet18_weights.imagenet1k_v3", ResNet18_Weights, ResNet18_QuantizedWeights.IMAGENET1K_FBGEMM_V1]
+print(json.dumps([said, [outcome(hub.weights_file, weights) for weights in wrong]]))
 """
     with closing(Server()) as server:
         server.files[RESNET] = b"r" * 5000
         mirrors = {word: f"{server.url}/{word}/" for word in RESNET_FAILURES}
         mirrors |= {"dead": dead_url, "tls": server.url.replace("http:", "https:"), "offline": ""}
-        said = python(code, home, json.dumps(mirrors), WARMSTART_TIMEOUT="0.5")
+        said, of_none = python(code, home, json.dumps(mirrors), WARMSTART_TIMEOUT="0.5")
     mirrors["offline"] = "https://download.pytorch.org/models"
-    return {
+    by_word = {
         word: (said[word], f"{url.rstrip('/')}/{RESNET}", len(server.asked(word)), home / "torch/hub/checkpoints")
         for word, url in mirrors.items()
     }
+    return by_word, of_none
 
 
 @pytest.mark.parametrize("word", RESNET_FAILURES)
-def test_a_torchvision_download_that_fails_says_so_in_one_sentence_and_leaves_nothing(resnet_failures, word):
-    said, url, asked, cache = resnet_failures[word]
+def test_a_torchvision_download_that_fails_says_so_in_one_sentence_and_leaves_nothing(failures, word):
+    said, url, asked, cache = failures[0][word]
     reason, tries = RESNET_FAILURES[word]
     reason = reason.format(digest=sha256(b"x" * 5000)[:8])
     assert said == f"DownloadFailed: could not get {RESNET} from {url}: {reason}. Put the file at {cache / RESNET}, {INSTEAD}"
@@ -351,16 +356,8 @@ def test_a_torchvision_download_that_is_interrupted_leaves_nothing(server, tmp_p
     assert files_in(tmp_path / "torch") == []
 
 
-def test_weights_that_are_none_are_told_in_one_sentence(tmp_path):
-    code = """
-from torchvision.models import ResNet18_Weights
-from torchvision.models.quantization import ResNet18_QuantizedWeights
-from torchvision.models._api import register_model
-register_model("untrained")(lambda: None)
-wrong = ["resnet18_weights.imagenet1k_v3", ResNet18_Weights, ResNet18_QuantizedWeights.IMAGENET1K_FBGEMM_V1]
-print(json.dumps([outcome(hub.weights_file, weights) for weights in wrong]))
-"""
-    assert python(code, tmp_path, WARMSTART_OFFLINE="1") == [
+def test_weights_that_are_none_are_told_in_one_sentence(failures):
+    assert failures[1] == [
         "ValueError: not weights of a torchvision model: 'resnet18_weights.imagenet1k_v3'. Closest: "
         "['ResNet18_Weights.IMAGENET1K_V1', 'ResNet152_Weights.IMAGENET1K_V2', 'ResNet152_Weights.IMAGENET1K_V1'].",
         "TypeError: weights must be a member such as ResNet18_Weights.IMAGENET1K_V1 or its name, got an EnumType.",
@@ -422,7 +419,7 @@ def test_a_hugging_face_model_is_the_saved_one_and_later_needs_neither_server_no
     files, found = bert
     code = "folder = hub.huggingface_folder('tiny/bert'); print(json.dumps([str(folder), outputs(folder)]))"
     folder = cached(tmp_path, "tiny/bert") / "snapshots" / COMMIT
-    assert python(BERT + code, tmp_path, HF_ENDPOINT=hub.url) == [str(folder), found]
+    assert python(FETCH, tmp_path, HF_ENDPOINT=hub.url) == str(folder)
     assert files_in(folder) == sorted(files)
     assert len(hub.asked("cdn")) == 1
     before = list(hub.requests)
