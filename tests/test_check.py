@@ -174,7 +174,7 @@ class Quick(Experiment):
         return {"y": "seen"}
 
 
-@pytest.mark.skipif(not hasattr(__import__("signal"), "SIGALRM"), reason="this platform cannot stop a loop from outside")
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="this platform cannot stop a loop from outside")
 def test_a_loop_that_never_ends_is_stopped():
     def loop(x):
         while True:
@@ -184,6 +184,41 @@ def test_a_loop_that_never_ends_is_stopped():
     observation = observe(Quick(), loop, 0, "9.1")
     assert observation.problem.kind == "time"
     assert observation.problem.message == "your code was stopped after 0.2 s: is there a loop that never ends?"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="this platform cannot stop a loop from outside")
+def test_an_import_is_finished_before_a_subject_is_stopped(tmp_path, monkeypatch):
+    """Half of a module would stay in the kernel: after it no optimizer of torch could be made."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "slow_module.py").write_text("import time\nfor _ in range(15):\n    time.sleep(0.1)\nDONE = True\n")
+
+    def late(x):
+        import slow_module
+
+        return slow_module.DONE
+
+    seen = observe(Quick(), late, 0, "9.1")
+    assert seen.facts == {"y": "seen"} and sys.modules.pop("slow_module").DONE
+    (tmp_path / "slow_module.py").write_text("while True:\n    pass\n")
+    monkeypatch.setattr("grader.observe.IMPORT_SECONDS", 1)
+    assert observe(Quick(), late, 0, "9.1").problem.kind == "time"
+
+
+@pytest.mark.slow
+def test_a_first_check_does_not_wait_for_torchs_compiler():
+    """Its import takes a second or more; only an optimizer needs it."""
+    program = """
+        import sys
+        from grader import CheckFailed, check
+        from grader.checks import find
+        for number in ("0.1", "2.1", "5.1"):
+            try:
+                check(number, find(number)[1].misconceptions[0].subject)
+            except CheckFailed:
+                print("torch._dynamo" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.stdout.count("\nFalse\n") == 3, done.stdout + done.stderr
 
 
 def test_changed_inputs_are_told(capsys):
@@ -376,6 +411,7 @@ def test_the_repository_itself_hides_nothing(root):
     refuse(root, home=root)
 
 
+@pytest.mark.slow
 def test_checks_work_without_jupyter_nbgrader_or_scikit_learn(root, tmp_path):
     program = """
         import sys
@@ -467,6 +503,7 @@ def test_a_number_of_batches_is_not_a_batch_size(capsys):
     assert "likely" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "disturb",
     [
