@@ -4,7 +4,7 @@ BIN := .venv/bin
 SIDE_BY_SIDE := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-fast grade course lint bench clean
+.PHONY: help lab test test-fast prove mutants grade course lint bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,6 +22,12 @@ test: .venv/installed  ## set up if needed, then run all tests, in two processes
 
 test-fast: .venv/installed  ## the tests that take less than 90 seconds together
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m fast
+
+prove: .venv/installed  ## prove every check on twenty draws of its inputs
+	$(BIN)/warmstart prove
+
+mutants: .venv/installed  ## count the small mistakes that the checks notice, beside the table in docs/proofs.md
+	$(BIN)/warmstart mutants
 
 grade: .venv/installed  ## grade a sample class with nbgrader and print a table
 	$(BIN)/warmstart grade

@@ -43,22 +43,22 @@ def course() -> None:
 @app.command()
 def prove(
     topic: Annotated[str | None, typer.Argument(help="A topic, such as features; all if left out.")] = None,
-    seeds: Annotated[int, typer.Option(help="How many draws of the inputs.")] = 20,
+    seeds: Annotated[int, typer.Option(min=1, help="How many draws of the inputs.")] = 20,
+    processes: Annotated[int, typer.Option(min=1, help="How many exercises are proven at a time.")] = os.cpu_count() or 1,
 ) -> None:
     """Prove the checks: right solutions pass, and each misconception is rejected under its own name."""
-    from grader.checks import TOPICS, exercises
-    from grader.proof import faults
+    from grader.checks import TOPICS
+    from grader.proof import all_faults
 
     if topic and topic not in TOPICS.values():
         raise typer.BadParameter(f"no topic {topic!r}. Choose from {', '.join(TOPICS.values())}.")
-    found = [
-        line
-        for name in ([topic] if topic else TOPICS.values())
-        for exercise in exercises(name).values()
-        for line in faults(name, exercise, range(seeds))
-    ]
-    print("\n".join(found) or "all checks proven")
-    raise typer.Exit(bool(found))
+    faulty = False
+    for fault in all_faults([topic] if topic else list(TOPICS.values()), range(seeds), processes):
+        faulty = True
+        print(fault, flush=True)
+    if not faulty:
+        print("all checks proven")
+    raise typer.Exit(faulty)
 
 
 @app.command()

@@ -11,15 +11,18 @@ facts                       are the same at a tenth of the tolerance and at ten 
 
 import ast
 import inspect
+import multiprocessing
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module
 from itertools import combinations
 from pathlib import Path
 
+from grader.checks import exercises
 from grader.experiment import Exercise, Subject, equal
 from grader.golden import load
 from grader.near import MARGINS
@@ -27,7 +30,7 @@ from grader.observe import facts_of, observation, observe, run
 from grader.verdict import Table, Verdict, judge
 
 
-def faults(topic: str, exercise: Exercise, seeds: Iterable[int]) -> list[str]:
+def faults(topic: str, exercise: Exercise, seeds: Sequence[int]) -> list[str]:
     """Everything that is wrong with the checks of an exercise, one sentence each; an empty list is the proof."""
     variants, number = import_module(f"grader.variants.{topic}"), exercise.number
     table = load(topic)[number]
@@ -48,13 +51,25 @@ def faults(topic: str, exercise: Exercise, seeds: Iterable[int]) -> list[str]:
         *_equal_facts(exercise, table),
         *_written_once(exercise, table, again),
     ]
-    seeds, shown = tuple(seeds), {}
+    shown: dict[str, tuple[str, list[int]]] = {}
     for claim in claims:
         for seed in seeds:
             for fault, why in _not_as_claimed(exercise, table, claim, seed):
                 shown.setdefault(fault, (why, []))[1].append(seed)
     found += [f"{fault}, with seed {', '.join(map(str, failed))}: {why}" for fault, (why, failed) in shown.items()]
     return [f"{number}: {fault}" for fault in found]
+
+
+def all_faults(topics: Sequence[str], seeds: Sequence[int], processes: int) -> Iterator[str]:
+    """The faults of all exercises of some topics, each as soon as it is known."""
+    chosen = [(topic, number) for topic in topics for number in exercises(topic)]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(_faults_of, *zip(*chosen, strict=True), [seeds] * len(chosen)):
+            yield from found
+
+
+def _faults_of(topic: str, number: str, seeds: Sequence[int]) -> list[str]:
+    return faults(topic, exercises(topic)[number], seeds)
 
 
 def own_seed(topic: str, exercise: Exercise) -> int:
