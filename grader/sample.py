@@ -11,6 +11,7 @@ import secrets
 import shutil
 import tempfile
 import textwrap
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from grader.authoring import nbgrader, release
 from grader.checks import exercises
-from grader.experiment import Exercise, Subject
+from grader.experiment import Exercise, Misconception, Subject
 from grader.intake import take_in
 from helpers.files import write_text
 
@@ -135,15 +136,20 @@ def print_rows(rows: list[dict]) -> None:
         console.print(notes)
 
 
-def sample_submissions(root: Path) -> dict[str, bytes]:
-    """What the sample class hands in, made from the released chapter: name of a file -> what is in it."""
+def sample_submissions(root: Path, mistakes: Sequence[Misconception] | None = None) -> dict[str, bytes]:
+    """What the sample class hands in, made from the released chapter: name of a file -> what is in it.
+
+    Args:
+        root: the course's repository.
+        mistakes: the misconceptions of `extract` that have a student each; None takes all.
+    """
     released = nbformat.read(root / "course" / CHAPTER / f"{CHAPTER}.ipynb", 4)
     solved = nbformat.read(root / "solutions" / CHAPTER / f"{CHAPTER}.ipynb", 4)
     right = {number: _without_markers(_cell(solved, "answer", number).source) for number in exercises(TOPIC)}
     other = nbformat.read(root / "course" / "00_start" / "00_start.ipynb", 4)
     first, second = by_name("extract"), by_name("linear_probe")
     one, two = first.number, second.number
-    wrong = {_file_name(m.name): source_as(m.subject, first.name) for m in first.misconceptions}
+    wrong = {_file_name(m.name): source_as(m.subject, first.name) for m in mistakes or first.misconceptions}
     answers = {
         "perfect": right,
         "empty": {},
