@@ -7,7 +7,7 @@
 # (python3 if it is not set). What it writes is committed as it is:
 #
 #     benchmarks/gpu_tests.txt       the tests of helpers and checks, on the GPU
-#     grader/golden/                 records of CPU and GPU, tolerances, deviations
+#     grader/golden/                 records of CPU and GPU, deviations
 #     benchmarks/gpu_verify.txt      a second run beside these records
 #     benchmarks/gpu_speed.md        LoRA and exported models, beside their peers
 #
@@ -45,7 +45,7 @@ pack() { # what was written so far
 for step in $steps; do
     case $step in
     tests)
-        { about; "$python" -m pytest -q -p no:cacheprovider --durations=5 -k "not twenty_seeds" \
+        { about; "$python" -m pytest -q -p no:cacheprovider --durations=5 -k "not proven" \
             tests/test_{lora,adapters,batchnorm,features,finetune,training,backbones,text,data,export}.py \
             tests/test_{pretend,elsewhere,golden,check,verdict,proof}.py; } 2>&1 |
             tee "$texts/gpu_tests.txt" || failed=1

@@ -7,5 +7,5 @@ Each topic's module has four tables, by exercise number:
     BOTH        subjects with two mistakes at once: [({names}, subject)]
     EQUIVALENT  mutants of the author's solution that are no mistakes: {"old lines -> new lines": the reason}, see docs/proofs.md
 
-They are no part of what is installed from a wheel; the proofs and the tolerances are made with them.
+They are no part of what is installed from a wheel; the proofs and the records are made with them.
 """
