@@ -226,7 +226,8 @@ def test_what_chapter_05_says_of_its_figures_holds():
     assert training[keras] == training["nothing frozen"] > 0.9 and afterwards[keras] < 0.5 < 0.9 < afterwards["nothing frozen"]
     assert training[since] == pytest.approx(afterwards[since], abs=0.001) and afterwards[since] < afterwards["nothing frozen"]
     small = means("05_batchnorm", "accuracy afterwards, in eval mode")
-    assert small["batches of 2, train mode"] < small["batches of 2, frozen"]
+    assert 0.07 < small["batches of 2, frozen"] - small["batches of 2, train mode"] < 0.13
+    assert abs(small["batches of 32, frozen"] - small["batches of 32, train mode"]) < 0.01
     stored, recomputed = means("05_batchnorm", "stored statistics"), means("05_batchnorm", "recomputed")
     assert stored["grey paper"] < 0.5 and recomputed["grey paper"] > 0.9
     assert recomputed["noise 0.2"] - stored["noise 0.2"] > 0.1 and max(stored["inverted"], recomputed["inverted"]) < 0.2
@@ -234,6 +235,10 @@ def test_what_chapter_05_says_of_its_figures_holds():
     samples = means("05_batchnorm", "accuracy on all grey test digits")
     assert samples["10 images"] > 0.8 and samples["100 images"] > samples["800 images"] - 0.02
     assert next(value for name, value in samples.items() if "all ones" in name) < samples["30 images"]
+    cuts = [(float(off), float(score)) for off, score in re.findall(r"batches of +\d+: off by (\S+) +(0\.\d+)", text)]
+    (two, score), *_, (thirty_two, _), (_, whole) = cuts[:4]
+    assert 0.03 < two < 0.15 and 0.001 < thirty_two < 0.01 and abs(score - whole) < 0.015
+    assert len(cuts) == 8 and all(off < 1e-5 for off, _ in cuts[4:]), "sequential: no difference beyond rounding"
 
 
 @pytest.mark.slow
@@ -325,7 +330,7 @@ def test_what_chapter_08_says_of_its_results_holds():
     right = train_mode["(the model in eval mode)"][1]
     for name in ("torch.jit.trace", "torch.export.export"):
         error, single, together = train_mode[name]
-        assert error > 1 and abs(together - right) <= 2 and 60 < right - single < 85
+        assert error > 1 and abs(together - right) <= 2 and right - single == pytest.approx(120, abs=20)
     assert train_mode["torch.onnx.export"][0] < 1e-5 and train_mode["the same, with dropout"][0] > 0.5
     assert 30 < right - train_mode["the same, with dropout"][1] < 70
     assert text.count("torch imported: False") == 1 and "labels [2, 1, 7, 3, 0, 5, 4, 8]" in text
