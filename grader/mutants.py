@@ -31,7 +31,7 @@ ENVIRONMENT = {  # of the processes that are started here
     "OMP_NUM_THREADS": "1",  # no thread of torch's is there when they fork
     "MALLOC_PERTURB_": "193",  # a tensor that nobody filled holds 0.19, so that no outcome is a matter of chance (Linux)
 }
-REJECTED = ("named", "described", "raised")
+REJECTED = ("named", "described", "raised", "out of time")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Count:
 
     mutants: int
     rejected: int
-    raised: int  # of the rejected, those in which an experiment ended with an error: not much of a proof
+    raised: int  # of the rejected, those in which an experiment ended with an error or out of time: not much of a proof
     equivalent: int
 
     def __add__(self, other: "Count") -> "Count":
@@ -58,7 +58,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The mutants of one exercise that were run, each with "named", "described", "raised" or "survived"."""
+    """The mutants of one exercise that were run, each with "survived" or a word of `REJECTED`."""
 
     number: str
     possible: tuple[Mutant, ...]
@@ -67,7 +67,8 @@ class Outcomes:
     def count(self, equivalent: Mapping[str, str]) -> Count:
         outcomes = Counter(outcome for _, outcome in self.ran)
         declared = sum(outcome == "survived" and mutant.change in equivalent for mutant, outcome in self.ran)
-        return Count(len(self.ran), sum(outcomes[word] for word in REJECTED), outcomes["raised"], declared)
+        raised = outcomes["raised"] + outcomes["out of time"]
+        return Count(len(self.ran), sum(outcomes[word] for word in REJECTED), raised, declared)
 
     def out_of_date(self, equivalent: Mapping[str, str]) -> Iterator[str]:
         """What is declared equivalent and is not."""
@@ -94,18 +95,17 @@ def measure(root: Path, numbers: Sequence[str], *, cap: int, processes: int, wri
     """
     declared = {number: equivalent_of(number) for number in numbers}
     page = (root / PAGE).read_text(encoding="utf-8")
-    committed = counts_in(page)
-    counts, good = {}, True
+    committed, good = counts_in(page), True
+    counts = dict(committed)
     os.environ |= ENVIRONMENT
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for outcomes in pool.map(outcomes_of, [root] * len(numbers), numbers, [cap] * len(numbers)):
-            equivalent = declared[outcomes.number]
-            count = counts[outcomes.number] = outcomes.count(equivalent)
-            before = committed.get(outcomes.number, count)
-            good &= count.score >= before.score and not [*outcomes.out_of_date(equivalent)]
-            print("\n".join(report(outcomes, equivalent, committed.get(outcomes.number))), flush=True)
-    if write:
-        write_text(root / PAGE, with_table(page, committed | counts))
+            number, equivalent, before = outcomes.number, declared[outcomes.number], committed.get(outcomes.number)
+            counts[number] = outcomes.count(equivalent)
+            good &= (before is None or counts[number].score >= before.score) and not [*outcomes.out_of_date(equivalent)]
+            print("\n".join(report(outcomes, equivalent, before)), flush=True)
+            if write:
+                write_text(root / PAGE, with_table(page, counts))
     return good
 
 
@@ -156,7 +156,7 @@ def sample(possible: Sequence[Mutant], cap: int) -> list[Mutant]:
 
 
 def outcome_on(exercise: Exercise, table: Table, define: Callable[[], Subject]) -> str:
-    """What the check makes of what `define` returns: "survived", or "named", "described" or "raised" if it is rejected."""
+    """What the check makes of what `define` returns: "survived", or how it is rejected, a word of `REJECTED`."""
     try:
         subject = define()
     except Exception:
@@ -165,7 +165,7 @@ def outcome_on(exercise: Exercise, table: Table, define: Callable[[], Subject]) 
     for experiment in exercise.experiments:
         seen[experiment.name] = observe(experiment, subject, 0, exercise.number)
         if seen[experiment.name].problem and seen[experiment.name].problem.kind == "time":
-            return "raised"  # the others would take as long
+            return "out of time"  # the other experiments would be, too
     verdict = judge(exercise, seen, table)
     if verdict.outcome == "passed":
         return "survived"
@@ -175,14 +175,14 @@ def outcome_on(exercise: Exercise, table: Table, define: Callable[[], Subject]) 
 
 
 def apart(work: Callable[[], str], seconds: float) -> str:
-    """What `work` returns, found in a forked process; "raised" if that ends without an answer, or has none in time."""
+    """What `work` returns, found in a forked process; "raised" if that ends without an answer."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(work()))
     process.start()
     sender.close()
     try:
-        return receiver.recv() if receiver.poll(seconds) else "raised"
+        return receiver.recv() if receiver.poll(seconds) else "out of time"
     except EOFError:
         return "raised"
     finally:

@@ -284,12 +284,13 @@ def _excerpts(old: str, new: str) -> tuple[str, str]:
     start = _alike(old, new)
     end = _alike(old[start:][::-1], new[start:][::-1])
     first = old.rfind(" ", 0, max(0, start - CONTEXT)) + 1
-    return tuple(_cut(text, first, text.find(" ", len(text) - end + CONTEXT)) for text in (old, new))
+    block = NEXT_LINE in old + new
+    return tuple(_cut(text, first, text.find(" ", len(text) - end + CONTEXT), block) for text in (old, new))
 
 
-def _cut(text: str, first: int, last: int) -> str:
+def _cut(text: str, first: int, last: int, block: bool) -> str:
     part = text[first:] if last < 0 else f"{text[first:last]} …"
-    if len(part) > LONGEST and NEXT_LINE in part:
+    if block and len(part) > LONGEST:
         part = f"{part[: LONGEST // 2].rpartition(' ')[0]} … {part[-LONGEST // 2 :].partition(' ')[2]}"
     return f"… {part}" if first else part
 

