@@ -33,9 +33,14 @@ NOT_GRADED = {
 
 
 @pytest.fixture(scope="module")
-def graded(tmp_path_factory):
+def handed_in():
+    return sample_submissions(ROOT, MISTAKES)
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory, handed_in):
     folder = tmp_path_factory.mktemp("class")
-    rows = grade_class(ROOT, folder, sample_submissions(ROOT, MISTAKES))
+    rows = grade_class(ROOT, folder, handed_in)
     return folder, {row["file"].removesuffix(f"_{CHAPTER}.ipynb"): row for row in rows}
 
 
@@ -86,12 +91,12 @@ def test_a_misconception_is_scored_named_and_explained_in_the_feedback(graded, w
 
 
 @pytest.mark.parametrize("file", NOT_GRADED)
-def test_what_cannot_be_graded_gets_a_sentence_and_stops_nobody(graded, file):
+def test_what_cannot_be_graded_gets_a_sentence_and_stops_nobody(graded, handed_in, file):
     folder, rows = graded
     row = next(row for row in rows.values() if row["file"] == file)
     assert re.sub(r"\d+(?= bytes)|(?<=line )\d+", "N", row["note"]) == NOT_GRADED[file]
     assert (row["points"], row["of"], {row[number] for number in exercises(TOPIC)}) == (None, None, {""})
-    assert (folder / "downloaded" / CHAPTER / "archive" / file).read_bytes() == sample_submissions(ROOT)[file]
+    assert (folder / "downloaded" / CHAPTER / "archive" / file).read_bytes() == handed_in[file]
 
 
 def test_what_is_set_aside_never_reaches_nbgrader(graded):
