@@ -1,7 +1,6 @@
 # Everything is done by the `warmstart` command and by pytest; this file installs them and calls them.
 PYTHON ?= python3
 BIN := .venv/bin
-SIDE_BY_SIDE := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test test-fast prove mutants grade course lint bench clean
@@ -18,10 +17,10 @@ lab: .venv/installed  ## set up if needed, then open JupyterLab on the first cha
 	$(BIN)/warmstart lab
 
 test: .venv/installed  ## set up if needed, then run all tests, in two processes
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest --numprocesses 2
 
 test-fast: .venv/installed  ## the tests that take less than 90 seconds together
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m fast
+	$(BIN)/python -m pytest --numprocesses 2 -m fast
 
 prove: .venv/installed  ## prove every check on twenty draws of its inputs
 	$(BIN)/warmstart prove

@@ -1,4 +1,5 @@
 import os
+import re
 import sys
 from collections import Counter
 from contextlib import ExitStack
@@ -55,19 +56,41 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(f"{costs.total():8.1f}  all")
 
 
-LONGEST = ("test_course", "test_lab", "test_nbgrader")  # begin with these, or one process waits for the other at the end
-
-
 def pytest_itemcollected(item):
-    """What is not slow is fast; of processes side by side each takes whole files, or one proof after the other."""
+    """What is not slow is fast."""
     if "slow" not in item.keywords:
         item.add_marker("fast")
-    if item.path.stem != "test_proof" and item.get_closest_marker("xdist_group") is None:  # proofs share nothing
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: (LONGEST + (item.path.stem,)).index(item.path.stem))
+    """The longest files come first and single proofs last, so that no process waits long for another at the end."""
+    places = {"test_course": 0, "test_lab": 1, "test_nbgrader": 2, "test_proof": 4}
+    items.sort(key=lambda item: places.get(item.path.stem, 3))
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist nobody calls it
+def pytest_xdist_make_scheduler(config, log):
+    """Processes side by side take what `_together` puts together: its tests share what is made once.
+
+    `--dist loadgroup` of pytest-xdist 3.8 puts nothing together in pytest 9.2, and says nothing.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return _together(nodeid)
+
+    config.option.loadscopereorder = False  # the order above, not the files with most tests first
+    return Scheduling(config, log)
+
+
+def _together(nodeid: str) -> str:
+    """A file, of the notebooks a chapter, of the proofs one."""
+    file, _, test = nodeid.partition("::")
+    if file.endswith("test_proof.py"):
+        return nodeid
+    chapter = re.search(r"(?:chapter_|\[)(\d\d)_", test) if file.endswith("test_course.py") else None
+    return f"{file} {chapter[1]}" if chapter else file
 
 
 @pytest.fixture

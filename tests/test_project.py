@@ -89,3 +89,17 @@ def test_no_file_is_large_and_none_holds_an_address_of_a_registry_or_a_home(root
 def test_ci_runs_make_test(root):
     assert "make test" in (root / ".ci" / "run").read_text(encoding="utf-8")
     assert "make test" in (root / "README.md").read_text(encoding="utf-8")
+
+
+def test_processes_side_by_side_take_whole_files_chapters_and_single_proofs(request, root):
+    together = request.config.pluginmanager.get_plugin(str(root / "tests" / "conftest.py"))._together
+    chapter = "tests/test_course.py 06"
+    cases = {
+        "tests/test_lab.py::test_every_figure_shows_something": "tests/test_lab.py",
+        "tests/peers/test_lora.py::test_the_scaling_equals_pefts[False]": "tests/peers/test_lora.py",
+        "tests/test_course.py::test_a_solution_notebook_runs_and_every_check_passes[06_lora]": chapter,
+        "tests/test_course.py::test_what_chapter_06_says_of_its_results_holds": chapter,
+        "tests/test_course.py::test_every_link_into_the_glossary_leads_to_a_term": "tests/test_course.py",
+        "tests/test_proof.py::test_checks_are_proven[2.3]": "tests/test_proof.py::test_checks_are_proven[2.3]",
+    }
+    assert {nodeid: together(nodeid) for nodeid in cases} == cases
