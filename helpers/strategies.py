@@ -7,6 +7,7 @@
     gradual unfreezing   the head first, then one stage more at equal intervals
     LP-FT                the head starts as the linear probe, then everything trains
     LoRA rank r          the head, and adapters of rank r: of MiniLM's queries and values, of every convolution of glyphnet
+    head frozen, LoRA rank r    the same adapters, and a head that stays random: a mistake that nothing reports
 
 Every strategy gets the same labelled examples, the same number of steps, and the best of three learning rates on the same
 validation examples (of equals the lowest). What is measured of the chosen model:
@@ -42,6 +43,7 @@ from helpers.finetune import GradualUnfreezing, lp_ft, parameter_groups, train_l
 from helpers.training import accuracy, evaluate, fit, seed_everything
 
 TASKS = transfer.TASKS | {"word order": transfer.TASKS["docstrings"]._replace(examples=word_order, steps=100)}
+DEPTHS = ("last 2 stages", "last 3 stages", "last 4 stages")
 FIVE = ("head only", "last stage", "everything", "gradual unfreezing", "LP-FT")
 LEARNING_RATES = {task: known.learning_rates for task, known in TASKS.items()}
 HEAD_LEARNING_RATES = {"digits": (3e-3, 1e-2, 3e-2), "docstrings": (3e-3, 1e-2, 3e-2), "word order": (1e-2, 3e-2, 1e-1)}
@@ -52,7 +54,7 @@ DRAWS = {"digits": 5, "docstrings": 3, "word order": 3}
 RECORDED = {  # task -> labels per class -> strategies
     "digits": {
         2: (*FIVE, "discriminative"),
-        10: ("last 2 stages", "last 3 stages", "last 4 stages", *FIVE, "discriminative", "LoRA rank 4"),
+        10: (*DEPTHS, *FIVE, "discriminative", "LoRA rank 4", "head frozen, LoRA rank 4"),
         50: (*FIVE, "discriminative"),
     },
     "docstrings": {
@@ -60,6 +62,7 @@ RECORDED = {  # task -> labels per class -> strategies
     },
     "word order": {100: ("head only", "everything", *(f"LoRA rank {rank}" for rank in RANKS))},
 }
+CUTS = (0, 1, 2, 8, 32, 384)  # ranks that the updates of full fine-tuning on word order are cut to
 RECORD = Path(__file__).with_suffix(".json")
 
 
@@ -72,6 +75,14 @@ class Scores(NamedTuple):
     outside: float | None
     source: float | None
     trainable: int  # parameters that trained at the end
+
+
+class Update(NamedTuple):
+    """What fine-tuning everything on word order added to each of MiniLM's 36 matrices, the embeddings aside, in one draw."""
+
+    ranks: list[int]  # of each matrix: the rank that holds 90 % of the update's squares
+    shares: list[float]  # of each matrix: the squares in the update's best approximation of rank 8, from 0 to 1
+    accuracy: dict[int, float]  # one of `CUTS` -> on the test texts, with each update cut to that rank
 
 
 def strategies(task: str) -> tuple[str, ...]:
@@ -103,8 +114,9 @@ def train(strategy: str, model: nn.Sequential, examples: Examples, lr: float, st
     elif strategy == "discriminative":
         unfreeze(model)
         fit(model, examples, groups=parameter_groups(model, lr, weight_decay=1e-4), **settings)
-    elif strategy.startswith("LoRA rank "):
-        lora.inject(model, adapted(model), int(strategy.removeprefix("LoRA rank ")), ALPHA, train=["head"])
+    elif "LoRA rank " in strategy:
+        heads = [] if strategy.startswith("head frozen") else ["head"]
+        lora.inject(model, adapted(model), int(strategy.rpartition(" ")[2]), ALPHA, train=heads)
         fit(model, examples, **settings)
     else:
         depths = {_last(k): k for k in range(1, len(names) - 1)} | {"head only": 0, "everything": len(names) - 1}
@@ -142,9 +154,29 @@ def measure(task: str, strategy: str, labels_per_class: int, draw: int) -> Score
     return max(runs, key=lambda scores: scores.validation)  # the first of equals: the lowest learning rate
 
 
+def measure_update(draw: int, lr: float) -> Update:
+    """Fine-tune everything on word order once; look at what was added, and at what is left of it at each of `CUTS`."""
+    known = TASKS["word order"]
+    examples, test = known.examples("train", 100, draw), known.examples("test")
+    model = classifier(known.backbone(True), len(examples.classes), seed=draw)
+    weights = {name: p for name, p in model.backbone.named_parameters() if p.ndim == 2 and "embeddings" not in name}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    train("everything", model, examples, lr, known.steps, known.batch_size, seed=draw)
+    ranks = [lora.rank_of_update(before[name], weight, 0.9) for name, weight in weights.items()]
+    parts = {name: torch.linalg.svd(weight.detach() - before[name], full_matrices=False) for name, weight in weights.items()}
+    shares = [(s[:8].square().sum() / s.square().sum()).item() for _, s, _ in parts.values()]
+    left = {}
+    for rank in CUTS:
+        with torch.no_grad():
+            for name, (u, s, vt) in parts.items():
+                weights[name].copy_(before[name] + (u[:, :rank] * s[:rank]) @ vt[:rank])
+        left[rank] = evaluate(model, test)
+    return Update(ranks, shares, left)
+
+
 def learning_rates(task: str, strategy: str) -> tuple[float, float, float]:
     """The three learning rates that `measure` tries."""
-    if strategy.startswith("LoRA"):
+    if "LoRA" in strategy:
         return LORA_LEARNING_RATES
     return (HEAD_LEARNING_RATES if strategy == "head only" else LEARNING_RATES)[_known(task)]
 
@@ -177,15 +209,32 @@ def recorded(task: str) -> dict[int, dict[str, list[Scores]]]:
     return {int(n): {name: [Scores(*s) for s in draws] for name, draws in by.items()} for n, by in kept.items()}
 
 
+def recorded_updates() -> list[Update]:
+    """Kept results of `measure_update`, one for each draw, at the learning rate that `recorded` has for it."""
+    kept = json.loads(RECORD.read_text(encoding="utf-8"))["word order"]["updates"]
+    return [Update(ranks, shares, {int(rank): value for rank, value in left.items()}) for ranks, shares, left in kept]
+
+
+def circumstances(task: str) -> str:
+    """What the kept results of a task were measured on, and when, in words."""
+    kept = json.loads(RECORD.read_text(encoding="utf-8"))[_known(task)]
+    return f"recorded on an {kept['machine']}, {kept['date']}"
+
+
 def record(task: str, kept: dict, processes: int = 1) -> dict:
     """Measure what `RECORDED` lists for a task and `kept` lacks: what `recorded` gives, with the machine and the versions."""
     scores = {labels: dict(kept.get(task, {}).get("scores", {}).get(str(labels), {})) for labels in RECORDED[task]}
     missing = [(labels, name) for labels, names in RECORDED[task].items() for name in names if name not in scores[labels]]
+    updates = kept.get(task, {}).get("updates")
+    if not missing and (updates or task != "word order"):
+        return kept[task]
     cells = [(task, name, labels, draw) for labels, name in missing for draw in range(DRAWS[task])]
     with ProcessPoolExecutor(processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         values = dict(zip(cells, pool.map(_measure_cell, cells), strict=True))
-    for labels, name in missing:
-        scores[labels][name] = [values[task, name, labels, draw] for draw in range(DRAWS[task])]
+        for labels, name in missing:
+            scores[labels][name] = [values[task, name, labels, draw] for draw in range(DRAWS[task])]
+        if task == "word order" and not updates:
+            updates = list(pool.map(_measure_update, range(DRAWS[task]), [lr for lr, *_ in scores[100]["everything"]]))
     return {
         "scores": {str(labels): {name: scores[labels][name] for name in names} for labels, names in RECORDED[task].items()},
         "steps": TASKS[task].steps,
@@ -193,7 +242,7 @@ def record(task: str, kept: dict, processes: int = 1) -> dict:
         "machine": f"{platform.machine()} CPU, one thread",
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
         "date": date.today().isoformat(),
-    }
+    } | ({"updates": updates} if updates else {})
 
 
 def _known(task: str) -> str:
@@ -217,6 +266,13 @@ def _measure_cell(cell: tuple[str, str, int, int]) -> list[float | None]:
     kept = [scores.lr, *(round(value, 4) if isinstance(value, float) else value for value in scores[1:])]
     print(*cell, *kept, flush=True)
     return kept
+
+
+def _measure_update(draw: int, lr: float) -> list:
+    torch.set_num_threads(1)
+    ranks, shares, left = measure_update(draw, lr)
+    print("update", draw, lr, left, flush=True)
+    return [ranks, [round(share, 4) for share in shares], {str(rank): round(value, 4) for rank, value in left.items()}]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Strategies: each trains what it says, kept results can be measured again, and what the chapter says of them holds."""
 
+import re
 import statistics
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from helpers import lora
 from helpers.backbones import stages
 from helpers.strategies import (
+    CUTS,
     DRAWS,
     FIVE,
     LEARNING_RATES,
@@ -18,11 +20,13 @@ from helpers.strategies import (
     TASKS,
     Scores,
     adapted,
+    circumstances,
     classifier,
     learning_rates,
     letters_kept,
     printed,
     recorded,
+    recorded_updates,
     run,
     strategies,
     train,
@@ -84,6 +88,7 @@ def test_the_record_has_every_draw_and_its_recipe():
                 assert all(isinstance(score, Scores) and 0 <= score.inside <= 1 for score in draws)
                 assert {score.lr for score in draws} <= set(learning_rates(task, way))
     assert RECORD.stat().st_size < 50_000
+    assert re.fullmatch(r"recorded on an \w+ CPU, one thread, 20\d\d-\d\d-\d\d", circumstances("digits"))
 
 
 def test_lora_trains_adapters_of_every_convolution_and_the_head_and_moves_nothing_else():
@@ -96,6 +101,15 @@ def test_lora_trains_adapters_of_every_convolution_and_the_head_and_moves_nothin
     lora.remove(model)
     after = model.state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["head.weight", "head.bias"]
+
+
+def test_a_frozen_head_stays_random_beside_adapters_that_train():
+    model = classifier(DIGITS.backbone(True), 10)
+    head, stem = model.head.weight.clone(), model.backbone.conv1.weight.clone()
+    train("head frozen, LoRA rank 2", model, DIGITS.examples("train", 2, 0), lr=1e-2, steps=3, batch_size=8, seed=0)
+    assert torch.equal(model.head.weight, head) and not torch.equal(lora.layers(model)["backbone.conv1"].B, torch.zeros(1))
+    lora.remove(model)
+    assert torch.equal(model.backbone.conv1.weight, stem)
 
 
 @pytest.mark.slow
@@ -161,3 +175,18 @@ def test_what_chapter_06_says_of_the_record_holds():
     assert all(a.source < b.source < 0.95 for a, b in zip(few, every, strict=True)) and min(s.source for s in alone) > 0.97
     assert mean(alone, "outside") > max(mean(few, "outside"), mean(every, "outside"))
     assert every[0].trainable / few[0].trainable == pytest.approx(17, abs=0.5)
+    random_head = digits["head frozen, LoRA rank 4"]
+    assert all(0.01 < b.inside - a.inside < 0.034 and a.source < b.source for a, b in zip(random_head, few, strict=True))
+    assert mean(random_head, "source") < 0.5
+
+
+def test_what_chapter_06_says_of_recorded_updates_holds():
+    updates = recorded_updates()
+    assert len(updates) == DRAWS["word order"] and all(update.accuracy.keys() == set(CUTS) for update in updates)
+    for update, scores in zip(updates, recorded("word order")[100]["everything"], strict=True):
+        assert update.accuracy[384] == pytest.approx(scores.inside, abs=0.01), "the run that is recorded, again"
+        assert update.accuracy[0] < 0.6 < update.accuracy[1] < update.accuracy[2] - 0.05
+        assert 0.005 < update.accuracy[384] - update.accuracy[2] < 0.045, "one to four points"
+        assert abs(update.accuracy[8] - update.accuracy[384]) < 0.015
+        assert len(update.ranks) == len(update.shares) == 36 and sum(30 < rank < 165 for rank in update.ranks) > 29
+        assert 0.4 < statistics.median(update.shares) < 0.65
