@@ -68,6 +68,7 @@ guess = predict(raw_pixels=None, features=None)  # from 0.0 to 1.0; guessing at 
 
 # %% tags=["demo"]
 import helpers.profiles
+from helpers.progress import progress_bar
 
 profile = helpers.profiles.choose("embedded")
 backbone = profile.image_backbone()  # without its head: backbone(images) gives (n, backbone.width)
@@ -276,6 +277,8 @@ linear_probe = continue_with("2.3")
 # to see how the gain depends on the number of labels, for several of those.
 
 # %% tags=["demo"]
+from itertools import product
+
 from helpers.training import accuracy, one_thread
 
 
@@ -289,18 +292,15 @@ def score(table, labels, tables, classes):
 
 
 labels = {"validation labels": validation.labels, "test labels": test.labels}
-curves = {"raw pixels": {}, "probe": {}}
-for number in (1, 2, 5, 10):
-    for values in curves.values():
-        values[number] = []
-    for draw in range(5):
-        few = profile.images("train", labels_per_class=number, draw=draw)
-        table = extract(backbone, few.inputs, 256)
-        curves["probe"][number].append(score(table, few.labels, features | labels, len(few.classes)))
-        if isinstance(few.inputs, torch.Tensor):
-            own, *others = plain_features(few.inputs, validation.inputs, test.inputs)
-            others = dict(zip(("validation", "test"), others))
-            curves["raw pixels"][number].append(score(own, few.labels, others | labels, len(few.classes)))
+curves = {name: {number: [] for number in (1, 2, 5, 10)} for name in ("raw pixels", "probe")}
+for number, draw in progress_bar(list(product((1, 2, 5, 10), range(5))), "probing"):
+    few = profile.images("train", labels_per_class=number, draw=draw)
+    table = extract(backbone, few.inputs, 256)
+    curves["probe"][number].append(score(table, few.labels, features | labels, len(few.classes)))
+    if isinstance(few.inputs, torch.Tensor):
+        own, *others = plain_features(few.inputs, validation.inputs, test.inputs)
+        others = dict(zip(("validation", "test"), others))
+        curves["raw pixels"][number].append(score(own, few.labels, others | labels, len(few.classes)))
 curves = {name: values for name, values in curves.items() if values[5]}  # photographs differ in size: no raw pixels
 guess.beside({"raw_pixels": curves.get("raw pixels", curves["probe"])[5], "features": curves["probe"][5]})
 
@@ -325,7 +325,7 @@ started = time.perf_counter()
 score(extract(backbone, train.inputs, 256), train.labels, features | labels, len(train.classes))
 probe_seconds = time.perf_counter() - started
 model = nn.Sequential(copy.deepcopy(backbone), nn.Linear(backbone.width, len(train.classes)))
-history = fit(model, train, steps=30, lr=3e-3, batch_size=32, progress=False)
+history = fit(model, train, steps=30, lr=3e-3, batch_size=32)
 tuning_seconds = 3 * 10 * history.seconds  # three learning rates, 300 steps each
 print(f"probe {probe_seconds:.2f} s, fine-tuning about {tuning_seconds:.0f} s")
 cost.beside({"times_longer": tuning_seconds / probe_seconds})
@@ -518,7 +518,8 @@ else:
 # The docstrings are read from the Python that runs this notebook.
 
 # %% tags=["demo"]
-train_texts, validation_texts, test_texts = (profile.texts(split) for split in ("train", "validation", "test"))
+splits = progress_bar(("train", "validation", "test"), "reading")
+train_texts, validation_texts, test_texts = (profile.texts(split) for split in splits)
 for topic in range(len(test_texts.classes)):
     example = test_texts.inputs[(test_texts.labels == topic).nonzero()[0, 0]]
     print(f"{test_texts.classes[topic]:<22} {example[:90]}")
@@ -716,12 +717,13 @@ embed = continue_with("2.8")
 
 # %% tags=["demo"]
 started = time.perf_counter()
-embeddings = {
-    name: embed(encoder.encoder, encoder.preprocess, part.inputs, 64)
-    for name, part in (("train", train_texts), ("validation", validation_texts), ("test", test_texts))
-}
-count = sum(len(table) for table in embeddings.values())
-print(f"{count} texts in {time.perf_counter() - started:.1f} s")
+texts = [*train_texts.inputs, *validation_texts.inputs, *test_texts.inputs]
+parts = [
+    embed(encoder.encoder, encoder.preprocess, texts[start : start + 256], 64)
+    for start in progress_bar(range(0, len(texts), 256), "embedding")
+]
+embeddings = dict(zip(("train", "validation", "test"), torch.cat(parts).split(counts)))
+print(f"{len(texts)} texts in {time.perf_counter() - started:.1f} s")
 
 # %% [markdown]
 # Unit vectors make comparing easy: the dot product is the cosine of the angle between them. Which training texts are nearest
@@ -738,19 +740,16 @@ for row in [int(share * len(test_texts.inputs)) for share in (0, 0.56, 0.92)]:
 # ## How many labels does it save here?
 
 # %% tags=["demo"]
-text_curves = {"TF-IDF": {}, "probe": {}}
+text_curves = {name: {number: [] for number in (2, 5, 10, 20, 50)} for name in ("TF-IDF", "probe")}
 row_of = {text: row for row, text in enumerate(train_texts.inputs)}  # each is embedded already
 text_labels = {"validation labels": validation_texts.labels, "test labels": test_texts.labels}
-for number in (2, 5, 10, 20, 50):
-    for values in text_curves.values():
-        values[number] = []
-    for draw in range(3):
-        few = profile.texts("train", labels_per_class=number, draw=draw)
-        table = embeddings["train"][[row_of[text] for text in few.inputs]]
-        text_curves["probe"][number].append(score(table, few.labels, embeddings | text_labels, len(few.classes)))
-        own, *others = plain_features(few.inputs, validation_texts.inputs, test_texts.inputs)
-        others = dict(zip(("validation", "test"), others))
-        text_curves["TF-IDF"][number].append(score(own, few.labels, others | text_labels, len(few.classes)))
+for number, draw in progress_bar(list(product(text_curves["probe"], range(3))), "probing"):
+    few = profile.texts("train", labels_per_class=number, draw=draw)
+    table = embeddings["train"][[row_of[text] for text in few.inputs]]
+    text_curves["probe"][number].append(score(table, few.labels, embeddings | text_labels, len(few.classes)))
+    own, *others = plain_features(few.inputs, validation_texts.inputs, test_texts.inputs)
+    others = dict(zip(("validation", "test"), others))
+    text_curves["TF-IDF"][number].append(score(own, few.labels, others | text_labels, len(few.classes)))
 guess_texts.beside({"tf_idf": text_curves["TF-IDF"][20], "features": text_curves["probe"][20]})
 
 # %% tags=["demo"]
