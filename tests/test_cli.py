@@ -20,7 +20,7 @@ def warmstart(*arguments, cwd):
 def test_help_lists_the_commands(root):
     done = warmstart("--help", cwd=root)
     assert done.returncode == 0
-    assert all(word in done.stdout for word in ("lab", "course", "prove", "grade"))
+    assert all(word in done.stdout for word in ("lab", "course", "prove", "mutants", "grade"))
 
 
 @pytest.mark.slow

@@ -23,8 +23,8 @@
 # **How a chapter works.** You read, predict, run, and write. An exercise is a cell with `raise NotImplementedError`:
 # replace that line with your code, run the cell, then run the check below it. A check tries your function on inputs
 # that it draws itself, and says what it saw: *passed*, *not yet* with the idea that seems to be missing, *not attempted*,
-# or *error* with the line that raised. *Passed: CPU only* is right, and would stop on a GPU; the check says at which line,
-# and no points are lost. Checks can be run as often as you like.
+# or *error* with the line that raised. Below a pass it may say that your code works on the CPU only, and at which line a
+# GPU would stop. That costs no points. Checks can be run as often as you like.
 
 # %%
 from grader import check, continue_with, hint, progress
