@@ -117,7 +117,7 @@ def depths(task: str) -> dict[str, Report]:
     choice("task", task, TASKS)
     with torch.random.fork_rng(devices=[]):  # building a network draws numbers
         backbone = TASKS[task].backbone(True)
-    head = nn.Linear(backbone.width, len(TASKS[task].examples("test").classes), device="meta")  # counted, never run
+    head = nn.Linear(backbone.width, TASKS[task].classes, device="meta")  # counted, never run
     model = nn.Sequential(OrderedDict(backbone=backbone, head=head))
     names = ["head only", "last stage", *(f"last {k} stages" for k in range(2, len(backbone.stages))), "everything"]
     reports = {}

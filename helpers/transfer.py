@@ -44,6 +44,7 @@ class Task(NamedTuple):
     examples: Callable[..., Examples]  # (split, labels_per_class, draw)
     backbone: Callable[[bool], nn.Module]  # pretrained? -> a backbone without a head
     features: Callable[..., Tensor]  # (backbone, inputs) -> what the probe sees
+    classes: int
     learning_rates: tuple[float, float, float]
     steps: int
     batch_size: int
@@ -66,8 +67,8 @@ def _embed(backbone: TextBackbone, texts: list[str]) -> Tensor:
 
 
 TASKS = {
-    "digits": Task("raw pixels", digits, _glyphnet, extract, (1e-3, 3e-3, 1e-2), steps=300, batch_size=32),
-    "docstrings": Task("TF-IDF", docstrings, _minilm, _embed, (5e-5, 1.5e-4, 5e-4), steps=60, batch_size=16),
+    "digits": Task("raw pixels", digits, _glyphnet, extract, 10, (1e-3, 3e-3, 1e-2), steps=300, batch_size=32),
+    "docstrings": Task("TF-IDF", docstrings, _minilm, _embed, 6, (5e-5, 1.5e-4, 5e-4), steps=60, batch_size=16),
 }
 
 

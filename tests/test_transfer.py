@@ -77,6 +77,11 @@ def test_what_chapter_02_says_of_the_curves_is_in_the_record():
         assert 0 <= gain < max(statistics.stdev(arms["fine-tuned"]), statistics.stdev(arms["probe"])), "less than the spread"
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_says_how_many_classes_it_has(task):
+    assert len(TASKS[task].examples("test").classes) == TASKS[task].classes
+
+
 def test_the_record_is_of_the_settings_that_the_code_has():
     kept = json.loads(RECORD.read_text(encoding="utf-8"))["docstrings"]
     assert kept["steps"] == TASKS["docstrings"].steps
