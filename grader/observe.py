@@ -5,6 +5,7 @@ import linecache
 import os
 import re
 import signal
+import sys
 import sysconfig
 import tempfile
 import threading
@@ -28,7 +29,7 @@ from grader.state import fresh_defaults, preserved
 from grader.verdict import Facts, Observation, Problem
 from helpers.training import one_thread
 
-IMPORT_SECONDS = 30  # that an import may go on for after a subject's time is up
+IMPORT_SECONDS = 30.0  # that a subject may have besides if it imports something: torch's compiler takes a while to load
 PRETENCE_SECONDS = 5.0  # what takes longer on a pretended GPU is not looked at there
 OUTPUT_LIMIT = 2000  # characters of a subject's own output that are shown
 _NOT_THE_LEARNERS = tuple(  # folders of ours, of Python and of installed packages
@@ -239,14 +240,14 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
-    patience = IMPORT_SECONDS
+    patience, loaded = IMPORT_SECONDS, len(sys.modules)
 
     def stop(_: int, frame: FrameType | None) -> None:
-        nonlocal patience
-        if patience > 0 and _importing(frame):
-            patience -= 1
-        else:
+        nonlocal patience, loaded
+        if patience <= 0 or not (_importing(frame) or len(sys.modules) > loaded):
             raise TimeIsUp
+        patience, loaded = patience - seconds, len(sys.modules)
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again each second, should the subject swallow the first
