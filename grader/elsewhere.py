@@ -14,13 +14,14 @@ from grader.verdict import Table
 def look(exercise: Exercise, thing: Subject, table: Table, seed: int) -> list[tuple[str, str]]:
     """What is to be said of a solution that passed on the CPU, as (label, sentence).
 
-    One experiment is run, the exercise's last: it finds each of the right solutions that are known to work on the CPU
-    only, and takes a fraction of the time of all. In autocast it is run if the exercise's statement asks for it, on the
-    GPU if there is one, else on the CPU.
+    One experiment is run, the exercise's last of those that a pretended GPU can run: it finds each of the right solutions
+    that are known to work on the CPU only, and takes a fraction of the time of all. In autocast it is run if the
+    exercise's statement asks for it, on the GPU if there is one, else on the CPU.
     """
     gpu = GPU if GPU.there else PRETENDED
-    last = next((experiment for experiment in reversed(exercise.experiments) if gpu == GPU or experiment.pretends), None)
-    if last is None:
+    tried = [experiment for experiment in exercise.experiments if experiment.pretends] or exercise.experiments
+    last = tried[-1]
+    if gpu == PRETENDED and not last.pretends:
         return []
     problem, lines = _problem(exercise, last, thing, table, seed, gpu), []
     if problem:

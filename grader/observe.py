@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Experiment, Subject, Trial, WrongReturn
-from grader.near import rounded_to
+from grader.experiment import Experiment, Subject, Trial, WrongReturn, equal
+from grader.near import MARGINS, rounded_to
 from grader.pretend import Refused
 from grader.setting import CPU, Setting
 from grader.state import fresh_defaults, preserved
@@ -131,6 +131,20 @@ def facts_of(
     with one_thread(), fresh_defaults(), rounded_to(setting.precision, times):
         fresh = _draw(experiment, seed) if fresh is None else fresh
         return experiment.facts(raw, fresh), experiment.notes(raw, fresh)
+
+
+def differing_facts(
+    experiment: Experiment, raw: dict[str, Any], seed: int, expected: Facts, setting: Setting = CPU
+) -> list[str]:
+    """The facts of raw results that are not as expected, at the tolerance or, if all are so there, at its margins.
+
+    What the proofs hold, and `python -m grader.golden verify`: rounding changes no fact.
+    """
+    for times in (1.0, *MARGINS[setting.precision]):
+        facts, _ = facts_of(experiment, raw, seed, setting, times=times)
+        if differ := [fact for fact, value in expected.items() if not equal(value, facts.get(fact))]:
+            return [fact if times == 1 else f"{fact} at {times:g} times the tolerance" for fact in differ]
+    return []
 
 
 def _draw(experiment: Experiment, seed: int) -> dict[str, Any]:
@@ -259,11 +273,11 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _importing(frame: FrameType | None) -> bool:
-    """Whether an import is under way. Stopped in the middle, it would leave half a module to all later code.
+    """Whether the subject is importing something. Stopped in the middle, it would leave half a module to all later code.
 
     The first optimizer of a process imports torch's compiler, for a second or more.
     """
-    while frame is not None:
+    while frame is not None and frame.f_code is not run.__code__:  # the check itself may stand in a module being imported
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             return True
         frame = frame.f_back

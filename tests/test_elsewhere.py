@@ -60,10 +60,10 @@ CPU_ONLY = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("topic", "exercise"), EXERCISES)
 def test_a_reference_shows_its_facts_on_a_gpu_too(topic, exercise):
-    """In every experiment on a real one; of a pretended one in those that a check looks at."""
     setting = GPU if GPU.there else PRETENDED
-    tried = [experiment for experiment in exercise.experiments if setting == GPU or experiment.pretends]
-    for experiment in tried if setting == GPU else tried[-1:]:
+    for experiment in exercise.experiments:
+        if setting == PRETENDED and not experiment.pretends:
+            continue
         expected = load(topic)[exercise.number][experiment.name]["reference"]
         seen = observe(experiment, exercise.reference, 0, exercise.number, setting)
         assert seen.problem is None

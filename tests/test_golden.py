@@ -196,12 +196,13 @@ def test_one_tolerance_for_each_precision_says_what_is_rounding():
         ("reference", 1.0, ["reference: y"]),
         ("off", 1.0, []),
         ("off", 5e-4, ["off: y at 10 times the tolerance"]),
+        ("broken", 0.0, ["broken: it raises in the truth table, and not here"]),
     ],
 )
 def test_what_verify_compares_is_what_the_proofs_hold(monkeypatch, who, off, differs):
     """Facts at the tolerance, a tenth of it and ten times it: the reference's of right solutions, their own of mistakes."""
     monkeypatch.setattr(command, "exercises", lambda _: {"9.1": SimpleNamespace(experiments=(Halves(),))})
-    table = {"halves": {"reference": {"y": "half"}, "off": {"y": "other"}}}
+    table = {"halves": {"reference": {"y": "half"}, "off": {"y": "other"}, "broken": None}}
     monkeypatch.setattr(golden, "load", lambda _: {"9.1": table})
     raw = run(Halves(), lambda x: x / 2 + off, 0, "9.1").raw
     made = Record(About("", None, "", {}, "", ""), {"9.1": {"halves": {who: {0: raw}}}})

@@ -5,19 +5,23 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from grader.checks import TOPICS, exercises
 from grader.experiment import Experiment, Misconception
 from grader.golden import load
 from grader.near import near
 from grader.proof import Claim, _alike, _counts, _differing, _not_as_claimed, _written_once, faults, own_seed
+from grader.variants.features import AGAIN
 
 ALL = [pytest.param(topic, exercise, id=exercise.number) for topic in TOPICS.values() for exercise in exercises(topic).values()]
+QUICK = ("0.1", "2.7", "4.2")  # proven in `make test-fast`, too
 EXTRACT = exercises("features")["2.2"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("topic", "exercise"), ALL)
+@pytest.mark.parametrize(
+    ("topic", "exercise"), [pytest.param(*p.values, id=p.id, marks=() if p.id in QUICK else pytest.mark.slow) for p in ALL]
+)
 def test_checks_are_proven(topic, exercise):
     """On seed 0 and on one that the exercise's own files decide; `make prove` takes twenty."""
     assert faults(topic, exercise, seeds=(0, own_seed(topic, exercise))) == []
@@ -25,7 +29,7 @@ def test_checks_are_proven(topic, exercise):
 
 @pytest.mark.parametrize(("topic", "exercise"), ALL)
 def test_four_misconceptions_run_and_return_what_has_the_right_form(topic, exercise):
-    """They are wrong, not broken: the truth table has facts of them in every experiment."""
+    """They are wrong, not broken: the truth table, which `test_committed_files_…` makes again, has all facts of them."""
     rows = load(topic)[exercise.number].values()
     assert sum(all(row[m.name] is not None for row in rows) for m in exercise.misconceptions) >= 4
 
@@ -74,14 +78,32 @@ class Halves(Experiment):
         return {"y": "half" if near(raw["y"], inputs["x"] / 2) else "other"}
 
 
-@pytest.mark.parametrize(("off", "margin"), [(0.0, None), (5e-5, "0.1"), (5e-4, "10"), (2e-3, None)])
+@pytest.mark.parametrize(("off", "margin"), [(0.0, None), (5e-5, 0.1), (5e-4, 10), (2e-3, None)])
 def test_a_fact_that_rounding_could_change_is_noticed(off, margin):
     """Right solutions need less than a tenth of the tolerance, and a mistake is more than ten times it away."""
-    halves = replace(EXTRACT, experiments=(Halves(),), misconceptions=())
+    halves = replace(EXTRACT, experiments=(Halves(),), misconceptions=(), autocast=False)
     table = {"halves": {"reference": {"y": "half"}}}
     claim = Claim(lambda x: x / 2 + off, "it", "passed" if off < 1e-4 else "not yet")
-    found = [fault for fault, _ in _not_as_claimed(halves, table, claim, seed=0) if "tolerance" in fault]
-    assert found == ([f"it shows another fact at {margin} times the tolerance"] if margin else [])
+    found = [fault for fault, _ in _not_as_claimed(halves, table, claim, seed=0) if "must keep" in fault]
+    assert found == ([f"it must keep its facts, and does not: y at {margin} times the tolerance"] if margin else [])
+
+
+@pytest.mark.parametrize(
+    ("subject", "fault"),
+    [
+        (lambda x: x / 2, None),
+        (lambda x: x / 2 if not torch.is_autocast_enabled("cpu") else x, "it must keep its facts in autocast, and does not: y"),
+        (
+            lambda x: x / 2 if not torch.is_autocast_enabled("cpu") else 1 / 0,
+            "it must work in autocast: your code raised ZeroDivisionError: division by zero",
+        ),
+    ],
+)
+def test_what_autocast_changes_is_noticed_where_the_statement_asks_for_it(subject, fault):
+    halves = replace(EXTRACT, experiments=(Halves(),), misconceptions=(), autocast=True)
+    table = {"halves": {"reference": {"y": "half"}}}
+    found = [line for line, _ in _not_as_claimed(halves, table, Claim(subject, "it", "passed"), seed=0)]
+    assert len(found) == bool(fault) and (not fault or fault.split(": ")[0] in found[0])
 
 
 def test_two_mistakes_that_one_fact_tells_apart_need_a_second_writing():
@@ -109,6 +131,13 @@ def test_the_same_solution_in_other_words_is_noticed():
         return result.mean()
 
     assert list(_alike([one, other])) == ["other and one are the same solution in other words"]
+
+
+def test_a_misconception_written_again_in_the_same_words_is_noticed(monkeypatch):
+    wrong = next(m for m in EXTRACT.misconceptions if m.name == "graph kept")
+    monkeypatch.setattr("grader.variants.features.AGAIN", AGAIN | {"2.2": {"graph kept": wrong.subject}})
+    name = wrong.subject.__name__
+    assert f"2.2: “graph kept”: {name} and {name} are the same solution in other words" in faults("features", EXTRACT, seeds=())
 
 
 def test_the_same_operations_in_another_order_are_another_solution():
