@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import socket
+import sys
 import tempfile
 import time
 import urllib.error
@@ -28,7 +29,7 @@ from http.client import responses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from torch import nn
@@ -232,7 +233,9 @@ def _download(url: str, path: Path, failed: Callable[[str], DownloadFailed]) -> 
         try:
             with urllib.request.urlopen(request, timeout=_patience()) as answer, path.open("wb") as file:
                 size = int(answer.headers.get("Content-Length", 0))
-                with tqdm(desc=path.name.partition(".")[0], total=size or None, unit="B", unit_scale=True) as bar:
+                name = path.name.partition(".")[0]
+                # To stdout, as `helpers.progress` does: a notebook shows stderr like an error.
+                with tqdm(desc=name, total=size or None, unit="B", unit_scale=True, leave=False, file=sys.stdout) as bar:
                     while block := answer.read1(1 << 20):
                         bar.update(file.write(block))
                 if file.tell() < size:

@@ -174,6 +174,7 @@ def python(code, home, *arguments, **changes):
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+    assert "B/s" not in done.stderr, "the bar of a download is for stdout: a notebook shows stderr like an error"
     return json.loads(done.stdout.splitlines()[-1])
 
 
