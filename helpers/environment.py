@@ -1,7 +1,9 @@
-"""What the course runs on here, in a few lines."""
+"""What the course runs on here, and what its records were measured on, in a few lines."""
 
 import os
 import platform
+from collections.abc import Iterable
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -36,6 +38,23 @@ def describe_environment() -> None:
     print(", ".join(versions))
     print(f"device: {name}")
     print(f"network: {network}")
+
+
+def here_and_now(*packages: str) -> dict:
+    """What a record made now says of how it was made: "machine", "versions" of these packages, and "date".
+
+    Records are made in processes of one thread each: where several share a number's work, its last bits differ.
+    """
+    versions = {name: version(name) for name in packages}
+    return {"machine": f"{platform.machine()} CPU, one thread", "versions": versions, "date": date.today().isoformat()}
+
+
+def recorded_on(recordings: Iterable[dict]) -> str:
+    """The machines and the dates that recordings have from `here_and_now`, in words."""
+    dates: dict[str, set[str]] = {}
+    for recording in recordings:
+        dates.setdefault(recording["machine"], set()).add(recording["date"])
+    return "recorded " + "; ".join(f"on an {machine}, {' and '.join(sorted(days))}" for machine, days in dates.items())
 
 
 def processor() -> str:

@@ -16,18 +16,16 @@ validation examples (of equals the lowest). What is measured of the chosen model
     outside      accuracy in another domain with the same classes; for digits, printed ones
     source       accuracy on what the backbone was trained on (letters), with the head it had there: less is forgetting
 
-Training takes long, so results are kept in `strategies.json`. `python -m helpers.strategies` measures what is missing there.
+Training takes long, so results are kept in `strategies.json`. `python -m helpers.strategies` measures what is missing there,
+and adds it as a recording of its own, with its machine, versions and date; those before it stay as they are.
 
 Sources: Howard & Ruder 2018 (ULMFiT); Kumar et al. 2022 (LP-FT); Hu et al. 2021 (LoRA).
 """
 
 import json
-import platform
 from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +35,13 @@ from torch import nn
 from helpers import lora, transfer
 from helpers.backbones import TextBackbone, glyphnet, stages
 from helpers.data import Examples, letters, printed_digits, word_order
+from helpers.environment import here_and_now, recorded_on
 from helpers.features import extract
 from helpers.files import write_text
 from helpers.finetune import GradualUnfreezing, lp_ft, parameter_groups, train_last, unfreeze
 from helpers.training import accuracy, evaluate, fit, seed_everything
 
-TASKS = transfer.TASKS | {"word order": transfer.TASKS["docstrings"]._replace(examples=word_order, steps=100)}
+TASKS = transfer.TASKS | {"word order": transfer.TASKS["docstrings"]._replace(examples=word_order, classes=2, steps=100)}
 DEPTHS = ("last 2 stages", "last 3 stages", "last 4 stages")
 FIVE = ("head only", "last stage", "everything", "gradual unfreezing", "LP-FT")
 LEARNING_RATES = {task: known.learning_rates for task, known in TASKS.items()}
@@ -205,44 +204,55 @@ def letters_kept(backbone: nn.Module) -> float:
 
 def recorded(task: str) -> dict[int, dict[str, list[Scores]]]:
     """Kept results of a task: {labels per class: {strategy: scores of each draw}}, as `measure` gives them."""
-    kept = json.loads(RECORD.read_text(encoding="utf-8"))[_known(task)]["scores"]
-    return {int(n): {name: [Scores(*s) for s in draws] for name, draws in by.items()} for n, by in kept.items()}
+    kept = _scores(task, _recordings(task))
+    return {labels: {name: [Scores(*s) for s in draws] for name, draws in by.items()} for labels, by in kept.items()}
 
 
 def recorded_updates() -> list[Update]:
     """Kept results of `measure_update`, one for each draw, at the learning rate that `recorded` has for it."""
-    kept = json.loads(RECORD.read_text(encoding="utf-8"))["word order"]["updates"]
+    kept = next(recording["updates"] for recording in _recordings("word order") if "updates" in recording)
     return [Update(ranks, shares, {int(rank): value for rank, value in left.items()}) for ranks, shares, left in kept]
 
 
 def circumstances(task: str) -> str:
     """What the kept results of a task were measured on, and when, in words."""
-    kept = json.loads(RECORD.read_text(encoding="utf-8"))[_known(task)]
-    return f"recorded on an {kept['machine']}, {kept['date']}"
+    return recorded_on(_recordings(task))
 
 
-def record(task: str, kept: dict, processes: int = 1) -> dict:
-    """Measure what `RECORDED` lists for a task and `kept` lacks: what `recorded` gives, with the machine and the versions."""
-    scores = {labels: dict(kept.get(task, {}).get("scores", {}).get(str(labels), {})) for labels in RECORDED[task]}
+def record(task: str, kept: list[dict], processes: int = 1) -> list[dict]:
+    """The recordings `kept` of a task, and one more of what `RECORDED` lists and they lack, if there is any."""
+    scores = _scores(task, kept)
     missing = [(labels, name) for labels, names in RECORDED[task].items() for name in names if name not in scores[labels]]
-    updates = kept.get(task, {}).get("updates")
-    if not missing and (updates or task != "word order"):
-        return kept[task]
+    updates = task == "word order" and not any("updates" in recording for recording in kept)
+    if not missing and not updates:
+        return kept
     cells = [(task, name, labels, draw) for labels, name in missing for draw in range(DRAWS[task])]
+    added: dict = {"scores": {}, "steps": TASKS[task].steps}
+    added["learning_rates"] = {name: learning_rates(task, name) for _, name in missing}
     with ProcessPoolExecutor(processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         values = dict(zip(cells, pool.map(_measure_cell, cells), strict=True))
         for labels, name in missing:
-            scores[labels][name] = [values[task, name, labels, draw] for draw in range(DRAWS[task])]
-        if task == "word order" and not updates:
-            updates = list(pool.map(_measure_update, range(DRAWS[task]), [lr for lr, *_ in scores[100]["everything"]]))
+            draws = [values[task, name, labels, draw] for draw in range(DRAWS[task])]
+            added["scores"].setdefault(str(labels), {})[name] = scores[labels][name] = draws
+        if updates:
+            rates = [lr for lr, *_ in scores[100]["everything"]]
+            added["updates"] = list(pool.map(_measure_update, range(DRAWS[task]), rates))
+    return [*kept, added | here_and_now("torch", "transformers", "scikit-learn")]
+
+
+def _recordings(task: str) -> list[dict]:
+    return json.loads(RECORD.read_text(encoding="utf-8"))[_known(task)]
+
+
+def _scores(task: str, recordings: list[dict]) -> dict[int, dict[str, list]]:
+    """What of `RECORDED` the recordings hold, in its order."""
+    found: dict[int, dict[str, list]] = {labels: {} for labels in RECORDED[task]}
+    for labels, by in ((int(n), by) for recording in recordings for n, by in recording["scores"].items()):
+        found.setdefault(labels, {}).update(by)
     return {
-        "scores": {str(labels): {name: scores[labels][name] for name in names} for labels, names in RECORDED[task].items()},
-        "steps": TASKS[task].steps,
-        "learning_rates": {name: learning_rates(task, name) for names in RECORDED[task].values() for name in names},
-        "machine": f"{platform.machine()} CPU, one thread",
-        "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        "date": date.today().isoformat(),
-    } | ({"updates": updates} if updates else {})
+        labels: {name: found[labels][name] for name in names if name in found[labels]}
+        for labels, names in RECORDED[task].items()
+    }
 
 
 def _known(task: str) -> str:
@@ -277,5 +287,5 @@ def _measure_update(draw: int, lr: float) -> list:
 
 if __name__ == "__main__":
     kept = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    tasks = {task: record(task, kept) for task in TASKS}
+    tasks = {task: record(task, kept.get(task, [])) for task in TASKS}
     write_text(RECORD, json.dumps(tasks, indent=1) + "\n")

@@ -6,21 +6,20 @@
     cures              accuracy with wrong labels, with each cure and without
     rates              what 100 steps do at a low, a good and a high learning rate
 
-Results are kept in `studies.json`. `python -m helpers.studies` measures what is missing there, in minutes.
+Results are kept in `studies.json`. `python -m helpers.studies` measures what is missing there, in minutes, and adds it as a
+recording of its own, with its machine, versions and date; those before it stay as they are.
 """
 
 import json
-import platform
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from helpers.data import Examples, digits, jitter
+from helpers.environment import here_and_now, recorded_on
 from helpers.features import extract
 from helpers.files import write_text
 from helpers.finetune import EarlyStopping, probe_head
@@ -115,34 +114,29 @@ STUDIES: dict[str, Callable[[int], dict]] = {
 
 def studied(study: str) -> dict[str, list]:
     """Kept results of one of `STUDIES`: {name: what was found with each draw}."""
-    draws = _record()["results"][study]
+    draws = next(recording["results"][study] for recording in _recordings() if study in recording["results"])
     return {name: [found[name] for found in draws] for name in draws[0]}
 
 
 def circumstances() -> str:
     """What the kept results were measured on, and when, in words."""
-    kept = _record()
-    return f"recorded on an {kept['machine']}, {kept['date']}"
+    return recorded_on(_recordings())
 
 
-def record(kept: dict, processes: int = 1) -> dict:
-    """Measure what `STUDIES` lists and `kept` lacks, with the machine and the versions."""
-    results = {study: draws for study, draws in kept.get("results", {}).items() if study in STUDIES}
-    cells = [(study, draw) for study in STUDIES if study not in results for draw in range(DRAWS)]
-    if not cells:
+def record(kept: list[dict], processes: int = 1) -> list[dict]:
+    """The recordings `kept`, and one more of what `STUDIES` lists and they lack, if there is any."""
+    missing = [study for study in STUDIES if not any(study in recording["results"] for recording in kept)]
+    if not missing:
         return kept
+    results: dict[str, list] = {study: [] for study in missing}
+    cells = [(study, draw) for study in missing for draw in range(DRAWS)]
     with ProcessPoolExecutor(processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         for (study, _), found in zip(cells, pool.map(_measure_cell, cells), strict=True):
-            results.setdefault(study, []).append(found)
-    return {
-        "results": {study: results[study] for study in STUDIES},
-        "machine": f"{platform.machine()} CPU, one thread",
-        "versions": {name: version(name) for name in ("torch", "scikit-learn")},
-        "date": date.today().isoformat(),
-    }
+            results[study].append(found)
+    return [*kept, {"results": results} | here_and_now("torch", "scikit-learn")]
 
 
-def _record() -> dict:
+def _recordings() -> list[dict]:
     return json.loads(RECORD.read_text(encoding="utf-8"))
 
 
@@ -178,5 +172,5 @@ def _rounded(value: float | list[float]) -> float | list[float]:
 
 
 if __name__ == "__main__":
-    kept = _record() if RECORD.exists() else {}
+    kept = _recordings() if RECORD.exists() else []
     write_text(RECORD, json.dumps(record(kept), indent=1) + "\n")

@@ -14,12 +14,9 @@ Training takes long, so its results are kept: those of the digits in glyphnet's 
 """
 
 import json
-import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +25,7 @@ from torch import Tensor, nn
 
 from helpers.backbones import TextBackbone, glyphnet, glyphnet_card, text_backbone
 from helpers.data import Examples, digits, docstrings
+from helpers.environment import here_and_now
 from helpers.features import drop_head, extract, linear_probe
 from helpers.files import write_text
 from helpers.text import embed
@@ -123,9 +121,7 @@ def record(task: str, labels_per_class: tuple[int, ...], draws: int, processes: 
         },
         "steps": known.steps,
         "learning_rates": known.learning_rates,
-        "machine": f"{platform.machine()} CPU, one thread",
-        "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        "date": date.today().isoformat(),
+        **here_and_now("torch", "transformers", "scikit-learn"),
     }
 
 

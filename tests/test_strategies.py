@@ -1,13 +1,16 @@
 """Strategies: each trains what it says, kept results can be measured again, and what the chapter says of them holds."""
 
+import json
 import re
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 from helpers import lora
+from helpers import strategies as module
 from helpers.backbones import stages
 from helpers.strategies import (
     CUTS,
@@ -25,6 +28,7 @@ from helpers.strategies import (
     learning_rates,
     letters_kept,
     printed,
+    record,
     recorded,
     recorded_updates,
     run,
@@ -88,7 +92,39 @@ def test_the_record_has_every_draw_and_its_recipe():
                 assert all(isinstance(score, Scores) and 0 <= score.inside <= 1 for score in draws)
                 assert {score.lr for score in draws} <= set(learning_rates(task, way))
     assert RECORD.stat().st_size < 50_000
-    assert re.fullmatch(r"recorded on an \w+ CPU, one thread, 20\d\d-\d\d-\d\d", circumstances("digits"))
+    assert re.fullmatch(
+        r"recorded on an \w+ CPU, one thread, 20\d\d-\d\d-\d\d( and 20\d\d-\d\d-\d\d)*", circumstances("digits")
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_recording_is_of_the_settings_that_the_code_has(task):
+    for recording in json.loads(RECORD.read_text(encoding="utf-8"))[task]:
+        assert recording["steps"] == TASKS[task].steps
+        names = {name for by in recording["scores"].values() for name in by}
+        assert recording["learning_rates"] == {name: list(learning_rates(task, name)) for name in names}
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Recording measures nothing, and needs no processes: each score has the draw as its learning rate."""
+    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda processes, mp_context: ThreadPoolExecutor(processes))
+    monkeypatch.setattr(module, "_measure_cell", lambda cell: [cell[-1], 0.5, 0.5, None, None, 1])
+    monkeypatch.setattr(module, "_measure_update", lambda draw, lr: [[draw], [lr], {}])
+
+
+def test_a_strategy_recorded_later_leaves_the_others_their_date(made_up, monkeypatch):
+    everything = record("word order", [])
+    assert [list(one["scores"]["100"]) for one in everything] == [list(RECORDED["word order"][100])]
+    first = {"scores": {"100": everything[0]["scores"]["100"]}, "date": "2026-01-01", "machine": "an old one"}
+    assert record("word order", [first | {"updates": []}]) == [first | {"updates": []}], "nothing is missing"
+    monkeypatch.setitem(RECORDED, "word order", {100: ("LP-FT", *RECORDED["word order"][100]), 10: ("everything",)})
+    old, added = record("word order", [first])
+    assert old == first, "as it was"
+    assert {labels: list(by) for labels, by in added["scores"].items()} == {"100": ["LP-FT"], "10": ["everything"]}
+    assert added["learning_rates"].keys() == {"LP-FT", "everything"} and added["date"] > "2026-01-01"
+    assert added["updates"] == [[[draw], [draw], {}] for draw in range(DRAWS["word order"])]
+    assert list(module._scores("word order", [old, added])[100]) == list(RECORDED["word order"][100])
 
 
 def test_lora_trains_adapters_of_every_convolution_and_the_head_and_moves_nothing_else():
