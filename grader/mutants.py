@@ -1,7 +1,7 @@
 """How many small mistakes the checks notice: what `warmstart mutants` runs, and the table in docs/proofs.md.
 
 Each mutant of an author's solution (`grader.mutation`) runs through the exercise's experiments, with the notebook's seed, in a
-forked process of its own: one that loops for ever or takes its process down is rejected, and costs the others nothing.
+forked process of its own: one that loops for ever or crashes its process is rejected, and costs the others nothing.
 Mutants that are no mistakes are declared, in `EQUIVALENT` of `grader.variants`.
 """
 
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from grader.verdict import Table, judge
 from helpers.files import write_text
 
 PAGE = Path("docs/proofs.md")
-CAP = 100  # mutants of an exercise; of more, a sample
+LONGEST = 600  # seconds that the author's solution may take
 ENVIRONMENT = {  # of the processes that are started here
     "OMP_NUM_THREADS": "1",  # no thread of torch's is there when they fork
     "MALLOC_PERTURB_": "193",  # a tensor that nobody filled holds 0.19, so that no outcome is a matter of chance (Linux)
@@ -87,24 +88,28 @@ def measure(root: Path, numbers: Sequence[str], *, cap: int, processes: int, wri
         root: the course's repository.
         numbers: the exercises.
         cap: how many mutants of an exercise are run at most, always the same ones.
-        processes: how many exercises run at a time.
-        write: whether to put the counts into the table of docs/proofs.md.
+        processes: how many exercises run at a time, at most.
+        write: whether to put the counts into the table of docs/proofs.md. A row stays if `why_not_written` says so.
 
     Returns:
-        False if a score is below the one in the table, or a declaration is out of date.
+        False if a score is below the one in the table, a declaration is out of date, or a count is not written.
     """
     declared = {number: equivalent_of(number) for number in numbers}
     page = (root / PAGE).read_text(encoding="utf-8")
     committed, good = counts_in(page), True
     counts = dict(committed)
     os.environ |= ENVIRONMENT
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(processes, len(numbers)), multiprocessing.get_context("spawn")) as pool:
         for outcomes in pool.map(outcomes_of, [root] * len(numbers), numbers, [cap] * len(numbers)):
             number, equivalent, before = outcomes.number, declared[outcomes.number], committed.get(outcomes.number)
-            counts[number] = outcomes.count(equivalent)
-            good &= (before is None or counts[number].score >= before.score) and not [*outcomes.out_of_date(equivalent)]
+            count = outcomes.count(equivalent)
+            good &= not fell(count, before) and not [*outcomes.out_of_date(equivalent)]
             print("\n".join(report(outcomes, equivalent, before)), flush=True)
-            if write:
+            if write and (reason := why_not_written(outcomes, count, before)):
+                good = False
+                print(f"     not written: {reason}", flush=True)
+            elif write:
+                counts[number] = count
                 write_text(root / PAGE, with_table(page, counts))
     return good
 
@@ -114,26 +119,31 @@ def list_mutants(root: Path, numbers: Sequence[str]) -> None:
     for number in numbers:
         original = solution_of(root, number)
         possible = mutants(original.code, original.above)
-        print("\n".join([f"{number}  {len(possible)} mutants", *(line for mutant in possible for line in described(mutant))]))
+        print("\n".join([f"{number}  {len(possible)} mutants", *(line for mutant in possible for line in lines_of(mutant))]))
 
 
-def outcomes_of(root: Path, number: str, cap: int = CAP) -> Outcomes:
+def outcomes_of(root: Path, number: str, cap: int) -> Outcomes:
     """Make the mutants of an exercise and run them.
 
     Raises:
-        ValueError: the author's solution itself is rejected.
+        ValueError: the author's solution itself is rejected, or its process crashes as a mutant's would.
     """
     topic, exercise = find(number)
     original, table = solution_of(root, number), golden.load(topic)[number]
+
+    def outcome_of(code: str) -> str:
+        return outcome_on(exercise, table, lambda: original.define(code))
+
+    outcome_of(original.code)  # here, so that no forked process has to import what it needs
     started = time.monotonic()
-    if (outcome := outcome_on(exercise, table, lambda: original.define(original.code))) != "survived":
-        raise ValueError(f"the author's solution of {number} must pass its check, but it is rejected ({outcome}).")
+    if (outcome := in_forked_process(partial(outcome_of, original.code), LONGEST)) != "survived":
+        raise ValueError(
+            f"the author's solution of {number} must pass its check in a forked process, got {outcome!r}. "
+            f"Run `warmstart prove {topic}`: if that finds no fault, this platform cannot fork a process that uses torch."
+        )
     limit = 60 + 5 * (time.monotonic() - started)
     possible = mutants(original.code, original.above)
-    ran = [
-        (mutant, apart(lambda code=mutant.code: outcome_on(exercise, table, lambda: original.define(code)), limit))
-        for mutant in sample(possible, cap)
-    ]
+    ran = [(mutant, in_forked_process(partial(outcome_of, mutant.code), limit)) for mutant in sample(possible, cap)]
     return Outcomes(number, tuple(possible), tuple(ran))
 
 
@@ -174,7 +184,7 @@ def outcome_on(exercise: Exercise, table: Table, define: Callable[[], Subject]) 
     return "named" if verdict.named else "described"
 
 
-def apart(work: Callable[[], str], seconds: float) -> str:
+def in_forked_process(work: Callable[[], str], seconds: float) -> str:
     """What `work` returns, found in a forked process; "raised" if that ends without an answer."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -200,10 +210,24 @@ def report(outcomes: Outcomes, equivalent: Mapping[str, str], before: Count | No
     yield f"{outcomes.number}  {count.mutants} mutants{possible}: {count.rejected} rejected ({kinds})"
     yield f"     {count.equivalent} equivalent, {len(survivors)} survived"
     table = "it is not in the table yet" if before is None else f"the table has {scores(before)}"
-    yield f"     score {scores(count)}; {table}{': IT FELL' if before and count.score < before.score else ''}"
+    yield f"     score {scores(count)}; {table}{': IT FELL' if fell(count, before) else ''}"
     for mutant in survivors:
-        yield from described(mutant)
+        yield from lines_of(mutant)
     yield from (f"     {line}" for line in outcomes.out_of_date(equivalent))
+
+
+def fell(count: Count, before: Count | None) -> bool:
+    """Whether the score is below the one in the table."""
+    return before is not None and count.score < before.score
+
+
+def why_not_written(outcomes: Outcomes, count: Count, before: Count | None) -> str | None:
+    """Why the table keeps the row that it has, if it does: it guards the score."""
+    if len(outcomes.ran) < len(outcomes.possible):
+        return f"only {len(outcomes.ran)} of {len(outcomes.possible)} mutants ran. Use --cap {len(outcomes.possible)}."
+    if fell(count, before):
+        return f"the score fell. To accept that, delete the row from {PAGE.as_posix()} and run this again."
+    return None
 
 
 def scores(count: Count) -> str:
@@ -211,14 +235,14 @@ def scores(count: Count) -> str:
     return f"{100 * count.score:.1f} % ({100 * count.score_without_raised:.1f} %)"
 
 
-def described(mutant: Mutant) -> Iterator[str]:
+def lines_of(mutant: Mutant) -> Iterator[str]:
     """A mutant on two lines: what stood there, and what stands there now."""
     yield f"     {mutant.operator:<17}  {mutant.old}"
     yield f"     {'->':>17}  {mutant.new}"
 
 
 HEAD = """\
-| exercise | mutants | rejected | of these raise | equivalent | score | without those that raise |
+| exercise | mutants | rejected | of these, by raising | equivalent | score | without those that raise |
 |---|---|---|---|---|---|---|"""
 
 

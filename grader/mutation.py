@@ -133,23 +133,23 @@ def _changes(node: ast.AST, modules: set[str]) -> Iterator[tuple[str, ast.AST | 
             for i, operator in enumerate(operators):
                 for other in (BOUNDARY.get(type(operator)), OPPOSITE[type(operator)]):
                     if other:
-                        yield "compare", _but(node, ops=[*operators[:i], other(), *operators[i + 1 :]])
+                        yield "compare", _copy_with(node, ops=[*operators[:i], other(), *operators[i + 1 :]])
         case ast.BinOp(left, ast.MatMult(), right):
-            yield "swap operands", _but(node, left=right, right=left)
+            yield "swap operands", _copy_with(node, left=right, right=left)
         case ast.BinOp(left, operator, right) if type(operator) in ARITHMETIC:
-            yield "arithmetic", _but(node, op=ARITHMETIC[type(operator)]())
+            yield "arithmetic", _copy_with(node, op=ARITHMETIC[type(operator)]())
             yield "drop operand", left
             if isinstance(operator, ast.Add | ast.Mult | ast.BitAnd | ast.BitOr):
                 yield "drop operand", right
         case ast.AugAssign(target, operator, value):
             if type(operator) in ARITHMETIC:
-                yield "arithmetic", _but(node, op=ARITHMETIC[type(operator)]())
+                yield "arithmetic", _copy_with(node, op=ARITHMETIC[type(operator)]())
             yield "+= to =", ast.Assign([target], value, lineno=0)
         case ast.BoolOp(operator, values):
-            yield "and/or", _but(node, op=ast.Or() if isinstance(operator, ast.And) else ast.And())
+            yield "and/or", _copy_with(node, op=ast.Or() if isinstance(operator, ast.And) else ast.And())
             for i in range(len(values)):
                 rest = _without(values, i)
-                yield "drop operand", rest[0] if len(rest) == 1 else _but(node, values=rest)
+                yield "drop operand", rest[0] if len(rest) == 1 else _copy_with(node, values=rest)
         case ast.UnaryOp(ast.Not() | ast.USub(), operand):
             yield "drop not/minus", operand
         case ast.Constant(bool(value)):
@@ -159,15 +159,15 @@ def _changes(node: ast.AST, modules: set[str]) -> Iterator[tuple[str, ast.AST | 
         case ast.Constant(float(value)):
             yield "constant", ast.Constant(value * 2 if value else 1.0)
         case ast.keyword(name, ast.Constant(int()) | ast.UnaryOp(ast.USub(), ast.Constant(int()))) if name in DIMENSIONS:
-            yield from (("dim", _but(node, value=ast.Constant(other))) for other in (0, 1, -1))
+            yield from (("dim", _copy_with(node, value=ast.Constant(other))) for other in (0, 1, -1))
         case ast.Call(function, values, keywords):
             for i, keyword in enumerate(keywords):
                 if keyword.arg:
-                    yield "drop keyword", _but(node, keywords=_without(keywords, i))
+                    yield "drop keyword", _copy_with(node, keywords=_without(keywords, i))
             for j in range(len(values)):
                 for i in range(j):
                     swapped = [*values[:i], values[j], *values[i + 1 : j], values[i], *values[j + 1 :]]
-                    yield "swap arguments", _but(node, args=swapped)
+                    yield "swap arguments", _copy_with(node, args=swapped)
             if len(values) == 1 and not keywords and not isinstance(values[0], ast.Starred):
                 yield "f(x) to x", values[0]
             if isinstance(function, ast.Attribute) and not _is_module_or_super(function.value, modules):
@@ -175,35 +175,35 @@ def _changes(node: ast.AST, modules: set[str]) -> Iterator[tuple[str, ast.AST | 
         case ast.Subscript(value, ast.Slice(), ast.Load()):
             yield "drop slice", value
         case ast.If():
-            yield "if true", _but(node, test=ast.Constant(True))
-            yield "if false", _but(node, test=ast.Constant(False))
+            yield "if true", _copy_with(node, test=ast.Constant(True))
+            yield "if false", _copy_with(node, test=ast.Constant(False))
         case ast.IfExp(_, body, otherwise):
             yield "if true", body
             yield "if false", otherwise
         case ast.While():
-            yield "empty loop", _but(node, test=ast.Constant(False))
+            yield "empty loop", _copy_with(node, test=ast.Constant(False))
         case ast.For(_, _, body):
-            yield "empty loop", _but(node, iter=ast.List([], ast.Load()))
+            yield "empty loop", _copy_with(node, iter=ast.List([], ast.Load()))
             if not any(isinstance(part, ast.Break | ast.Continue) for part in ast.walk(node)):
-                yield "loop once", _but(node, body=[*body, ast.Break()])
+                yield "loop once", _copy_with(node, body=[*body, ast.Break()])
         case ast.comprehension(_, _, conditions):
-            yield from (("drop filter", _but(node, ifs=_without(conditions, i))) for i in range(len(conditions)))
+            yield from (("drop filter", _copy_with(node, ifs=_without(conditions, i))) for i in range(len(conditions)))
         case ast.With(_, body):
             yield "drop with", body
         case ast.Try(body, handlers, otherwise, final):
             if final:
-                yield "no finally", _on_success([_but(node, finalbody=[])] if handlers else body, final)
+                yield "no finally", _on_success([_copy_with(node, finalbody=[])] if handlers else body, final)
             if handlers:
-                yield "no except", [_but(node, handlers=[], orelse=[])] if final else [*body, *otherwise]
+                yield "no except", [_copy_with(node, handlers=[], orelse=[])] if final else [*body, *otherwise]
         case ast.ExceptHandler(ast.Name(name)):
             for other in ("RuntimeError", "ValueError", "BaseException"):
                 if other != name:
-                    yield "except other", _but(node, type=ast.Name(other))
+                    yield "except other", _copy_with(node, type=ast.Name(other))
         case ast.Raise(ast.Call(ast.Name() as error, values)):
-            yield "raise other", _but(node, exc=ast.Call(ast.Name("RuntimeError"), values, []))
-            yield "raise silent", _but(node, exc=ast.Call(error, [], []))
+            yield "raise other", _copy_with(node, exc=ast.Call(ast.Name("RuntimeError"), values, []))
+            yield "raise silent", _copy_with(node, exc=ast.Call(error, [], []))
         case ast.FunctionDef(decorator_list=[_, *_]) | ast.ClassDef(decorator_list=[_, *_]):
-            yield "drop decorator", _but(node, decorator_list=[])
+            yield "drop decorator", _copy_with(node, decorator_list=[])
     docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     if isinstance(node, ast.stmt) and not docstring and not isinstance(node, ast.Pass | ast.Nonlocal | ast.Global):
         yield "delete statement", ast.Pass()
@@ -237,7 +237,7 @@ def _is_module_or_super(node: ast.expr, modules: set[str]) -> bool:
     return False
 
 
-def _but(node: ast.AST, **fields: Any) -> ast.AST:
+def _copy_with(node: ast.AST, **fields: Any) -> ast.AST:
     changed = copy.copy(node)
     for field, value in fields.items():
         setattr(changed, field, value)
@@ -269,8 +269,8 @@ def _compiles(code: str) -> bool:
 
 def _change(code: str, mutated: str) -> tuple[str, str]:
     before, after = ([line.strip() for line in text.splitlines() if line.strip()] for text in (code, mutated))
-    start = _alike(before, after)
-    end = _alike(before[start:][::-1], after[start:][::-1])
+    start = _common_length(before, after)
+    end = _common_length(before[start:][::-1], after[start:][::-1])
     removed, added = before[start : len(before) - end], after[start : len(after) - end]
     if not removed:  # say after which line
         removed, added = [before[start - 1]], [before[start - 1], *added]
@@ -281,8 +281,8 @@ def _excerpts(old: str, new: str) -> tuple[str, str]:
     """Both; if they are long, what differs and the words around it."""
     if max(len(old), len(new)) <= SHORT:
         return old, new
-    start = _alike(old, new)
-    end = _alike(old[start:][::-1], new[start:][::-1])
+    start = _common_length(old, new)
+    end = _common_length(old[start:][::-1], new[start:][::-1])
     first = old.rfind(" ", 0, max(0, start - CONTEXT)) + 1
     block = NEXT_LINE in old + new
     return tuple(_cut(text, first, text.find(" ", len(text) - end + CONTEXT), block) for text in (old, new))
@@ -295,7 +295,7 @@ def _cut(text: str, first: int, last: int, block: bool) -> str:
     return f"… {part}" if first else part
 
 
-def _alike(some: Sequence[str], others: Sequence[str]) -> int:
+def _common_length(some: Sequence[str], others: Sequence[str]) -> int:
     """How many lines, or letters, the two have in common at their beginnings."""
     pairs = enumerate(zip(some, others, strict=False))
     return next((i for i, (line, other) in pairs if line != other), min(len(some), len(others)))

@@ -84,13 +84,6 @@ BOTH = [
 
 EQUIVALENT = {
     "if len(example) == 1: -> if True:": "a doubled example is as good",
-    "if len(example) == 1: -> if False:": "the exporter keeps the batch dynamic for one row, too",
-    "if len(example) == 1: ⏎ example = torch.cat([example, example]) -> "
-    "pass": "the exporter keeps the batch dynamic for one row, too",
-    "if len(example) == 1: -> if len(example) != 1:": "the exporter keeps the batch dynamic for one row, too",
-    "if len(example) == 1: -> if len(example) == 2:": "the exporter keeps the batch dynamic for one row, too",
-    "if len(example) == 1: -> if len(example) == 0:": "the exporter keeps the batch dynamic for one row, too",
-    "example = torch.cat([example, example]) -> pass": "the exporter keeps the batch dynamic for one row, too",
     "try: ⏎ torch.onnx.export(model, (example,), path, … external_data=False, verbose=False) ⏎ finally: -> "
     "torch.onnx.export(model, (example,), path, … external_data=False, verbose=False)": "an export that raises is out of scope",
     "… (example,), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), … -> "
