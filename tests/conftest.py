@@ -72,8 +72,11 @@ def pytest_collection_modifyitems(items):
 def pytest_xdist_make_scheduler(config, log):
     """Processes side by side take what `_together` puts together: its tests share what is made once.
 
-    `--dist loadgroup` of pytest-xdist 3.8 puts nothing together in pytest 9.2, and says nothing.
+    `--dist loadgroup` of pytest-xdist 3.8 puts nothing together in pytest 9.2, and says nothing. Any `--dist` but the one
+    that `--numprocesses` stands for, "load", is left to pytest-xdist.
     """
+    if config.getoption("dist") != "load":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -60,12 +61,14 @@ def alt(shown):
 @pytest.fixture
 def drawn(monkeypatch):
     """Figures of explorers, which become pictures here only where a test asks: most are of knobs on their way."""
-    figures = []
+    figures, drawing = [], threading.Lock()
 
     def kept(fig, text):
-        figures.append((fig, text))
-        time.sleep(0.001)  # lets other threads go on, as drawing does
-        return f'<img alt="{html.escape(text)}" number="{len(figures)}">'
+        assert drawing.acquire(blocking=False), "only one explorer draws at a time"
+        figures.append((fig, text))  # keeps it, so that no other gets its id
+        time.sleep(0.01)  # lets other threads go on, as drawing does
+        drawing.release()
+        return f'<img alt="{html.escape(text)}" id="{id(fig)}">'
 
     monkeypatch.setattr(sys.modules["helpers.explorer"], "image", kept)
     return figures
@@ -85,10 +88,12 @@ def test_a_figure_shows_the_recorded_numbers(task):
         assert "recorded" in fig.get_suptitle()
 
 
-def assert_the_last(explorer, drawn, wanted):
-    """What an explorer shows is what it drew last, and that is the figure that is wanted."""
-    assert f'number="{len(drawn)}"' in explorer.picture.value and drawn[-1][1] == wanted[1]
-    assert np.array_equal(picture(image(*drawn[-1])), picture(image(*wanted)))
+def assert_shows(explorer, drawn, wanted):
+    """The figure in an explorer's picture, of all that it drew, and its text alternative are those that are wanted."""
+    shown = explorer.picture.value
+    assert html.unescape(alt(shown)) == wanted[1]
+    (fig,) = [fig for fig, _ in drawn if f'id="{id(fig)}"' in shown]
+    assert np.array_equal(picture(image(fig, wanted[1])), picture(image(*wanted)))
 
 
 @pytest.fixture
@@ -302,7 +307,7 @@ def test_knobs_of_freezing_turned_at_once_leave_the_figure_of_their_last_positio
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(turn, range(59)))
     depth = list(depths(explorer.task.value)).index(explorer.depth.value)
-    assert_the_last(explorer, drawn, freezing_figure(explorer.task.value, depth, explorer.labels.value))
+    assert_shows(explorer, drawn, freezing_figure(explorer.task.value, depth, explorer.labels.value))
 
 
 # --- chapter 05 ---------------------------------------------------------------------------------------------------
@@ -434,7 +439,7 @@ def test_knobs_of_drift_turned_at_once_leave_the_figure_of_their_last_positions(
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(turn, range(29)))
-    assert_the_last(explorer, drawn, drift_figure(explorer.kind.value, explorer.strength.value, explorer.using.value))
+    assert_shows(explorer, drawn, drift_figure(explorer.kind.value, explorer.strength.value, explorer.using.value))
 
 
 @pytest.mark.slow
@@ -645,7 +650,7 @@ def test_knobs_of_lora_turned_at_once_leave_the_figure_of_their_last_positions(l
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(turn, range(23)))
-    assert_the_last(explorer, drawn, lora_figure(*explorer.settings()))
+    assert_shows(explorer, drawn, lora_figure(*explorer.settings()))
 
 
 # --- chapter 08 ---------------------------------------------------------------------------------------------------
@@ -824,7 +829,7 @@ def test_knobs_of_export_turned_at_once_leave_the_figure_of_their_last_positions
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(turn, range(23)))
-    assert_the_last(explorer, drawn, export_figure(*explorer.settings()))
+    assert_shows(explorer, drawn, export_figure(*explorer.settings()))
 
 
 @pytest.mark.slow

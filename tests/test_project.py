@@ -1,9 +1,11 @@
 """What the repository promises about itself."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -91,8 +93,13 @@ def test_ci_runs_make_test(root):
     assert "make test" in (root / "README.md").read_text(encoding="utf-8")
 
 
-def test_processes_side_by_side_take_whole_files_chapters_and_single_proofs(request, root):
-    together = request.config.pluginmanager.get_plugin(str(root / "tests" / "conftest.py"))._together
+@pytest.fixture
+def conftest(request):
+    """The module `tests/conftest.py`, whatever path pytest knows it by: a checkout may be a link."""
+    return next(plugin for plugin in request.config.pluginmanager.get_plugins() if hasattr(plugin, "_together"))
+
+
+def test_processes_side_by_side_take_whole_files_chapters_and_single_proofs(conftest):
     chapter = "tests/test_course.py 06"
     cases = {
         "tests/test_lab.py::test_every_figure_shows_something": "tests/test_lab.py",
@@ -102,4 +109,43 @@ def test_processes_side_by_side_take_whole_files_chapters_and_single_proofs(requ
         "tests/test_course.py::test_every_link_into_the_glossary_leads_to_a_term": "tests/test_course.py",
         "tests/test_proof.py::test_checks_are_proven[2.3]": "tests/test_proof.py::test_checks_are_proven[2.3]",
     }
-    assert {nodeid: together(nodeid) for nodeid in cases} == cases
+    assert {nodeid: conftest._together(nodeid) for nodeid in cases} == cases
+
+
+MADE_ONCE = """
+import time
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def made():
+    with open("made.txt", "a") as file:
+        file.write(f"{Path(__file__).name} ")
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_it(made, number):
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_file_makes_once_is_made_once_by_processes_side_by_side(root, tmp_path):
+    """Two files of six tests each: dealt out one by one, both processes would make both."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(root / "tests" / "conftest.py", tmp_path / "tests")
+    for name in ("test_one.py", "test_two.py"):
+        (tmp_path / "tests" / name).write_text(MADE_ONCE, encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]", encoding="utf-8")  # its own project
+    command = [sys.executable, "-m", "pytest", "--numprocesses=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "12 passed" in done.stdout and "2 workers" in done.stdout, done.stdout + done.stderr
+    assert sorted((tmp_path / "made.txt").read_text(encoding="utf-8").split()) == ["test_one.py", "test_two.py"]
+
+
+def test_another_way_to_deal_out_tests_is_left_to_xdist(conftest):
+    for dist in ("each", "loadscope", "loadfile", "loadgroup", "worksteal"):
+        config = SimpleNamespace(getoption={"dist": dist}.get)
+        assert conftest.pytest_xdist_make_scheduler(config, None) is None
