@@ -149,7 +149,8 @@ def sample_submissions(root: Path, mistakes: Sequence[Misconception] | None = No
     other = nbformat.read(root / "course" / "00_start" / "00_start.ipynb", 4)
     first, second = by_name("extract"), by_name("linear_probe")
     one, two = first.number, second.number
-    wrong = {_file_name(m.name): source_as(m.subject, first.name) for m in mistakes or first.misconceptions}
+    chosen = first.misconceptions if mistakes is None else mistakes
+    wrong = {_file_name(m.name): source_as(m.subject, first.name) for m in chosen}
     answers = {
         "perfect": right,
         "empty": {},

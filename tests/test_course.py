@@ -100,6 +100,12 @@ def test_common_mistakes_are_those_the_checks_know(script):
     assert all(m.hint in section for e in exercises(topic).values() for m in e.misconceptions)
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_no_cell_switches_a_progress_bar_off(script):
+    """What takes more than 3 seconds shows how far it is."""
+    assert not re.findall(r"\b(?:progress|show)\s*=\s*False|\bdisable\s*=\s*True", script.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_learners_get_holds_no_solution_and_no_output(name):
     folder = ROOT / "course" / name

@@ -44,6 +44,14 @@ def graded(tmp_path_factory, handed_in):
     return folder, {row["file"].removesuffix(f"_{CHAPTER}.ipynb"): row for row in rows}
 
 
+def test_the_class_of_make_grade_has_a_student_for_each_misconception(handed_in):
+    nobody, everybody = sample_submissions(ROOT, ()), sample_submissions(ROOT)
+    assert nobody.keys() < handed_in.keys() < everybody.keys()
+    assert len(everybody) - len(nobody) == len(FIRST.misconceptions) > len(MISTAKES) == len(handed_in) - len(nobody)
+    answers = {everybody[file] for file in everybody.keys() - nobody.keys()}
+    assert len(answers) == len(FIRST.misconceptions) and everybody[f"perfect_{CHAPTER}.ipynb"] not in answers
+
+
 @pytest.fixture
 def healthy(graded):
     return {student: row for student, row in graded[1].items() if row["file"] not in NOT_GRADED}
