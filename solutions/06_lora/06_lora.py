@@ -961,9 +961,11 @@ AdapterFile(sys.argv[1]).load(model)
 print(f"after loading:  {evaluate(model, texts):.3f}")
 """
 program = [sys.executable, "-c", elsewhere, folder / "word_order.safetensors"]
-with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-    lines = list(progress_bar(process.stdout, "lines of the new process"))
-print("".join(lines).rstrip())
+with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    lines = [process.stdout.readline() for _ in progress_bar(range(2), "a new process")]
+    errors = process.stderr.read()
+assert process.returncode == 0, errors
+print(*lines, sep="", end="")
 print(f"here:           {evaluate(adapted, third):.3f}")
 
 # %% [markdown]
