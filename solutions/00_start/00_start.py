@@ -17,7 +17,7 @@
 # | | |
 # |---|---|
 # | you need | a little Python and torch; no GPU, no network |
-# | time | 10 minutes for you, 6 seconds for two CPU cores |
+# | time | 10 minutes for you, 3 seconds for two CPU cores |
 # | exercises | 1 |
 #
 # **How a chapter works.** You read, predict, run, and write. An exercise is a cell with `raise NotImplementedError`:

@@ -18,7 +18,7 @@
 # | | |
 # |---|---|
 # | you need | chapters 00, 02 and 04; no GPU, no network |
-# | time | three hours for you; 45 seconds for two CPU cores (measured; without a GPU) |
+# | time | three hours for you; 35 seconds for two CPU cores (measured; without a GPU) |
 # | exercises | 7 |
 #
 # Afterwards you can

@@ -19,7 +19,7 @@
 # | | |
 # |---|---|
 # | you need | chapters 00, 02 and 04; no GPU, no network |
-# | time | two hours for you; 25 seconds for two CPU cores (measured; without a GPU) |
+# | time | two hours for you; 15 seconds for two CPU cores (measured; without a GPU) |
 # | exercises | 5 |
 #
 # Afterwards you can
