@@ -79,8 +79,8 @@ def own_seed(topic: str, exercise: Exercise) -> int:
     again, both = variants.AGAIN[number].values(), (subject for _, subject in variants.BOTH[number])
     parts = [*exercise.experiments, *exercise.subjects.values(), *variants.RIGHT[number], *again, *both]
     modules = {getattr(part, "__module__", type(part).__module__) for part in parts}
-    files = sorted(Path(sys.modules[module].__file__) for module in modules if hasattr(sys.modules[module], "__file__"))
-    text = "".join(file.read_text(encoding="utf-8") for file in files)  # as text: the same with any line ends
+    files = [file for module in sorted(modules) if (file := getattr(sys.modules[module], "__file__", None))]
+    text = "".join(Path(file).read_text(encoding="utf-8") for file in files)  # as text: the same with any line ends
     return int.from_bytes(sha256(text.encode()).digest()[:4]) >> 1
 
 
