@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from halves import Halves
 from typer.testing import CliRunner
 
 from grader import golden
 from grader.checks import TOPICS, exercises
-from grader.experiment import Experiment, Trial
+from grader.experiment import Trial
 from grader.golden import AWAITS, FOLDER
 from grader.golden import __main__ as command
 from grader.golden.__main__ import deviations, facts_that_differ
@@ -157,19 +158,6 @@ def test_deviations_tell_numbers_from_what_is_no_number(other, far, differs):
 
     found = between(results({"x": torch.tensor([1.0, 2.0]), "n": 1}), results(other))["9.1", "e"]
     assert found.far == pytest.approx(far, rel=0.02) and found.other == differs
-
-
-class Halves(Experiment):
-    """halves"""
-
-    def draw(self, trial):
-        return {"x": trial.normal(3)}
-
-    def measure(self, subject, inputs):
-        return {"y": subject(inputs["x"])}
-
-    def facts(self, raw, inputs):
-        return {"y": "half" if near(raw["y"], inputs["x"] / 2) else "other"}
 
 
 def test_near_is_relative_to_what_is_large_and_never_to_what_is_small():

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from halves import Halves
 
 from grader.checks import TOPICS, exercises
-from grader.experiment import Experiment, Misconception
+from grader.experiment import Misconception
 from grader.golden import load
-from grader.near import near
 from grader.proof import Claim, _alike, _counts, _differing, _not_as_claimed, _written_once, faults, own_seed
 from grader.variants.features import AGAIN
 
@@ -63,19 +63,6 @@ def test_too_few_misconceptions_are_noticed():
     exercise = exercises("start")["0.1"]
     few = replace(exercise, misconceptions=exercise.misconceptions[:3])
     assert "3 misconceptions, at least 4 are needed" in list(_counts(few, [], {}, []))
-
-
-class Halves(Experiment):
-    """halves"""
-
-    def draw(self, trial):
-        return {"x": trial.normal(3)}
-
-    def measure(self, subject, inputs):
-        return {"y": subject(inputs["x"])}
-
-    def facts(self, raw, inputs):
-        return {"y": "half" if near(raw["y"], inputs["x"] / 2) else "other"}
 
 
 @pytest.mark.parametrize(("off", "margin"), [(0.0, None), (5e-5, 0.1), (5e-4, 10), (2e-3, None)])
