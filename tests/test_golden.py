@@ -1,6 +1,5 @@
 """What is recorded: results of every right solution, and their deviations; one tolerance for each precision."""
 
-import hashlib
 import json
 import re
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ from typer.testing import CliRunner
 
 from grader import golden
 from grader.checks import TOPICS, exercises
-from grader.experiment import Trial
 from grader.golden import AWAITS, FOLDER
 from grader.golden import __main__ as command
 from grader.golden.__main__ import deviations, facts_that_differ
@@ -35,7 +33,6 @@ from grader.near import distance, near, rounded_to
 from grader.observe import run
 from grader.setting import CPU, GPU, PRETENDED, Setting
 
-DRAWN_WHERE_IT_WAS_RECORDED = "43678415636bbad8"  # numbers, with vector instructions
 RECORDS = [
     pytest.param(topic, setting, of, id=f"{of} {setting} {topic}")
     for of in all_versions()
@@ -49,7 +46,7 @@ RECORDS = [
 @pytest.mark.parametrize(("topic", "setting", "of"), [row for row in RECORDS if row.values[1:] != (CPU, all_versions()[-1])])
 def test_facts_made_from_what_was_recorded_are_those_of_the_truth_table(topic, setting, of):
     """With whatever device, precision and version: what the newest gives on the CPU, the proofs run again."""
-    if hashlib.sha256(Trial(0).normal(1000).numpy().tobytes()).hexdigest()[:16] != DRAWN_WHERE_IT_WAS_RECORDED:
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this processor draws numbers with other last bits, and some facts ask whether a parameter kept all of its")
     assert facts_that_differ(topic, read(path_of(topic, setting, of)), setting) == {}
 
