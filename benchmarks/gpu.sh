@@ -47,7 +47,7 @@ for step in $steps; do
     tests)
         { about; "$python" -m pytest -q -p no:cacheprovider --durations=5 -k "not proven" \
             tests/test_{lora,adapters,batchnorm,features,finetune,training,backbones,text,data,export}.py \
-            tests/test_{pretend,elsewhere,golden,check,verdict,proof}.py; } 2>&1 |
+            tests/test_{fake_gpu,on_gpu,golden,check,verdict,proof}.py; } 2>&1 |
             tee "$texts/gpu_tests.txt" || failed=1
         ;;
     record)

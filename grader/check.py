@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from grader import elsewhere, golden
+from grader import on_gpu
 from grader.checks import find
 from grader.experiment import Exercise, Fact, Subject, equal
+from grader.golden import table_of
 from grader.observe import observe
 from grader.verdict import Observation, Verdict, judge
 
@@ -45,8 +46,8 @@ def check(number: str, thing: Subject) -> float | None:
     Raises:
         CheckFailed: not passed yet (not under nbgrader). An untouched exercise does not raise: the chapter goes on.
     """
-    topic, exercise = find(number)
-    table = golden.load(topic)[number]
+    exercise = find(number)
+    table = table_of(exercise)
     verdict = _verdict(exercise, thing, table)
     points, outcome, named = 0, "error", []
     if isinstance(verdict, str):
@@ -61,7 +62,7 @@ def check(number: str, thing: Subject) -> float | None:
         _publish({"exercise": number, "points": points, "outcome": outcome, "named": named})
         return float(points)
     if outcome == "passed":  # the answer is there already; this may take a moment
-        for label, sentence in elsewhere.look(exercise, thing, table, _seeds()[0]):
+        for label, sentence in on_gpu.try_on_gpu(exercise, thing, table, _seeds()[0]):
             print(_fill(f"     {label:<10}", sentence))
     elif outcome != "not attempted":
         raise CheckFailed(f"{number} is not passed yet: see above.")
@@ -70,7 +71,7 @@ def check(number: str, thing: Subject) -> float | None:
 
 def hint(number: str, level: int = 1) -> None:
     """Print a hint for an exercise: 1 asks, 2 points at something to observe, 3 gives the formula or the operation."""
-    _, exercise = find(number)
+    exercise = find(number)
     if level not in (1, 2, 3):
         raise ValueError(f"level must be 1, 2 or 3, got {level!r}.")
     print(_fill(f"{number}  hint {level} of 3  ", exercise.hints[level - 1]))
@@ -80,7 +81,7 @@ def hint(number: str, level: int = 1) -> None:
 
 def continue_with(number: str) -> Subject:
     """Return your solution of an exercise if it passed its check, else the reference, and print which of the two."""
-    _, exercise = find(number)
+    exercise = find(number)
     verdict, thing = _session.get(number, (None, None))
     if verdict is not None and verdict.outcome == "passed":
         print(f"{number}  continuing with your {exercise.name}")
@@ -123,8 +124,8 @@ def describe(verdict: Verdict) -> str:
                 lines.append(_fill("     expected  ", f"{fact}: {_spell(expected)}"))
                 note = f" ({notes[fact]})" if fact in notes else ""
                 lines.append(_fill("     got       ", f"{fact}: {_spell(got)}{note}"))
-    hints = {wrong.name: wrong.hint for wrong in exercise.misconceptions}
-    lines += [_fill("     likely    ", f"{name}. {hints[name]}") for name in verdict.named]
+    named = [wrong for wrong in exercise.misconceptions if wrong.key in verdict.named]
+    lines += [_fill("     likely    ", f"{wrong.name}. {wrong.hint}") for wrong in named]
     if verdict.named and verdict.unexplained:
         lines.append("     besides   something else differs too")
     lines += [_fill("     note      ", line) for line in verdict.said]
@@ -164,9 +165,9 @@ def _observe_all(exercise: Exercise, thing: Subject, seed: int) -> dict[str, Obs
     seen: dict[str, Observation] = {}
     stopped = None
     for experiment in exercise.experiments:
-        seen[experiment.name] = stopped or observe(experiment, thing, seed, exercise.number)
-        if seen[experiment.name].problem and seen[experiment.name].problem.kind == "time":
-            stopped = seen[experiment.name]
+        seen[experiment.key] = stopped or observe(experiment, thing, seed, exercise.number)
+        if seen[experiment.key].problem and seen[experiment.key].problem.kind == "time":
+            stopped = seen[experiment.key]
     return seen
 
 
@@ -175,7 +176,7 @@ def _torch_is_itself(exercise: Exercise, verdict: Verdict, seed: int, table: dic
     failed = [finding.experiment for finding in verdict.findings if finding.outcome == "not yet"]
     for experiment in failed:
         control = observe(experiment, exercise.reference, seed, exercise.number)
-        expected = table[experiment.name]["reference"]
+        expected = table[experiment.key]["reference"]
         if control.facts is None or not all(equal(expected[f], control.facts[f]) for f in expected):
             return False
     return True

@@ -1,4 +1,15 @@
-"""What an exercise is made of: experiments, misconceptions, hints.
+"""What an exercise is made of: experiments and misconceptions, which its module registers where it defines them.
+
+    exercise = Exercise(__name__, "4.1", train_only)
+
+    @exercise.experiment("frozen stay")
+    class FrozenStay(Experiment): ...
+
+    @exercise.misconception("head alone")
+    def head_alone(model): ...
+
+The keys in quotes are what truth tables, records and statistics know them by. What a learner reads of each, hints
+included, stands under the same keys in `grader/words/<topic>.toml`.
 
 An experiment asks one question of any subject, be it the learner's code, the reference or a misconception:
 
@@ -10,14 +21,16 @@ The facts of the reference and of every misconception stand in `grader/golden/`;
 learner's facts with them.
 """
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import isclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from grader import words
 from helpers import expect
 
 Fact = str | bool | int | float | None | list
@@ -49,16 +62,19 @@ class Trial:
 
 
 class Experiment:
-    """One question about a subject. The first line of a subclass's docstring is the claim that a learner reads.
+    """One question about a subject.
 
     `draw` may also use torch's global random state (to make a module): it is seeded with `trial.seed` before,
     and put back afterwards. `measure` may change its inputs; `facts` gets freshly drawn ones.
     A fact of None means "not observable here": it counts as different from the reference and explains nothing.
     """
 
+    key: str  # what tables and records know it by; set by `Exercise.experiment`
+    claim: str  # the sentence that a learner reads, from `grader/words`
+
     points: ClassVar[int] = 1
     seconds: ClassVar[float] = 10.0  # after that the subject is stopped
-    pretends: ClassVar[bool] = True  # whether it can run on a GPU that is only pretended
+    on_fake_gpu: ClassVar[bool] = True  # whether it can run on a fake GPU
     may_change: ClassVar[tuple[str, ...]] = ()  # names of inputs that the statement lets a subject change in place
 
     def draw(self, trial: Trial) -> dict[str, Any]:
@@ -74,14 +90,6 @@ class Experiment:
         """Magnitudes worth showing beside a fact that differs; they depend on free choices and are never compared."""
         return {}
 
-    @property
-    def name(self) -> str:
-        return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(self).__name__).lower()
-
-    @property
-    def claim(self) -> str:
-        return (type(self).__doc__ or "").strip().splitlines()[0]
-
 
 def equal(one: Fact, other: Fact) -> bool:
     """Whether two values of a fact are the same: numbers, which facts round, to within 0.001, all else exactly."""
@@ -96,28 +104,74 @@ def equal(one: Fact, other: Fact) -> bool:
 class Misconception:
     """A named mistake: a wrong implementation, a hint towards the idea it misses, and where it was seen."""
 
-    name: str  # how common mistakes and statistics call it
+    key: str  # what tables, records and statistics know it by
+    name: str  # what a learner reads; the key, unless `grader/words` has another
     hint: str  # a sentence that points at the idea, never at code; ends with a question or an observation to make
     source: str  # where it comes from
     subject: Subject
 
 
-def misconception(name: str, *, hint: str, source: str) -> Callable[[Subject], Misconception]:
-    """Turn a wrong implementation into a `Misconception`."""
-    return lambda subject: Misconception(name, hint, source, subject)
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Exercise:
     """An exercise as the grader knows it."""
 
+    module: str  # the `__name__` of the module that defines it, in `grader.checks.<topic>`
     number: str  # "2.1"
-    name: str  # what the learner defines: "extract"
     reference: Subject
-    experiments: tuple[Experiment, ...]
-    misconceptions: tuple[Misconception, ...]
-    hints: tuple[str, str, str]  # a question; an observation to make; the formula or the name of the operation
+    name: str = ""  # what the learner defines; left out, it is called as the reference is
     autocast: bool = False  # whether the statement says that it works inside `torch.autocast` too
+    experiments: list[Experiment] = field(default_factory=list)
+    misconceptions: list[Misconception] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.reference.__name__
+
+    @property
+    def topic(self) -> str:
+        return self.module.split(".")[2]
+
+    @property
+    def words(self) -> words.Words:
+        return words.of(self.topic, self.number)
+
+    def experiment(self, key: str) -> Callable[[type[Experiment]], type[Experiment]]:
+        """Register the class below as an experiment; the order of experiments is that in which they are defined."""
+
+        def register(kind: type[Experiment]) -> type[Experiment]:
+            experiment = kind()
+            experiment.key, experiment.claim = key, self.words.claim(key)
+            self.experiments.append(experiment)
+            return kind
+
+        return register
+
+    def misconception(self, key: str) -> Callable[[Subject], Subject]:
+        """Register the function or class below as a wrong implementation."""
+
+        def register(subject: Subject) -> Subject:
+            self.misconceptions.append(Misconception(key, *self.words.misconception(key), subject))
+            return subject
+
+        return register
+
+    def misconceptions_of(self, solution: Subject, changes: Mapping[str, dict[str, Any]]) -> None:
+        """Register misconceptions that are a right solution but for a piece of it.
+
+        Args:
+            solution: a function with an option for each piece, or a class with a method for each.
+            changes: key -> what is another there: keyword arguments of the function, or attributes of the class.
+        """
+        for key, change in changes.items():
+            if isclass(solution):
+                subject = type(key, (solution,), change | {"__module__": solution.__module__})
+            else:
+                subject = partial(solution, **change)
+            self.misconception(key)(subject)
+
+    @property
+    def hints(self) -> list[str]:
+        """A question; an observation to make; the formula or the name of the operation."""
+        return self.words.hints
 
     @property
     def points(self) -> int:
@@ -125,8 +179,8 @@ class Exercise:
 
     @property
     def subjects(self) -> dict[str, Subject]:
-        """The reference under "reference", and every misconception under its name."""
-        return {"reference": self.reference} | {wrong.name: wrong.subject for wrong in self.misconceptions}
+        """The reference under "reference", and every misconception under its key."""
+        return {"reference": self.reference} | {wrong.key: wrong.subject for wrong in self.misconceptions}
 
 
 def expect_tensor(value: object, shape: tuple[int | str, ...], what: str) -> Tensor:

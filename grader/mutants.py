@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
-from grader import golden
 from grader.checks import TOPICS, exercises, find
 from grader.experiment import Exercise, Subject
+from grader.golden import table_of
 from grader.mutation import Mutant, Solution, mutants, solution
 from grader.observe import observe
+from grader.variants import variants_of
 from grader.verdict import Table, judge
 from helpers.files import write_text
 
@@ -128,8 +128,8 @@ def outcomes_of(root: Path, number: str, cap: int) -> Outcomes:
     Raises:
         ValueError: the author's solution itself is rejected, or its process crashes as a mutant's would.
     """
-    topic, exercise = find(number)
-    original, table = solution_of(root, number), golden.load(topic)[number]
+    exercise = find(number)
+    original, table = solution_of(root, number), table_of(exercise)
 
     def outcome_of(code: str) -> str:
         return outcome_on(exercise, table, lambda: original.define(code))
@@ -138,8 +138,8 @@ def outcomes_of(root: Path, number: str, cap: int) -> Outcomes:
     started = time.monotonic()
     if (outcome := in_forked_process(partial(outcome_of, original.code), LONGEST)) != "survived":
         raise ValueError(
-            f"the author's solution of {number} must pass its check in a forked process, got {outcome!r}. "
-            f"Run `warmstart prove {topic}`: if that finds no fault, this platform cannot fork a process that uses torch."
+            f"the author's solution of {number} must pass its check in a forked process, got {outcome!r}. Run "
+            f"`warmstart prove {exercise.topic}`: if that finds no fault, this platform cannot fork a process that uses torch."
         )
     limit = 60 + 5 * (time.monotonic() - started)
     possible = mutants(original.code, original.above)
@@ -149,14 +149,14 @@ def outcomes_of(root: Path, number: str, cap: int) -> Outcomes:
 
 def solution_of(root: Path, number: str) -> Solution:
     """The author's solution of an exercise."""
-    topic, exercise = find(number)
-    (script,) = (root / "solutions").glob(f"*_{topic}/*_{topic}.py")
+    exercise = find(number)
+    (script,) = (root / "solutions").glob(f"*_{exercise.topic}/*_{exercise.topic}.py")
     return solution(script, number, exercise.name)
 
 
 def equivalent_of(number: str) -> Mapping[str, str]:
     """The mutants of an exercise that are no mistakes: change -> the reason."""
-    return import_module(f"grader.variants.{find(number)[0]}").EQUIVALENT[number]
+    return variants_of(find(number)).EQUIVALENT
 
 
 def sample(possible: Sequence[Mutant], cap: int) -> list[Mutant]:
@@ -173,8 +173,8 @@ def outcome_on(exercise: Exercise, table: Table, define: Callable[[], Subject]) 
         return "raised"
     seen = {}
     for experiment in exercise.experiments:
-        seen[experiment.name] = observe(experiment, subject, 0, exercise.number)
-        if seen[experiment.name].problem and seen[experiment.name].problem.kind == "time":
+        seen[experiment.key] = observe(experiment, subject, 0, exercise.number)
+        if seen[experiment.key].problem and seen[experiment.key].problem.kind == "time":
             return "out of time"  # the other experiments would be, too
     verdict = judge(exercise, seen, table)
     if verdict.outcome == "passed":

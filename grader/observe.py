@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from grader.experiment import Experiment, Subject, Trial, WrongReturn, equal
+from grader.fake_gpu import Refused
 from grader.near import MARGINS, rounded_to
-from grader.pretend import Refused
 from grader.setting import CPU, Setting
 from grader.state import fresh_defaults, preserved
 from grader.verdict import Facts, Observation, Problem
 from helpers.training import one_thread
 
 IMPORT_SECONDS = 30.0  # that a subject may have besides if it imports something: torch's compiler takes a while to load
-PRETENCE_SECONDS = 5.0  # what takes longer on a pretended GPU is not looked at there
+FAKE_GPU_SECONDS = 5.0  # what takes longer on a fake GPU is not looked at there
 OUTPUT_LIMIT = 2000  # characters of a subject's own output that are shown
 _NOT_THE_LEARNERS = tuple(  # folders of ours, of Python and of installed packages
     Path(folder).resolve()
@@ -86,7 +86,7 @@ def run(experiment: Experiment, subject: Subject, seed: int, number: str, settin
     Global state is put back, output is caught, time is limited (where the platform has SIGALRM and this is the main
     thread). Only KeyboardInterrupt passes through.
     """
-    seconds = experiment.seconds if setting.device != "pretended" else min(experiment.seconds, PRETENCE_SECONDS)
+    seconds = experiment.seconds if setting.device != "fake" else min(experiment.seconds, FAKE_GPU_SECONDS)
     said: list[str] = []
     problem, raw, fresh = None, None, None
     with one_thread(), fresh_defaults():
@@ -178,7 +178,7 @@ def _explain(error: BaseException, number: str, seconds: float, setting: Setting
 
 
 def _named(error: BaseException) -> str:
-    """The name of the error's class; what the pretended GPU raises has the name that torch's own has."""
+    """The name of the error's class; what the fake GPU raises has the name that torch's own has."""
     return (type(error).__bases__[1] if isinstance(error, Refused) else type(error)).__name__
 
 

@@ -11,6 +11,7 @@ facts                       are the same at a tenth of the tolerance and at ten 
 """
 
 import ast
+import functools
 import inspect
 import multiprocessing
 import sys
@@ -19,38 +20,37 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib import import_module
 from itertools import combinations
 from pathlib import Path
 
-from grader.checks import exercises
+from grader.checks import exercises, find
 from grader.experiment import Exercise, Experiment, Subject, equal
-from grader.golden import load
+from grader.golden import table_of
 from grader.observe import differing_facts, observation, observe, run
 from grader.setting import Setting
+from grader.variants import variants_of
 from grader.verdict import Table, Verdict, judge
 
 
-def faults(topic: str, exercise: Exercise, seeds: Sequence[int]) -> list[str]:
+def faults(exercise: Exercise, seeds: Sequence[int]) -> list[str]:
     """Everything that is wrong with the checks of an exercise, one sentence each; an empty list is the proof."""
-    variants, number = import_module(f"grader.variants.{topic}"), exercise.number
-    table = load(topic)[number]
-    right, again, both = variants.RIGHT[number], variants.AGAIN[number], variants.BOTH[number]
-    wrong = {m.name: m.subject for m in exercise.misconceptions}
+    variants, number, table = variants_of(exercise), exercise.number, table_of(exercise)
+    correct, rewritten, combined = variants.CORRECT, variants.REWRITTEN, variants.COMBINED
+    wrong = {m.key: m.subject for m in exercise.misconceptions}
     claims = [
         Claim(stub(number), "the stub", "not attempted"),
         Claim(exercise.reference, "the reference", "passed"),
-        *(Claim(subject, f"the right solution {_name(subject)}", "passed") for subject in right),
-        *(Claim(subject, f"“{name}”", "not yet", {name}) for name, subject in wrong.items()),
-        *(Claim(subject, f"“{name}” as {_name(subject)}", "not yet", {name}) for name, subject in again.items()),
-        *(Claim(subject, f"{_name(subject)}, two mistakes", "not yet", names, any_of_them=True) for names, subject in both),
+        *(Claim(subject, f"the right solution {_name(subject)}", "passed") for subject in correct),
+        *(Claim(subject, f"“{key}”", "not yet", {key}) for key, subject in wrong.items()),
+        *(Claim(subject, f"“{key}” as {_name(subject)}", "not yet", {key}) for key, subject in rewritten.items()),
+        *(Claim(subject, f"{_name(subject)}, two mistakes", "not yet", keys, any_of_them=True) for keys, subject in combined),
     ]
     found = [
-        *_counts(exercise, right, again, both),
-        *_alike([exercise.reference, *right]),
-        *(f"“{name}”: {fault}" for name in wrong if name in again for fault in _alike([wrong[name], again[name]])),
+        *_counts(exercise, correct, rewritten, combined),
+        *_alike([exercise.reference, *correct]),
+        *(f"“{key}”: {fault}" for key in wrong if key in rewritten for fault in _alike([wrong[key], rewritten[key]])),
         *_equal_facts(exercise, table),
-        *_written_once(exercise, table, again),
+        *_written_once(exercise, table, rewritten),
     ]
     shown: dict[str, tuple[str, list[int]]] = {}
     for claim in claims:
@@ -63,25 +63,33 @@ def faults(topic: str, exercise: Exercise, seeds: Sequence[int]) -> list[str]:
 
 def all_faults(topics: Sequence[str], seeds: Sequence[int], processes: int) -> Iterator[str]:
     """The faults of all exercises of some topics, one exercise after the other."""
-    chosen = [(topic, number) for topic in topics for number in exercises(topic)]
+    numbers = [number for topic in topics for number in exercises(topic)]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(_faults_of, *zip(*chosen, strict=True), [seeds] * len(chosen)):
+        for found in pool.map(_faults_of, numbers, [seeds] * len(numbers)):
             yield from found
 
 
-def _faults_of(topic: str, number: str, seeds: Sequence[int]) -> list[str]:
-    return faults(topic, exercises(topic)[number], seeds)
+def _faults_of(number: str, seeds: Sequence[int]) -> list[str]:
+    return faults(find(number), seeds)
 
 
-def own_seed(topic: str, exercise: Exercise) -> int:
+def own_seed(exercise: Exercise) -> int:
     """A seed made from the source files of an exercise: changed code meets new inputs, unchanged code the same ones."""
-    variants, number = import_module(f"grader.variants.{topic}"), exercise.number
-    again, both = variants.AGAIN[number].values(), (subject for _, subject in variants.BOTH[number])
-    parts = [*exercise.experiments, *exercise.subjects.values(), *variants.RIGHT[number], *again, *both]
-    modules = {getattr(part, "__module__", type(part).__module__) for part in parts}
-    files = [file for module in sorted(modules) if (file := getattr(sys.modules[module], "__file__", None))]
+    modules = {exercise.reference.__module__}
+    _collect_modules(variants_of(exercise).__name__, modules)
+    _collect_modules(exercise.module, modules)
+    files = [sys.modules[module].__file__ for module in sorted(modules)]
     text = "".join(Path(file).read_text(encoding="utf-8") for file in files)  # as text: the same with any line ends
     return int.from_bytes(sha256(text.encode()).digest()[:4]) >> 1
+
+
+def _collect_modules(module: str, collected: set[str]) -> None:
+    """Add a module of checks or variants, and those of them that it takes something from."""
+    if module in collected or not module.startswith(("grader.checks.", "grader.variants.")):
+        return
+    collected.add(module)
+    for value in vars(sys.modules[module]).values():
+        _collect_modules(value.__name__ if inspect.ismodule(value) else str(getattr(value, "__module__", "")), collected)
 
 
 def stub(number: str) -> Subject:
@@ -95,7 +103,7 @@ def stub(number: str) -> Subject:
 
 def verdict_on(exercise: Exercise, subject: Subject, seed: int, table: Table) -> Verdict:
     """The verdict on one subject with one seed."""
-    seen = {experiment.name: observe(experiment, subject, seed, exercise.number) for experiment in exercise.experiments}
+    seen = {experiment.key: observe(experiment, subject, seed, exercise.number) for experiment in exercise.experiments}
     return judge(exercise, seen, table)
 
 
@@ -115,10 +123,10 @@ def _not_as_claimed(exercise: Exercise, table: Table, claim: Claim, seed: int) -
     seen = {}
     for experiment in exercise.experiments:
         ran = run(experiment, claim.subject, seed, exercise.number)
-        seen[experiment.name] = observation(experiment, ran, seed)
-        if (facts := seen[experiment.name].facts) is not None:
+        seen[experiment.key] = observation(experiment, ran, seed)
+        if (facts := seen[experiment.key].facts) is not None:
             for fact in differing_facts(experiment, ran.raw, seed, facts):
-                yield f"{claim.label} must keep its facts, and does not: {fact}", experiment.name
+                yield f"{claim.label} must keep its facts, and does not: {fact}", experiment.key
         if exercise.autocast and claim.outcome == "passed":
             yield from _not_kept_in_autocast(exercise, experiment, table, claim, seed)
     verdict = judge(exercise, seen, table)
@@ -127,7 +135,7 @@ def _not_as_claimed(exercise: Exercise, table: Table, claim: Claim, seed: int) -
     if verdict.outcome != claim.outcome or not agrees:
         expected = f"{claim.outcome!r}{f' as {sorted(wanted)}' if wanted else ''}"
         got = f"{verdict.outcome!r} as {sorted(named)}{' and something unexplained' if verdict.unexplained else ''}"
-        why = [(f.experiment.name, f.differs, f.problem) for f in verdict.findings if f.outcome != "passed"]
+        why = [(f.experiment.key, f.differs, f.problem) for f in verdict.findings if f.outcome != "passed"]
         yield f"{claim.label} must be {expected}, got {got}", f"{why}"
 
 
@@ -137,26 +145,26 @@ def _not_kept_in_autocast(
     half = Setting("cpu", "bfloat16")
     ran = run(experiment, claim.subject, seed, exercise.number, half)
     if ran.problem is not None:
-        yield f"{claim.label} must work in autocast: {ran.problem.message}", experiment.name
+        yield f"{claim.label} must work in autocast: {ran.problem.message}", experiment.key
         return
-    for fact in differing_facts(experiment, ran.raw, seed, table[experiment.name]["reference"], half):
-        yield f"{claim.label} must keep its facts in autocast, and does not: {fact}", experiment.name
+    for fact in differing_facts(experiment, ran.raw, seed, table[experiment.key]["reference"], half):
+        yield f"{claim.label} must keep its facts in autocast, and does not: {fact}", experiment.key
 
 
-def _counts(exercise: Exercise, right: list, again: dict, both: list) -> Iterator[str]:
+def _counts(exercise: Exercise, correct: list, rewritten: dict, combined: list) -> Iterator[str]:
     for what, there, needed in (
-        ("right solutions", len(right), 3),
+        ("right solutions", len(correct), 3),
         ("misconceptions", len(exercise.misconceptions), 4),
-        ("subjects with two mistakes", len(both), 1),
+        ("subjects with two mistakes", len(combined), 1),
     ):
         if there < needed:
             yield f"{there} {what}, at least {needed} are needed"
-    known = {m.name for m in exercise.misconceptions}
-    for name in (set(again) | set().union(*(names for names, _ in both))) - known:
-        yield f"variants name “{name}”, which is no misconception of the exercise"
+    known = {m.key for m in exercise.misconceptions}
+    for key in (set(rewritten) | set().union(*(keys for keys, _ in combined))) - known:
+        yield f"variants name “{key}”, which is no misconception of the exercise"
     for m in exercise.misconceptions:
         if not m.source or not m.hint.rstrip().endswith((".", "?", ":")):
-            yield f"“{m.name}” needs a source and a hint that is a sentence"
+            yield f"“{m.key}” needs a source and a hint that is a sentence"
 
 
 def _equal_facts(exercise: Exercise, table: Table) -> Iterator[str]:
@@ -166,10 +174,10 @@ def _equal_facts(exercise: Exercise, table: Table) -> Iterator[str]:
             yield f"“{other}” and “{one}” have equal facts"
 
 
-def _written_once(exercise: Exercise, table: Table, again: dict) -> Iterator[str]:
+def _written_once(exercise: Exercise, table: Table, rewritten: dict) -> Iterator[str]:
     """Pairs of misconceptions that one fact alone tells apart, and of which none is written again in other words."""
-    for one, other in combinations([m.name for m in exercise.misconceptions], 2):
-        if len(_differing(table, one, other)) == 1 and not again.keys() & {one, other}:
+    for one, other in combinations([m.key for m in exercise.misconceptions], 2):
+        if len(_differing(table, one, other)) == 1 and not rewritten.keys() & {one, other}:
             yield f"“{one}” and “{other}” differ in one fact: one of the two must be written again in other words"
 
 
@@ -192,9 +200,11 @@ def _alike(subjects: list[Subject]) -> Iterator[str]:
 
 
 def _tree(subject: Subject) -> ast.AST:
+    if isinstance(subject, functools.partial):
+        subject = subject.func
     code = subject if inspect.isfunction(subject) or inspect.isclass(subject) else type(subject)
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(code))))
-    tree.body[0].decorator_list = []  # `@misconception(...)` says nothing of what is done
+    tree.body[0].decorator_list = []  # `@exercise.misconception(...)` says nothing of what is done
     return tree
 
 

@@ -150,7 +150,7 @@ def sample_submissions(root: Path, mistakes: Sequence[Misconception] | None = No
     first, second = by_name("extract"), by_name("linear_probe")
     one, two = first.number, second.number
     chosen = first.misconceptions if mistakes is None else mistakes
-    wrong = {_file_name(m.name): source_as(m.subject, first.name) for m in chosen}
+    wrong = {_file_name(m.key): source_as(m.subject, first.name) for m in chosen}
     answers = {
         "perfect": right,
         "empty": {},

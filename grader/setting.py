@@ -1,4 +1,4 @@
-"""Where and how precisely an experiment is run: the CPU, a GPU, or a GPU that is only pretended."""
+"""Where and how precisely an experiment is run: the CPU, a GPU, or a fake GPU."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader import pretend
+from grader import fake_gpu
 from grader.state import matmul_precision, set_matmul_precision
 
 PRECISIONS = ("float32", "bfloat16")
@@ -25,7 +25,7 @@ class Setting:
     in bfloat16.
     """
 
-    device: str  # "cpu", "cuda" or "pretended"
+    device: str  # "cpu", "cuda" or "fake"
     precision: str = "float32"
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class Setting:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the `with`, torch computes as precisely as this says, and knows the pretended device; afterwards as before."""
+        """Inside the `with`, torch computes as precisely as this says, and knows the fake device; afterwards as before."""
         if self.device == "cuda":
             _wake()
         matmul, conv = matmul_precision(), _conv_precision()
@@ -48,8 +48,8 @@ class Setting:
             with ExitStack() as stack:
                 if self.precision == "bfloat16":
                     stack.enter_context(torch.autocast(self.device, torch.bfloat16))
-                if self.device == "pretended":
-                    stack.enter_context(pretend.pretending())
+                if self.device == "fake":
+                    stack.enter_context(fake_gpu.fake_gpu())
                 yield
         finally:
             set_matmul_precision(matmul)
@@ -60,19 +60,19 @@ class Setting:
 
         Tensors come as copies; modules and optimizers are changed in place.
         """
-        put = {"cpu": lambda x: x, "cuda": _to_gpu, "pretended": pretend.put}[self.device]
+        put = {"cpu": lambda x: x, "cuda": _to_gpu, "fake": fake_gpu.put}[self.device]
         return inputs if self.device == "cpu" else _Moving(put)(inputs)
 
     def fetch(self, raw: Any) -> Any:
         """Raw results, their tensors moved to the CPU."""
         if self.device == "cpu":  # a subject may have taken the GPU that it found
             return _Moving(lambda x: x.detach().cpu() if x.is_cuda else x)(raw) if torch.cuda.is_initialized() else raw
-        return _Moving(pretend.fetch if self.device == "pretended" else lambda x: x.detach().cpu())(raw)
+        return _Moving(fake_gpu.fetch if self.device == "fake" else lambda x: x.detach().cpu())(raw)
 
 
 CPU = Setting("cpu")
 GPU = Setting("cuda")
-PRETENDED = Setting("pretended")
+FAKE_GPU = Setting("fake")
 
 
 @cache

@@ -13,7 +13,7 @@ from itertools import combinations
 from grader.experiment import Exercise, Experiment, Fact, equal
 
 Facts = dict[str, Fact]
-Table = Mapping[str, Mapping[str, Facts | None]]  # experiment -> "reference" or a misconception's name -> facts
+Table = Mapping[str, Mapping[str, Facts | None]]  # experiment -> "reference" or a misconception's key -> facts
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Verdict:
 
     exercise: Exercise
     findings: tuple[Finding, ...]
-    named: tuple[str, ...]  # misconceptions
+    named: tuple[str, ...]  # keys of misconceptions
     unexplained: bool  # whether a failed experiment with facts is explained by none of them
     said: tuple[str, ...] = ()
 
@@ -70,14 +70,14 @@ def judge(exercise: Exercise, seen: Mapping[str, Observation], table: Table) -> 
 
     Args:
         exercise: the exercise.
-        seen: one observation per experiment, by the experiment's name.
+        seen: one observation per experiment, by the experiment's key.
         table: the exercise's truth table.
     """
-    findings = tuple(_find(experiment, seen[experiment.name], table[experiment.name]) for experiment in exercise.experiments)
+    findings = tuple(_find(experiment, seen[experiment.key], table[experiment.key]) for experiment in exercise.experiments)
     named, explained = _diagnose(findings, seen, table)
     # What could not be observed because of a named mistake needs no explanation of its own.
     observed = {
-        f.experiment.name for f in findings if f.outcome == "not yet" and not all(got is None for _, _, got in f.differs)
+        f.experiment.key for f in findings if f.outcome == "not yet" and not all(got is None for _, _, got in f.differs)
     }
     unexplained = bool(observed - explained) or (not named and any(f.outcome == "not yet" for f in findings))
     said = tuple(dict.fromkeys(line for observation in seen.values() for line in observation.said))
@@ -98,9 +98,9 @@ def _find(experiment: Experiment, observation: Observation, row: Mapping[str, Fa
 
 def _diagnose(findings: tuple[Finding, ...], seen: Mapping[str, Observation], table: Table) -> tuple[tuple[str, ...], set[str]]:
     """The misconceptions to name, and the experiments that they explain."""
-    failed = {f.experiment.name for f in findings if f.outcome == "not yet" and f.differs}
-    failed_facts = {f.experiment.name: f.differs for f in findings}
-    passed = {f.experiment.name for f in findings if f.outcome == "passed"}
+    failed = {f.experiment.key for f in findings if f.outcome == "not yet" and f.differs}
+    failed_facts = {f.experiment.key: f.differs for f in findings}
+    passed = {f.experiment.key for f in findings if f.outcome == "passed"}
     explains: dict[str, set[str]] = {}
     for name in next(iter(table.values())).keys() - {"reference"}:
         wrong = {key for key in table if not _same(table[key][name], table[key]["reference"])}

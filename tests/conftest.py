@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import grader  # noqa: F401
-from grader.pretend import pretending
+from grader.fake_gpu import fake_gpu
 from grader.setting import GPU
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-DEVICES = ["cpu", "cuda" if torch.cuda.is_available() else pytest.param("pretended", marks=pytest.mark.slow)]
+DEVICES = ["cpu", "cuda" if torch.cuda.is_available() else pytest.param("fake", marks=pytest.mark.slow)]
 
 
 class _OnTheGPU(TorchFunctionMode):
@@ -123,17 +123,17 @@ class _OnTheGPU(TorchFunctionMode):
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """Makes a test for the CPU one for each device. Without a GPU, one is pretended: see `grader.pretend`.
+    """Makes a test for the CPU one for each device. Without a GPU, the fake one stands in: see `grader.fake_gpu`.
 
-    A test marked `cpu` is left as it is; one marked `real` does not run where the GPU is pretended.
+    A test marked `cpu` is left as it is; one marked `real` does not run on the fake GPU.
     """
-    for marker, devices in (("cpu", ("cuda", "pretended")), ("real", ("pretended",))):
+    for marker, devices in (("cpu", ("cuda", "fake")), ("real", ("fake",))):
         mark = request.node.get_closest_marker(marker)
         if mark is not None and request.param in devices:
             pytest.skip(mark.kwargs["reason"])
     with ExitStack() as stack:
-        if request.param == "pretended":
-            stack.enter_context(pretending())
+        if request.param == "fake":
+            stack.enter_context(fake_gpu())
         if request.param == "cuda":  # as exact, and as repeatable, as a GPU can be
             stack.enter_context(GPU.applied())
             stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))

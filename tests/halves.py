@@ -5,7 +5,7 @@ from grader.near import near
 
 
 class Halves(Experiment):
-    """halves"""
+    key = claim = "halves"
 
     def draw(self, trial):
         return {"x": trial.normal(3)}

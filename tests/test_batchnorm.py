@@ -45,7 +45,7 @@ KINDS = {
     "with activation": (BatchNormAct2d, (2, 3)),
 }
 SUBSETS = [subset for size in range(4) for subset in itertools.combinations(MEANINGS, size)]
-LAZY = "a parameter without a shape cannot be a pretended tensor"
+LAZY = "a parameter without a shape cannot be a tensor of the fake GPU"
 properties = settings(derandomize=True, deadline=None, max_examples=40, database=None)
 
 
@@ -464,11 +464,13 @@ def saved(model):
     return torch.load(file, weights_only=False)
 
 
-PICKLES = pytest.mark.real(reason="a pretended tensor cannot be pickled")
-AGAIN = {"copied": copied, "pickled": pickled, "saved": saved, "both": lambda model: copied(pickled(model))}
+PICKLES = pytest.mark.real(reason="a tensor of the fake GPU cannot be pickled")
+REWRITTEN = {"copied": copied, "pickled": pickled, "saved": saved, "both": lambda model: copied(pickled(model))}
 
 
-@pytest.mark.parametrize("again", [pytest.param(f, marks=() if f is copied else PICKLES, id=name) for name, f in AGAIN.items()])
+@pytest.mark.parametrize(
+    "again", [pytest.param(f, marks=() if f is copied else PICKLES, id=name) for name, f in REWRITTEN.items()]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_of_a_frozen_network_is_frozen_and_can_be_unfrozen(kind, again):
     layer, x = layer_and_input(kind)
@@ -515,7 +517,7 @@ def test_freeze_leaves_instance_norm_alone():
 
 
 @pytest.mark.slow  # importing what torch.compile needs
-@pytest.mark.real(reason="a pretended tensor cannot be compiled or exported")
+@pytest.mark.real(reason="a tensor of the fake GPU cannot be compiled or exported")
 def test_frozen_networks_compile_trace_and_split(net, images):
     from torchvision.models.feature_extraction import create_feature_extractor
 

@@ -31,7 +31,7 @@ from grader.golden.records import (
 )
 from grader.near import distance, near, rounded_to
 from grader.observe import run
-from grader.setting import CPU, GPU, PRETENDED, Setting
+from grader.setting import CPU, FAKE_GPU, GPU, Setting
 
 RECORDS = [
     pytest.param(topic, setting, of, id=f"{of} {setting} {topic}")
@@ -55,10 +55,10 @@ def test_facts_made_from_what_was_recorded_are_those_of_the_truth_table(topic, s
 def test_every_right_solution_is_recorded_in_every_experiment(topic):
     newest = read(path_of(topic, CPU, all_versions()[-1]))
     wanted = {
-        (number, experiment.name, who, seed)
+        (number, experiment.key, who, seed)
         for number, exercise in exercises(topic).items()
         for experiment in exercise.experiments
-        for who in right_solutions(topic, exercise)
+        for who in right_solutions(exercise)
         for seed in SEEDS
     }
     assert {tuple(key) for *key, _ in each(newest.results)} == wanted
@@ -197,7 +197,7 @@ def test_what_verify_compares_is_what_the_proofs_hold(monkeypatch, who, off, dif
 
 def test_a_setting_leaves_torch_as_it_was():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    for setting in (CPU, Setting("cpu", "bfloat16"), PRETENDED):
+    for setting in (CPU, Setting("cpu", "bfloat16"), FAKE_GPU):
         with setting.applied():
             assert not torch.backends.cudnn.allow_tf32
             assert ((torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16) == (setting.precision == "bfloat16")
@@ -230,9 +230,9 @@ def test_an_optimizer_goes_along_with_its_parameters():
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    with PRETENDED.applied():
-        moved = PRETENDED.put({"layer": layer, "optimizer": optimizer, "again": [layer.weight]})
+    with FAKE_GPU.applied():
+        moved = FAKE_GPU.put({"layer": layer, "optimizer": optimizer, "again": [layer.weight]})
         assert moved["again"][0] is layer.weight is moved["optimizer"].param_groups[0]["params"][0]
         assert layer.weight.is_cuda and layer.weight.grad.is_cuda and optimizer.state[layer.weight]["momentum_buffer"].is_cuda
         optimizer.step()
-    assert PRETENDED.fetch({"w": layer.weight})["w"].device.type == "cpu"
+    assert FAKE_GPU.fetch({"w": layer.weight})["w"].device.type == "cpu"

@@ -185,7 +185,7 @@ def test_a_figure_without_data_counts_as_blank(drawn: str) -> None:
 
 def misconception() -> Misconception:
     """The mistake that this student makes in feature extraction."""
-    return next(m for m in exercises("features")[NUMBER].misconceptions if m.name == "train mode during extraction")
+    return next(m for m in exercises("features")[NUMBER].misconceptions if m.key == "train mode during extraction")
 
 
 @cache

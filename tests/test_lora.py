@@ -574,7 +574,7 @@ UNSUPPORTED = {
 }
 
 
-LAZY = pytest.mark.real(reason="a weight without a shape cannot be a pretended tensor")
+LAZY = pytest.mark.real(reason="a weight without a shape cannot be a tensor of the fake GPU")
 
 
 @pytest.mark.parametrize("what", [pytest.param(what, marks=LAZY if "Lazy" in what else ()) for what in UNSUPPORTED])
@@ -638,7 +638,7 @@ def test_names_in_a_checkpoint_are_plain(adapted):
     assert "mix.original" in adapted.state_dict()
 
 
-@pytest.mark.real(reason="a pretended tensor cannot be pickled")
+@pytest.mark.real(reason="a tensor of the fake GPU cannot be pickled")
 @pytest.mark.parametrize("merged", [False, True])
 def test_copies_compute_the_same_and_can_be_unmerged(adapted, merged):
     y = adapted(ids())
@@ -671,7 +671,7 @@ def assert_same(one, other):
         assert torch.equal(one, other)
 
 
-@pytest.mark.real(reason="a pretended tensor cannot be traced or exported")
+@pytest.mark.real(reason="a tensor of the fake GPU cannot be traced or exported")
 def test_traced_and_exported_it_computes_the_same(adapted):
     model, x = adapted.blocks[0], torch.randn(3, 6)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
@@ -685,7 +685,7 @@ def test_traced_and_exported_it_computes_the_same(adapted):
 
 
 @pytest.mark.slow
-@pytest.mark.real(reason="torch.compile does not take a pretended tensor")
+@pytest.mark.real(reason="torch.compile does not take a tensor of the fake GPU")
 def test_compiled_it_computes_the_same(adapted):
     compiled = torch.compile(adapted, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids()), adapted(ids()))

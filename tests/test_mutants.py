@@ -131,7 +131,7 @@ def test_a_solution_is_read_with_what_stands_above_it(tmp_path):
 
 
 class Doubles(Experiment):
-    """it doubles"""
+    key = claim = "doubles"
 
     seconds = 0.2
 
@@ -146,7 +146,7 @@ class Doubles(Experiment):
 
 
 def outcome(subject):
-    exercise = Exercise("0.9", "double", lambda x: 2 * x, (Doubles(),), (), ("?", "?", "?"))
+    exercise = Exercise(__name__, "0.9", lambda x: 2 * x, "double", experiments=[Doubles()])
     facts = {"reference": {"twice as much": True}, "mistake": {"twice as much": None}}
     return outcome_on(exercise, {"doubles": facts}, subject)
 

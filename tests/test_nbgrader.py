@@ -60,7 +60,7 @@ def healthy(graded):
 def points_of(wrong):
     """What a misconception of the first exercise earns there: the experiments that do not tell it from the reference."""
     table = golden.load(TOPIC)[FIRST.number]
-    alike = (e for e in FIRST.experiments if table[e.name][wrong.name] == table[e.name]["reference"])
+    alike = (e for e in FIRST.experiments if table[e.key][wrong.key] == table[e.key]["reference"])
     return sum(experiment.points for experiment in alike)
 
 
@@ -89,10 +89,10 @@ def test_nothing_but_the_verdict_earns_or_costs_points(graded, student, points):
     assert graded[1][student]["points"] == points
 
 
-@pytest.mark.parametrize("wrong", MISTAKES, ids=lambda m: m.name)
+@pytest.mark.parametrize("wrong", MISTAKES, ids=lambda m: m.key)
 def test_a_misconception_is_scored_named_and_explained_in_the_feedback(graded, wrong):
     folder, rows = graded
-    row = next(row for row in rows.values() if row[FIRST.number] == f"not yet: {wrong.name}")
+    row = next(row for row in rows.values() if row[FIRST.number] == f"not yet: {wrong.key}")
     assert row["points"] == FULL - FIRST.points + points_of(wrong)
     assert row[SECOND.number] == "passed"
     assert wrong.hint in feedback(folder, row["student"])

@@ -6,30 +6,22 @@ from grader.experiment import Exercise, Experiment, Misconception, equal
 from grader.verdict import Observation, Problem, judge
 
 
-class One(Experiment):
-    """one"""
+class Asks(Experiment):
+    def __init__(self, key: str, points: int) -> None:
+        self.key = self.claim = key
+        self.points = points
 
 
-class Two(Experiment):
-    """two"""
-
-    points = 2
-
-
-class Three(Experiment):
-    """three"""
-
-
-EXPERIMENTS = (One(), Two(), Three())
-RIGHT = {"one": 0, "two": "a", "three": 1.0}
+EXPERIMENTS = [Asks("one", 1), Asks("two", 2), Asks("three", 1)]
+EXPECTED = {"one": 0, "two": "a", "three": 1.0}
 
 
 def exercise_with(**wrong: dict):
     """An exercise whose misconceptions show the reference's facts, but for those given."""
-    misconceptions = tuple(Misconception(name, "hint", "source", lambda: None) for name in wrong)
-    exercise = Exercise("9.1", "thing", lambda: None, EXPERIMENTS, misconceptions, ("", "", ""))
+    misconceptions = [Misconception(key, key, "hint", "source", lambda: None) for key in wrong]
+    exercise = Exercise(__name__, "9.1", lambda: None, "thing", experiments=EXPERIMENTS, misconceptions=misconceptions)
     table = {
-        e.name: {"reference": {"x": RIGHT[e.name]}} | {name: {"x": (RIGHT | facts)[e.name]} for name, facts in wrong.items()}
+        e.key: {"reference": {"x": EXPECTED[e.key]}} | {name: {"x": (EXPECTED | facts)[e.key]} for name, facts in wrong.items()}
         for e in EXPERIMENTS
     }
     return exercise, table
@@ -38,7 +30,7 @@ def exercise_with(**wrong: dict):
 def verdict(setup, **seen):
     exercise, table = setup
     observations = {
-        name: value if isinstance(value, Observation) else Observation({"x": value}) for name, value in (RIGHT | seen).items()
+        key: value if isinstance(value, Observation) else Observation({"x": value}) for key, value in (EXPECTED | seen).items()
     }
     return judge(exercise, observations, table)
 

@@ -1,21 +1,32 @@
-"""The exercises of every chapter, one module per topic."""
+"""The exercises of every chapter: a folder for each topic, in it a module for each exercise, found by being there."""
 
 from functools import cache
 from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 
 from grader.experiment import Exercise
 
-TOPICS = {"0": "start", "2": "features", "4": "finetune", "5": "batchnorm", "6": "lora", "8": "export"}  # chapter -> topic
+CHAPTERS = (  # the course's plan; a chapter's place here is its number
+    *("start", "transfer", "features", "mismatch", "finetune", "batchnorm", "lora"),
+    *("debugging", "export", "compress", "denoise", "capstone"),
+)
+TOPICS = {  # chapter -> topic, of those that have exercises
+    str(number): topic for number, topic in enumerate(CHAPTERS) if Path(__file__).with_name(topic).is_dir()
+}
 
 
 @cache
 def exercises(topic: str) -> dict[str, Exercise]:
     """The exercises of a topic by number, in the chapter's order."""
-    return {exercise.number: exercise for exercise in import_module(f"grader.checks.{topic}").EXERCISES}
+    package = import_module(f"grader.checks.{topic}")
+    modules = [import_module(f"{package.__name__}.{module.name}") for module in iter_modules(package.__path__)]
+    there = [module.exercise for module in modules if hasattr(module, "exercise")]
+    return {exercise.number: exercise for exercise in sorted(there, key=lambda exercise: int(exercise.number.split(".")[1]))}
 
 
-def find(number: str) -> tuple[str, Exercise]:
-    """The topic and the exercise with that number.
+def find(number: str) -> Exercise:
+    """The exercise with that number.
 
     Raises:
         ValueError: there is none; the message lists those there are.
@@ -24,4 +35,4 @@ def find(number: str) -> tuple[str, Exercise]:
     if topic is None or number not in exercises(topic):
         known = [exercise for name in TOPICS.values() for exercise in exercises(name)]
         raise ValueError(f"no exercise {number!r}. Choose from {', '.join(known)}.")
-    return topic, exercises(topic)[number]
+    return exercises(topic)[number]

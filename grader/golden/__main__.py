@@ -97,7 +97,7 @@ def deviations() -> dict:
 def facts_that_differ(topic: str, here: Record, setting: Setting) -> dict[tuple[str, str], list[str]]:
     """(number, experiment) -> the facts that are not those of the truth table, at the tolerance or at its margins."""
     found: dict[tuple[str, str], list[str]] = {}
-    experiments = {n: {x.name: x for x in exercise.experiments} for n, exercise in exercises(topic).items()}
+    experiments = {n: {x.key: x for x in exercise.experiments} for n, exercise in exercises(topic).items()}
     for number, name, who, seed, raw in each(here.results):
         table = golden.load(topic)[number][name]
         expected = table.get(who, table["reference"])  # right solutions have the reference's

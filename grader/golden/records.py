@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from grader.experiment import Exercise, Subject
 from grader.golden import FOLDER
 from grader.observe import run
 from grader.setting import CPU, PRECISIONS, Setting
+from grader.variants import variants_of
 from helpers.environment import processor
 from helpers.files import write_bytes
 
@@ -75,21 +75,21 @@ def all_versions(folder: Path = FOLDER) -> list[str]:
     return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
 
 
-def right_solutions(topic: str, exercise: Exercise) -> dict[str, Subject]:
+def right_solutions(exercise: Exercise) -> dict[str, Subject]:
     """The reference as "reference", and the right variants by their names."""
-    variants = import_module(f"grader.variants.{topic}").RIGHT[exercise.number]
+    variants = variants_of(exercise).CORRECT
     return {"reference": exercise.reference} | {getattr(v, "__name__", type(v).__name__): v for v in variants}
 
 
-def mistakes(topic: str, exercise: Exercise) -> dict[str, Subject]:
-    """The misconceptions by their names."""
-    return {wrong.name: wrong.subject for wrong in exercise.misconceptions}
+def mistakes(exercise: Exercise) -> dict[str, Subject]:
+    """The misconceptions by their keys."""
+    return {wrong.key: wrong.subject for wrong in exercise.misconceptions}
 
 
 def measure(
     topic: str,
     setting: Setting,
-    subjects: Callable[[str, Exercise], dict[str, Subject]] = right_solutions,
+    subjects: Callable[[Exercise], dict[str, Subject]] = right_solutions,
     seeds: tuple[int, ...] = SEEDS,
 ) -> Record:
     """Run those subjects of a topic through every experiment that has that setting, here and now."""
@@ -97,9 +97,9 @@ def measure(
     for number, exercise in exercises(topic).items():
         if setting.precision != "bfloat16" or exercise.autocast:
             results[number] = {
-                experiment.name: {
+                experiment.key: {
                     who: {seed: _raw(run(experiment, subject, seed, number, setting)) for seed in seeds}
-                    for who, subject in subjects(topic, exercise).items()
+                    for who, subject in subjects(exercise).items()
                 }
                 for experiment in exercise.experiments
             }

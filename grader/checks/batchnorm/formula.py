@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, expect_number, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Trial, expect_number, expect_tensor
 from grader.near import near
 from helpers.batchnorm import batch_norm
+
+exercise = Exercise(__name__, "5.1", batch_norm)
 
 OTHER = "something else"
 
@@ -82,9 +84,8 @@ def _how(y: Tensor, x: Tensor, before: nn.Module, after: dict[str, Tensor]) -> t
     return next((way for way in _ways(x, before, after) if near(y, way[1])), (unknown, x, x))
 
 
+@exercise.experiment("normalises with the batch")
 class NormalisesWithTheBatch(Experiment):
-    """In train mode each channel is normalised with the batch's own mean and variance."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -98,9 +99,8 @@ class NormalisesWithTheBatch(Experiment):
         return _how(raw["y"], inputs["x"].double(), inputs["layer"], raw["after"])[0]
 
 
+@exercise.experiment("eval mode")
 class EvalMode(NormalisesWithTheBatch):
-    """In eval mode the running statistics normalise, and no buffer moves."""
-
     def draw(self, trial: Trial) -> dict:
         inputs = super().draw(trial)
         inputs["layer"].eval()
@@ -112,9 +112,8 @@ class EvalMode(NormalisesWithTheBatch):
         return super().facts(raw, inputs) | {"buffers that moved": "some" if moved else "none"}
 
 
+@exercise.experiment("running mean")
 class RunningMean(Experiment):
-    """Each call in train mode is counted, and moves running_mean by the share `momentum` towards the batch's mean."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -143,9 +142,8 @@ class RunningMean(Experiment):
         return {"share of the batch in the new running_mean": found, "num_batches_tracked after two calls": counts}
 
 
+@exercise.experiment("running variance")
 class RunningVariance(Experiment):
-    """The variance that running_var moves towards is the unbiased one, divided by n - 1."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -171,9 +169,8 @@ class RunningVariance(Experiment):
         return {"running_var moves towards the sum of squares divided by": found}
 
 
+@exercise.experiment("weight and bias")
 class WeightAndBias(Experiment):
-    """weight and bias scale and shift each channel; a layer with affine=False has neither."""
-
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(3, 4)
         layer = _layer(trial, nn.BatchNorm3d, channels, plain=False)
@@ -199,9 +196,8 @@ class WeightAndBias(Experiment):
         return {"weight acts on": found[0], "bias acts on": found[1], "outputs with affine=False": same}
 
 
+@exercise.experiment("gradients")
 class Gradients(Experiment):
-    """Gradients reach weight, bias and x, the latter through mean and variance too; the buffers carry no graph."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -268,11 +264,7 @@ def _move(x: Tensor, layer: nn.Module, share: float | None = None, unbiased: boo
     layer.num_batches_tracked += 1
 
 
-@misconception(
-    "unbiased variance normalises",
-    hint="Normalise a batch of two values, -1 and 1, with eps near 0. Which variance makes the results -1 and 1 again?",
-    source="a line of reasoning: x.var() divides by n - 1 unless told otherwise, and BatchNorm normalises with n",
-)
+@exercise.misconception("unbiased variance normalises")
 def unbiased_variance_normalises(x, layer):
     if not layer.training:
         return _normalise(x, layer, *_running(x, layer))
@@ -280,11 +272,7 @@ def unbiased_variance_normalises(x, layer):
     return _normalise(x, layer, *_moments(x, unbiased=True))
 
 
-@misconception(
-    "biased running variance",
-    hint="A layer of torch with momentum=1 sees the batch -1, 1. Which variance normalises, and which one is stored?",
-    source="documentation of nn.BatchNorm1d: the value stored in the moving average is the unbiased one; elsewhere it is not",
-)
+@exercise.misconception("biased running variance")
 def biased_running_variance(x, layer):
     if not layer.training:
         return _normalise(x, layer, *_running(x, layer))
@@ -292,11 +280,7 @@ def biased_running_variance(x, layer):
     return _normalise(x, layer, *_moments(x))
 
 
-@misconception(
-    "momentum the other way round",
-    hint="Set momentum to 0 in a layer of torch and feed it a batch. Does the buffer keep its value or become the batch's?",
-    source="documentation of Keras, whose momentum is the share of the old value; torch's note says that its own differs",
-)
+@exercise.misconception("momentum the other way round")
 def momentum_the_other_way_round(x, layer):
     if not layer.training:
         return _normalise(x, layer, *_running(x, layer))
@@ -304,11 +288,7 @@ def momentum_the_other_way_round(x, layer):
     return _normalise(x, layer, *_moments(x))
 
 
-@misconception(
-    "eps outside the root",
-    hint="A channel hardly varies, and eps is 0.01. Does torch's layer divide by 0.01 or by 0.1? Measure it.",
-    source="a line of reasoning: Adam adds its eps to the root, BatchNorm adds it to the variance",
-)
+@exercise.misconception("eps outside the root")
 def eps_outside_the_root(x, layer):
     mean, var = _running(x, layer)
     if layer.training:
@@ -318,11 +298,7 @@ def eps_outside_the_root(x, layer):
     return y if layer.weight is None else y * _column(layer.weight, x) + _column(layer.bias, x)
 
 
-@misconception(
-    "each sample on its own",
-    hint="Change one sample of the batch. Do the outputs of the others change, and should they in train mode?",
-    source="a line of reasoning: LayerNorm's axes, all but the batch's, in place of BatchNorm's, all but the channels'",
-)
+@exercise.misconception("each sample on its own")
 def each_sample_on_its_own(x, layer):
     if not layer.training:
         return _normalise(x, layer, *_running(x, layer))
@@ -330,11 +306,7 @@ def each_sample_on_its_own(x, layer):
     return _normalise(x, layer, *_moments(x, list(range(1, x.ndim))))
 
 
-@misconception(
-    "each position on its own",
-    hint="For x of shape (8, 3, 10, 10), how many means does your code compute, and how many entries has running_mean?",
-    source="a line of reasoning: the mean over the batch axis, which is right for (n, channels) and for nothing longer",
-)
+@exercise.misconception("each position on its own")
 def each_position_on_its_own(x, layer):
     if not layer.training:
         return _normalise(x, layer, *_running(x, layer))
@@ -342,53 +314,33 @@ def each_position_on_its_own(x, layer):
     return _normalise(x, layer, *_moments(x, [0]))
 
 
-@misconception(
-    "running statistics in train mode",
-    hint="In train mode, what mean and standard deviation has each channel of torch's output, and what has yours?",
-    source="a line of reasoning: the buffers are moved first, so one uses what is in them",
-)
+@exercise.misconception("running statistics in train mode")
 def running_statistics_in_train_mode(x, layer):
     if layer.training:
         _move(x, layer)
     return _normalise(x, layer, *_running(x, layer))
 
 
-@misconception(
-    "batch statistics in eval mode",
-    hint="In eval mode, send one sample through alone and then in company. Is its output the same both times?",
-    source="an old meaning of frozen, Keras before TensorFlow 2: buffers stay, and the batch still normalises",
-)
+@exercise.misconception("batch statistics in eval mode")
 def batch_statistics_in_eval_mode(x, layer):
     if layer.training:
         _move(x, layer)
     return _normalise(x, layer, *_moments(x))
 
 
-@misconception(
-    "buffers never moved",
-    hint="After a hundred batches in train mode, what would eval mode normalise with?",
-    source="a line of reasoning: the output is right without it, and nothing complains until eval mode",
-)
+@exercise.misconception("buffers never moved")
 def buffers_never_moved(x, layer):
     return _normalise(x, layer, *(_moments(x) if layer.training else _running(x, layer)))
 
 
-@misconception(
-    "buffers moved in eval mode",
-    hint="Evaluate the same data twice. What did the first evaluation do to the second?",
-    source="a line of reasoning: the update stands before the question whether the layer is training",
-)
+@exercise.misconception("buffers moved in eval mode")
 def buffers_moved_in_eval_mode(x, layer):
     y = _normalise(x, layer, *(_moments(x) if layer.training else _running(x, layer)))
     _move(x, layer)
     return y
 
 
-@misconception(
-    "broadcast along the last axis",
-    hint="What has shape (channels,) meets x of shape (n, channels, h, w). To which axis does broadcasting align it?",
-    source="a line of reasoning: what is right for (n, channels) is tried on images; it raises unless sizes agree",
-)
+@exercise.misconception("broadcast along the last axis")
 def broadcast_along_the_last_axis(x, layer):
     mean, var = layer.running_mean, layer.running_var
     if layer.training:
@@ -398,11 +350,7 @@ def broadcast_along_the_last_axis(x, layer):
     return y if layer.weight is None else y * layer.weight + layer.bias
 
 
-@misconception(
-    "statistics without a graph",
-    hint="The same number added to all values of a channel changes no output. What do the gradients there have to add up to?",
-    source="a line of reasoning: mean and variance are computed inside the no_grad that protects the buffers",
-)
+@exercise.misconception("statistics without a graph")
 def statistics_without_a_graph(x, layer):
     mean, var = _running(x, layer)
     if layer.training:
@@ -411,11 +359,7 @@ def statistics_without_a_graph(x, layer):
     return _normalise(x, layer, mean, var)
 
 
-@misconception(
-    "graph kept in the buffers",
-    hint="Print `layer.running_mean` after a batch that requires gradients. What stands behind the numbers, and who needs it?",
-    source="a line of reasoning: the update is written like any other line, and each batch's graph joins the last one's",
-)
+@exercise.misconception("graph kept in the buffers")
 def graph_kept_in_the_buffers(x, layer):
     if not layer.training:
         return _normalise(x, layer, *_running(x, layer))
@@ -424,24 +368,3 @@ def graph_kept_in_the_buffers(x, layer):
     layer.running_var = (1 - layer.momentum) * layer.running_var + layer.momentum * stored.flatten()
     layer.num_batches_tracked += 1
     return _normalise(x, layer, *_moments(x))
-
-
-EXERCISE = Exercise(
-    number="5.1",
-    name="batch_norm",
-    reference=batch_norm,
-    experiments=(NormalisesWithTheBatch(), EvalMode(), RunningMean(), RunningVariance(), WeightAndBias(), Gradients()),
-    misconceptions=(
-        *(unbiased_variance_normalises, biased_running_variance, momentum_the_other_way_round, eps_outside_the_root),
-        *(each_sample_on_its_own, each_position_on_its_own, running_statistics_in_train_mode),
-        *(batch_statistics_in_eval_mode, buffers_never_moved, buffers_moved_in_eval_mode),
-        *(broadcast_along_the_last_axis, statistics_without_a_graph, graph_kept_in_the_buffers),
-    ),
-    hints=(
-        "What does the layer read and what does it write, in train mode and in eval mode?",
-        "Make a layer with momentum=1 and eps=0.5, feed it the four values 0, 0, 0, 4 as (4, 1), "
-        "and compute its outputs and its buffers by hand.",
-        "(x - mean) / sqrt(var + eps) * weight + bias, with var divided by n; "
-        "running = (1 - momentum) * running + momentum * batch, with var divided by n - 1. All per channel.",
-    ),
-)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn
 from grader.near import near
 from helpers import expect
 from helpers.batchnorm import freeze
+
+exercise = Exercise(__name__, "5.4", freeze)
 
 _SHARED = nn.Module, _NormBase, _BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
@@ -42,9 +44,8 @@ def _images(trial: Trial) -> Tensor:
     return 3 + 2 * trial.normal(trial.integer(4, 6), 1, 4, 4)
 
 
+@exercise.experiment("whatever train says")
 class WhateverTrainSays(Experiment):
-    """In train mode the network computes what it computes in eval mode, whatever part of it train() is called on."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -74,9 +75,8 @@ class WhateverTrainSays(Experiment):
         return {when: _which(output, known) for when, output in raw.items()}
 
 
+@exercise.experiment("nothing moves")
 class NothingMoves(Experiment):
-    """Training moves neither the running statistics nor weight and bias of a BatchNorm."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -119,9 +119,8 @@ class _Branches(nn.Module):
         return {name: branch(inputs[name]) for name, branch in self.named_children()}
 
 
+@exercise.experiment("every batch norm")
 class EveryBatchNorm(Experiment):
-    """Every BatchNorm of the model is frozen, whatever its kind, name and place."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -169,9 +168,8 @@ class EveryBatchNorm(Experiment):
         return facts | {"a model that is a BatchNorm itself": _frozen_or_not(raw["alone"], alone)}
 
 
+@exercise.experiment("all else")
 class AllElse(Experiment):
-    """All else trains as before: dropout, other norms, other parameters, other models."""
-
     def draw(self, trial: Trial) -> dict:
         c = 2 * trial.integer(1, 2)
         layers = OrderedDict(conv=nn.Conv2d(1, c, 2), bn=_trained(nn.BatchNorm2d(c), trial), norm=nn.GroupNorm(2, c))
@@ -206,9 +204,8 @@ class AllElse(Experiment):
         }
 
 
+@exercise.experiment("trains again")
 class TrainsAgain(Experiment):
-    """After undo each BatchNorm is in the mode it had, and train() makes its statistics move as they did before."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -258,9 +255,8 @@ class TrainsAgain(Experiment):
         }
 
 
+@exercise.experiment("flags as before")
 class FlagsAsBefore(Experiment):
-    """After undo the same parameters train as before freeze, and what others have learned is kept."""
-
     def draw(self, trial: Trial) -> dict:
         model = _network(trial, trial.integer(3, 5))
         model.bn.weight.requires_grad_(False)
@@ -387,11 +383,7 @@ def _freeze(layers: list[_BatchNorm]) -> Callable[[], None]:
     return _all([*map(_flags, layers), *map(_stuck, layers)])
 
 
-@misconception(
-    "eval() once",
-    hint="Right after your function all is well. Call model.train(), as every epoch does: which mode is a BatchNorm in now?",
-    source="seen in public teaching code: layers put into eval mode before a loop that begins with model.train()",
-)
+@exercise.misconception("eval() once")
 def eval_once(model):
     layers = _norms(model)
     modes = {layer: layer.training for layer in layers}
@@ -401,20 +393,12 @@ def eval_once(model):
     return _all([*flags, *(lambda layer=layer, mode=mode: layer.train(mode) for layer, mode in modes.items())])
 
 
-@misconception(
-    "requires_grad=False alone",
-    hint="No parameter trains any more, and yet an output depends on its batch. What moves a buffer, if not a gradient?",
-    source="seen in public teaching code: a backbone frozen with requires_grad_(False), then model.train() every epoch",
-)
+@exercise.misconception("requires_grad=False alone")
 def requires_grad_false_alone(model):
     return _all(list(map(_flags, _norms(model))))
 
 
-@misconception(
-    "statistics that stand still",
-    hint="The stored statistics do not move any more. Which ones does train mode divide by: those, or the batch's?",
-    source="seen in public teaching code: momentum=0 or track_running_stats=False as a freeze",
-)
+@exercise.misconception("statistics that stand still")
 def statistics_that_stand_still(model):
     layers = _norms(model)
     momenta = {layer: layer.momentum for layer in layers}
@@ -424,47 +408,27 @@ def statistics_that_stand_still(model):
     return _all([*flags, *(lambda layer=layer, m=m: setattr(layer, "momentum", m) for layer, m in momenta.items())])
 
 
-@misconception(
-    "BatchNorm2d only",
-    hint="BatchNorm comes for sequences, for volumes and for several GPUs too. What do all these classes have in common?",
-    source="seen in public teaching code: isinstance(module, nn.BatchNorm2d)",
-)
+@exercise.misconception("BatchNorm2d only")
 def batchnorm2d_only(model):
     return _freeze([layer for layer in _norms(model) if isinstance(layer, nn.BatchNorm2d)])
 
 
-@misconception(
-    "found by name",
-    hint="Print the names of all modules of a ResNet. Is every BatchNorm called bn?",
-    source="seen in public teaching code: a filter for bn in the name, which misses downsample.1",
-)
+@exercise.misconception("found by name")
 def found_by_name(model):
     return _freeze([m for name, m in model.named_modules() if "bn" in name and isinstance(m, _BatchNorm)])
 
 
-@misconception(
-    "the whole model in eval mode",
-    hint="Call model.train(), then run one input twice. Which layer should have made a difference?",
-    source="a line of reasoning: a train() that does nothing, put on every module",
-)
+@exercise.misconception("the whole model in eval mode")
 def the_whole_model_in_eval_mode(model):
     return _all([*map(_flags, _norms(model)), *map(_stuck, model.modules())])
 
 
-@misconception(
-    "the whole model frozen",
-    hint="Which parameters get a gradient after your function, and which should?",
-    source="seen in public teaching code: requires_grad_(False) on the model where the BatchNorms were meant",
-)
+@exercise.misconception("the whole model frozen")
 def the_whole_model_frozen(model):
     return _all([_flags(model), *map(_stuck, _norms(model))])
 
 
-@misconception(
-    "only the model's own train()",
-    hint="model.train() no longer harms. Who else has a train(), and does it pass by what you changed?",
-    source="seen in public teaching code: a model class whose train() puts its BatchNorms back into eval mode",
-)
+@exercise.misconception("only the model's own train()")
 def only_the_models_own_train(model):
     layers = _norms(model)
     modes = {layer: layer.training for layer in layers}
@@ -487,20 +451,12 @@ def only_the_models_own_train(model):
     return _all([*flags, undo])
 
 
-@misconception(
-    "affine still trains",
-    hint="The statistics are fixed. Which of the layer's four tensors does an optimizer still move?",
-    source="a line of reasoning: eval mode freezes a BatchNorm, and says nothing about its gradients",
-)
+@exercise.misconception("affine still trains")
 def affine_still_trains(model):
     return _all(list(map(_stuck, _norms(model))))
 
 
-@misconception(
-    "another eps",
-    hint="The outputs are close to those of eval mode, and not equal. What stands under the root besides the variance?",
-    source="a line of reasoning: a frozen layer made anew from the four tensors, with the default eps",
-)
+@exercise.misconception("another eps")
 def another_eps(model):
     layers = _norms(model)
     flags = [_flags(layer) for layer in layers]
@@ -509,58 +465,23 @@ def another_eps(model):
     return _all([*flags, *(lambda layer=layer: delattr(layer, "forward") for layer in layers)])
 
 
-@misconception(
-    "undo unfreezes everything",
-    hint="One weight was frozen before your function came. Is it after undo?",
-    source="a line of reasoning: the opposite of requires_grad_(False) is requires_grad_(True)",
-)
+@exercise.misconception("undo unfreezes everything")
 def undo_unfreezes_everything(model):
     layers = _norms(model)
     undo = _freeze(layers)
     return _all([undo, *(lambda layer=layer: layer.requires_grad_(True) for layer in layers)])
 
 
-@misconception(
-    "undo to the default momentum",
-    hint="After undo the statistics move at another pace than before. Which number did your function not remember?",
-    source="a library that loses the momentum of a BatchNorm when it unfreezes it",
-)
+@exercise.misconception("undo to the default momentum")
 def undo_to_the_default_momentum(model):
     layers = _norms(model)
     undo = _freeze(layers)
     return _all([undo, *(lambda layer=layer: setattr(layer, "momentum", 0.1) for layer in layers)])
 
 
-@misconception(
-    "stuck in eval mode after undo",
-    hint="After undo and model.train(), look at the mode of a BatchNorm. What still keeps it there?",
-    source="a line of reasoning: undo gives the flags back, and the train() that does nothing stays",
-)
+@exercise.misconception("stuck in eval mode after undo")
 def stuck_in_eval_mode_after_undo(model):
     undo = [_flags(layer) for layer in _norms(model)]
     for layer in _norms(model):
         _stuck(layer)
     return _all(undo)
-
-
-EXERCISE = Exercise(
-    number="5.4",
-    name="freeze",
-    reference=freeze,
-    experiments=(
-        *(WhateverTrainSays(), NothingMoves(), EveryBatchNorm()),
-        *(AllElse(), TrainsAgain(), FlagsAsBefore()),
-    ),
-    misconceptions=(
-        *(eval_once, requires_grad_false_alone, statistics_that_stand_still, batchnorm2d_only, found_by_name),
-        *(the_whole_model_in_eval_mode, the_whole_model_frozen, only_the_models_own_train, affine_still_trains),
-        *(another_eps, undo_unfreezes_everything, undo_to_the_default_momentum, stuck_in_eval_mode_after_undo),
-    ),
-    hints=(
-        "What does model.train() do to each module, step by step, and where on that way could a layer say no?",
-        "After freeze, call `model.train()`, then `train()` of one block; each time compare the output with that of eval mode, "
-        "and look at `running_mean` and at the gradients. Then the same after undo, where one weight was frozen before.",
-        "For every instance of torch's common BatchNorm base class: remember flags and mode, stop its gradients, put it into "
-        "eval mode, and give this one object a train method that does nothing. Undo takes that away and gives back the rest.",
-    ),
-)

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.checks.features.counting import SharedList
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn
 from helpers import expect
 from helpers.batchnorm import what_is_frozen
+
+exercise = Exercise(__name__, "5.3", what_is_frozen)
 
 _KEYS = "affine", "statistics", "normalisation"
 
@@ -131,9 +133,8 @@ class _Kinds(Experiment):
         return {what: " + ".join(key for key in _KEYS if answer[key]) or "nothing" for what, answer in raw.items()}
 
 
+@exercise.experiment("four recipes")
 class FourRecipes(_Kinds):
-    """Nothing, the affine part, the normalisation, all: four layers are told apart."""
-
     points = 2
 
     def layers(self, trial, channels):
@@ -145,9 +146,8 @@ class FourRecipes(_Kinds):
         }
 
 
+@exercise.experiment("still and used")
 class StillAndUsed(_Kinds):
-    """Stored statistics that do not move need not be the ones it normalises with."""
-
     points = 2
 
     def layers(self, trial, channels):
@@ -158,9 +158,8 @@ class StillAndUsed(_Kinds):
         }
 
 
+@exercise.experiment("whatever the attributes say")
 class WhateverTheAttributesSay(_Kinds):
-    """What a layer does counts, not what its attributes say."""
-
     points = 2
 
     def layers(self, trial, channels):
@@ -172,9 +171,8 @@ class WhateverTheAttributesSay(_Kinds):
         }
 
 
+@exercise.experiment("found in eval mode")
 class FoundInEvalMode(_Kinds):
-    """What counts is training: a layer found in eval mode is tested in train mode."""
-
     def layers(self, trial, channels):
         return {
             "a BatchNorm in eval mode": _trained(nn.BatchNorm2d(channels), trial).eval(),
@@ -182,9 +180,8 @@ class FoundInEvalMode(_Kinds):
         }
 
 
+@exercise.experiment("old gradients")
 class OldGradients(_Kinds):
-    """A gradient left over from earlier is none that a frozen layer gets."""
-
     def layers(self, trial, channels):
         return {
             "requires_grad_(False) with old gradients": _with_old_gradients(
@@ -195,9 +192,8 @@ class OldGradients(_Kinds):
         }
 
 
+@exercise.experiment("left as found")
 class LeftAsFound(Experiment):
-    """The layer is left as it was found: statistics, mode, gradients, flags."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -288,31 +284,18 @@ def _trial_run(layer: nn.Module, x: Tensor) -> dict[str, bool]:
     }
 
 
-@misconception(
-    "the mode read off",
-    hint="You ask the layer for its mode. Find a layer whose `training` is True and whose output for one row does not "
-    "depend on the others: which of the two do you believe?",
-    source="a line of reasoning: eval mode is how one freezes a BatchNorm, so the mode says whether it is",
-)
+@exercise.misconception("the mode read off")
 def the_mode_read_off(layer, x):
     trained = copy.deepcopy(layer).train()
     return what_is_frozen(layer, x) | {"statistics": not trained.training, "normalisation": not trained.training}
 
 
-@misconception(
-    "requires_grad read off",
-    hint="The flag says that gradients are wanted, not that any arrives. What can forward do to a weight on the way?",
-    source="seen in public teaching code: a course's own test of freezing looks at requires_grad alone",
-)
+@exercise.misconception("requires_grad read off")
 def requires_grad_read_off(layer, x):
     return what_is_frozen(layer, x) | {"affine": not (layer.weight.requires_grad or layer.bias.requires_grad)}
 
 
-@misconception(
-    "settings read off",
-    hint="Momentum, track_running_stats and the mode are what torch's own forward goes by. Who says that this layer's does?",
-    source="a line of reasoning: the documentation lists what decides, so it is enough to look at that",
-)
+@exercise.misconception("settings read off")
 def settings_read_off(layer, x):
     trained = copy.deepcopy(layer).train()
     used = not trained.training
@@ -320,29 +303,17 @@ def settings_read_off(layer, x):
     return what_is_frozen(layer, x) | {"statistics": used or not tracked, "normalisation": used}
 
 
-@misconception(
-    "measured in eval mode",
-    hint="Every layer looks frozen to you. Which mode will it be in when it is trained?",
-    source="a line of reasoning: a layer is put into eval mode before it is looked at, as in any evaluation",
-)
+@exercise.misconception("measured in eval mode")
 def measured_in_eval_mode(layer, x):
     return _trial_run(copy.deepcopy(layer).eval(), x)
 
 
-@misconception(
-    "measured in the mode it was found in",
-    hint="Give your function a plain BatchNorm in train mode, then the same in eval mode. Which answer will training confirm?",
-    source="seen in public teaching code: a freeze whose test never calls model.train(), which undoes it",
-)
+@exercise.misconception("measured in the mode it was found in")
 def measured_in_the_mode_it_was_found_in(layer, x):
     return _trial_run(layer, x)
 
 
-@misconception(
-    "no copies",
-    hint="Even a plain BatchNorm's statistics stand still, you say. Is what you compare with still from before?",
-    source="seen in public teaching code: best = model.state_dict(), which goes on changing with the model",
-)
+@exercise.misconception("no copies")
 def no_copies(layer, x):
     trained = copy.deepcopy(layer).train()
     before = _statistics(trained)
@@ -352,44 +323,26 @@ def no_copies(layer, x):
     return what_is_frozen(layer, x) | {"statistics": still}
 
 
-@misconception(
-    "still taken for used",
-    hint="With momentum 0 the statistics stand still. Change the other rows of the batch: does the output of the first one "
-    "stand still as well?",
-    source="seen in public teaching code: momentum=0 or track_running_stats=False as a freeze",
-)
+@exercise.misconception("still taken for used")
 def still_taken_for_used(layer, x):
     answer = what_is_frozen(layer, x)
     return answer | {"normalisation": answer["statistics"]}
 
 
-@misconception(
-    "no gradient under no_grad",
-    hint="No layer ever got a gradient from you. Under which condition does torch record what backward needs?",
-    source="a line of reasoning: a look at a layer is no training, so no_grad goes around it",
-)
+@exercise.misconception("no gradient under no_grad")
 def no_gradient_under_no_grad(layer, x):
     with torch.no_grad():
         return _trial_run(copy.deepcopy(layer).train(), x)
 
 
-@misconception(
-    "an old gradient taken for a new one",
-    hint="The gradient that you found was there before you began. How would you know a new one?",
-    source="seen in public teaching code: frozen weights that move because their old gradients were never removed",
-)
+@exercise.misconception("an old gradient taken for a new one")
 def an_old_gradient_taken_for_a_new_one(layer, x):
     gradients = [parameter.grad for parameter in (layer.weight, layer.bias)]
     answer = what_is_frozen(layer, x)
     return answer | {"affine": answer["affine"] and all(gradient is None for gradient in gradients)}
 
 
-@misconception(
-    "left as the test leaves it",
-    hint="Look at the statistics, the mode and the gradients of a layer before your function and after. Which of them "
-    "would training now start from?",
-    source="seen in public teaching code: a diagnosis that calls model.train() and a backward pass on the model itself",
-)
+@exercise.misconception("left as the test leaves it")
 def left_as_the_test_leaves_it(layer, x):
     answer = what_is_frozen(layer, x)
     output = layer.train()(x)
@@ -398,11 +351,7 @@ def left_as_the_test_leaves_it(layer, x):
     return answer
 
 
-@misconception(
-    "gradients left behind",
-    hint="You put back what you moved, and yet the next step of an optimizer goes elsewhere. What else did backward change?",
-    source="a line of reasoning: buffers and mode are put back, and the gradients of the test add to the next ones",
-)
+@exercise.misconception("gradients left behind")
 def gradients_left_behind(layer, x):
     answer = what_is_frozen(layer, x)
     tested = copy.deepcopy(layer).train()
@@ -413,26 +362,3 @@ def gradients_left_behind(layer, x):
             if parameter.grad is not None:
                 own.grad = parameter.grad if own.grad is None else own.grad + parameter.grad
     return answer
-
-
-EXERCISE = Exercise(
-    number="5.3",
-    name="what_is_frozen",
-    reference=what_is_frozen,
-    experiments=(
-        *(FourRecipes(), StillAndUsed(), WhateverTheAttributesSay()),
-        *(FoundInEvalMode(), OldGradients(), LeftAsFound()),
-    ),
-    misconceptions=(
-        *(the_mode_read_off, requires_grad_read_off, settings_read_off, measured_in_eval_mode),
-        *(measured_in_the_mode_it_was_found_in, no_copies, still_taken_for_used, no_gradient_under_no_grad),
-        *(an_old_gradient_taken_for_a_new_one, left_as_the_test_leaves_it, gradients_left_behind),
-    ),
-    hints=(
-        "If nobody told you how a layer was made, what would you feed it, and what would you look at?",
-        "In train mode, look at `running_mean` before and after a batch; at the output of the first rows when the other rows "
-        "are replaced; and at whether the output has a graph that leads back to weight and bias.",
-        "On a deep copy in train mode: statistics are frozen if a forward pass leaves both running statistics equal to their "
-        "clones; normalisation, if a row's output is the same in other company; affine, if backward brings no gradient.",
-    ),
-)

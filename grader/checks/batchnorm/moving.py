@@ -6,9 +6,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn
 from helpers import expect
 from helpers.batchnorm import moved
+
+exercise = Exercise(__name__, "5.2", moved)
 
 
 def _norm(trial: Trial, channels: int) -> nn.BatchNorm1d:
@@ -23,9 +25,8 @@ def _norm(trial: Trial, channels: int) -> nn.BatchNorm1d:
     return norm
 
 
+@exercise.experiment("frozen network")
 class FrozenNetwork(Experiment):
-    """In a network without one trainable parameter, a forward pass in train mode moves buffers."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -45,9 +46,8 @@ class FrozenNetwork(Experiment):
         }
 
 
+@exercise.experiment("flags and movement")
 class FlagsAndMovement(Experiment):
-    """A parameter is named if it moved, whether or not it may be trained."""
-
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 6)
         model = nn.Sequential(OrderedDict(body=nn.Linear(4, width), head=nn.Linear(width, 2)))
@@ -68,9 +68,8 @@ class FlagsAndMovement(Experiment):
         return {"the frozen body.weight and the trainable head.bias moved; named": _in_order(raw["names"], inputs["model"])}
 
 
+@exercise.experiment("parameters first")
 class ParametersFirst(Experiment):
-    """The parameters come first, then the buffers, each in the order of the model."""
-
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 6)
         layers = OrderedDict(stem=_norm(trial, 4), body=nn.Linear(4, width), after=_norm(trial, width))
@@ -112,9 +111,8 @@ class _Average(nn.Module):
         self.register_buffer("start", trial.normal(width))
 
 
+@exercise.experiment("every buffer")
 class EveryBuffer(Experiment):
-    """Every buffer that moved is named, also one that is not saved, and one of whole numbers."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -146,9 +144,8 @@ class _Held(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor))
 
 
+@exercise.experiment("other values")
 class OtherValues(Experiment):
-    """What counts is whether the values are others: however small the change, however they came to be there."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -186,9 +183,8 @@ class OtherValues(Experiment):
         return {words: _named(name, raw["names"]) for name, words in what.items()}
 
 
+@exercise.experiment("numbers and nan")
 class NumbersAndNan(Experiment):
-    """A NaN that stays has not moved; a number that becomes one has."""
-
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 5)
         stays, becomes = trial.normal(width), 1 + trial.normal(width).abs()
@@ -213,9 +209,8 @@ class NumbersAndNan(Experiment):
         }
 
 
+@exercise.experiment("once and for good")
 class OnceAndForGood(Experiment):
-    """The action runs once, and what it did is there afterwards."""
-
     def draw(self, trial: Trial) -> dict:
         return {"model": nn.Linear(3, trial.integer(2, 5))}
 
@@ -272,54 +267,34 @@ def _other(one: Tensor, other: Tensor) -> bool:
     return bool(((one != other) & ~(one.isnan() & other.isnan())).any())
 
 
-@misconception(
-    "no copies",
-    hint="What you kept from before is the very tensor that the action writes into. What do you compare it with afterwards?",
-    source="seen in public teaching code: best = model.state_dict(), which goes on changing with the model",
-)
+@exercise.misconception("no copies")
 def no_copies(model, action):
     before = _tensors(model)
     action()
     return [name for name, tensor in _tensors(model).items() if _other(before[name], tensor)]
 
 
-@misconception(
-    "parameters only",
-    hint="Your list has parameters and nothing else. What does a BatchNorm keep that no optimizer knows of?",
-    source="seen in public teaching code: a test of a frozen network that looks at its parameters only",
-)
+@exercise.misconception("parameters only")
 def parameters_only(model, action):
     before = _copies(model)
     action()
     return [name for name, tensor in model.named_parameters() if _other(before[name], tensor)]
 
 
-@misconception(
-    "state dict only",
-    hint="A buffer moved that a checkpoint does not hold. Which buffers does a state dict leave out, and who knows them all?",
-    source="PyTorch documentation: a buffer registered with persistent=False is not part of the state dict",
-)
+@exercise.misconception("state dict only")
 def state_dict_only(model, action):
     names = moved(model, action)
     return [name for name in names if name in model.state_dict()]
 
 
-@misconception(
-    "order of the state dict",
-    hint="Print your names for a network with a BatchNorm in the middle. Where do its buffers stand, and where should they?",
-    source="a line of reasoning: a state dict has parameters and buffers, so its order will do",
-)
+@exercise.misconception("order of the state dict")
 def order_of_the_state_dict(model, action):
     names = moved(model, action)
     places = {name: place for place, name in enumerate(model.state_dict())}
     return sorted(names, key=lambda name: places.get(name, len(places)))
 
 
-@misconception(
-    "running mean and variance only",
-    hint="Print all buffers of a BatchNorm: how many are there? And which other layers have buffers?",
-    source="seen in public teaching code: a name filter for running_mean and running_var",
-)
+@exercise.misconception("running mean and variance only")
 def running_mean_and_variance_only(model, action):
     before = _copies(model)
     action()
@@ -327,32 +302,20 @@ def running_mean_and_variance_only(model, action):
     return [name for name in wanted if _other(before[name], _tensors(model)[name])]
 
 
-@misconception(
-    "requires_grad taken for movement",
-    hint="Your list is the same before anything has happened. What do the values themselves say?",
-    source="seen in public teaching code: a course's own test of freezing looks at requires_grad alone",
-)
+@exercise.misconception("requires_grad taken for movement")
 def requires_grad_taken_for_movement(model, action):
     action()
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-@misconception(
-    "totals compared",
-    hint="Let two values of a tensor change places. What does its sum, its mean or its norm say of that?",
-    source="seen in public teaching code: a sum over the weights printed before and after training",
-)
+@exercise.misconception("totals compared")
 def totals_compared(model, action):
     before = {name: tensor.nansum().item() for name, tensor in _tensors(model).items()}
     action()
     return [name for name, tensor in _tensors(model).items() if tensor.nansum().item() != before[name]]
 
 
-@misconception(
-    "nearly equal is equal",
-    hint="A value changed in its last digit, and your list is silent. How large is the first step of a small learning rate?",
-    source="a line of reasoning: floating-point numbers are compared with a tolerance, so these are as well",
-)
+@exercise.misconception("nearly equal is equal")
 def nearly_equal_is_equal(model, action):
     before = _copies(model)
     action()
@@ -361,44 +324,28 @@ def nearly_equal_is_equal(model, action):
     ]
 
 
-@misconception(
-    "the old tensors looked at again",
-    hint="A module may put a new tensor under an old name. Does what you look at afterwards still belong to the model?",
-    source="seen in public teaching code: a BatchNorm by hand that assigns its moving average anew in each step",
-)
+@exercise.misconception("the old tensors looked at again")
 def the_old_tensors_looked_at_again(model, action):
     before = [(name, tensor, tensor.detach().clone()) for name, tensor in _tensors(model).items()]
     action()
     return [name for name, tensor, copy in before if _other(copy, tensor)]
 
 
-@misconception(
-    "NaN differs from itself",
-    hint="Nothing touched that tensor, it only holds a NaN. Compare it with its own copy: what does your comparison say?",
-    source="PyTorch issue tracker: torch.equal is False for a tensor with NaN and its clone",
-)
+@exercise.misconception("NaN differs from itself")
 def nan_differs_from_itself(model, action):
     before = _copies(model)
     action()
     return [name for name, tensor in _tensors(model).items() if not torch.equal(before[name], tensor)]
 
 
-@misconception(
-    "largest difference above zero",
-    hint="A weight became NaN. What is the difference between NaN and a number, and is that above zero?",
-    source="a line of reasoning: what moved differs by more than zero",
-)
+@exercise.misconception("largest difference above zero")
 def largest_difference_above_zero(model, action):
     before = _copies(model)
     action()
     return [name for name, tensor in _tensors(model).items() if ((tensor - before[name]).abs() > 0).any()]
 
 
-@misconception(
-    "old values put back",
-    hint="Look at the model after your function. Is the step of training that it was given still there?",
-    source="a line of reasoning: whoever measures leaves no trace, as in feature extraction",
-)
+@exercise.misconception("old values put back")
 def old_values_put_back(model, action):
     before = _copies(model)
     names = moved(model, action)
@@ -406,26 +353,3 @@ def old_values_put_back(model, action):
         for name in names:
             _tensors(model)[name].copy_(before[name])
     return names
-
-
-EXERCISE = Exercise(
-    number="5.2",
-    name="moved",
-    reference=moved,
-    experiments=(
-        *(FrozenNetwork(), FlagsAndMovement(), ParametersFirst(), EveryBuffer()),
-        *(OtherValues(), NumbersAndNan(), OnceAndForGood()),
-    ),
-    misconceptions=(
-        *(no_copies, parameters_only, state_dict_only, order_of_the_state_dict, running_mean_and_variance_only),
-        *(requires_grad_taken_for_movement, totals_compared, nearly_equal_is_equal, the_old_tensors_looked_at_again),
-        *(nan_differs_from_itself, largest_difference_above_zero, old_values_put_back),
-    ),
-    hints=(
-        "A flag says what may happen to a tensor. How would you find out what did happen to it?",
-        "Give your function a BatchNorm in train mode and a forward pass under `torch.no_grad()`; then a layer with a buffer "
-        "that is not persistent; then an action that does nothing, on a model that holds a NaN.",
-        "Keep a clone of everything in `named_parameters()` and `named_buffers()`, call the action, and look each name up "
-        "in the model again: moved is what differs from its clone in any value, where NaN counts as equal to NaN.",
-    ),
-)

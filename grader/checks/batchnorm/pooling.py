@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from grader.checks.batchnorm.cuts import known_means, known_variances, rows_of, uneven, which, which_far
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
 from helpers import expect
 from helpers.batchnorm import pooled_statistics
 
+exercise = Exercise(__name__, "5.5", pooled_statistics)
 
+
+@exercise.experiment("mean of all values")
 class MeanOfAllValues(Experiment):
-    """The mean is that of all values, however they are cut into batches."""
-
     def draw(self, trial: Trial) -> dict:
         return {"batches": uneven(trial, [(2,), (9,), (4,), (6 + trial.integer(0, 3),)], channels=trial.integer(3, 5))}
 
@@ -25,9 +26,8 @@ class MeanOfAllValues(Experiment):
         return {"the mean is": which(raw["mean"], known_means(inputs["batches"]))}
 
 
+@exercise.experiment("variance of all values")
 class VarianceOfAllValues(MeanOfAllValues):
-    """The variance is the unbiased one of all values: also the batches' means differ from each other."""
-
     points = 2
 
     def measure(self, subject, inputs):
@@ -37,17 +37,15 @@ class VarianceOfAllValues(MeanOfAllValues):
         return {"the variance is": which(raw["var"], known_variances(inputs["batches"]))}
 
 
+@exercise.experiment("every position counts")
 class EveryPositionCounts(MeanOfAllValues):
-    """Every position of every sample is a value of its channel, and batches may be of different sizes there too."""
-
     def draw(self, trial: Trial) -> dict:
         sizes = [(2, 2, 2), (5, 1, 3), (3, 4, trial.integer(2, 4))]
         return {"batches": uneven(trial, sizes, channels=trial.integer(3, 5))}
 
 
+@exercise.experiment("far from zero")
 class FarFromZero(Experiment):
-    """With a mean of 100 and a standard deviation of 0.01, the variance is right to 1 %."""
-
     points = 3
 
     def draw(self, trial: Trial) -> dict:
@@ -67,9 +65,8 @@ class FarFromZero(Experiment):
         return {"the variance is": f"such as {raw['far'][0]:.2g} where {right[0]:.2g} is right"}
 
 
+@exercise.experiment("batches of one value")
 class BatchesOfOneValue(Experiment):
-    """A batch may hold one value per channel."""
-
     def draw(self, trial: Trial) -> dict:
         return {"batches": [*uneven(trial, [(1,), (4,), (1,), (1,)], 4), *uneven(trial, [(7,)], 4)]}
 
@@ -82,9 +79,8 @@ class BatchesOfOneValue(Experiment):
         return {"the variance is": found}
 
 
+@exercise.experiment("nothing kept")
 class NothingKept(Experiment):
-    """Batches that come one by one are read once and not kept."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -148,31 +144,19 @@ def _finish(n: int, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), (squares / (n - 1)).float()
 
 
-@misconception(
-    "mean of the batches' means",
-    hint="Two batches, one of a single 0 and one of nine 1s. What is the mean of the ten numbers, and what do you get?",
-    source="a line of reasoning: right for batches of equal size, and the last batch of a data set is short",
-)
+@exercise.misconception("mean of the batches' means")
 def mean_of_the_means(batches):
     summaries = [_summary(batch) for batch in batches]
     return torch.stack([mean for _, mean, _ in summaries]).mean(0).float(), _finish(*_merge(summaries))[1]
 
 
-@misconception(
-    "spread between batches lost",
-    hint="One batch holds only 0s, another only 1s. What is the variance of each, and what is that of all the numbers?",
-    source="a line of reasoning: what works for the mean is done to the variance; BatchNorm with momentum=None does so",
-)
+@exercise.misconception("spread between batches lost")
 def mean_of_the_variances(batches):
     summaries = [_summary(batch) for batch in batches]
     return _finish(*_merge(summaries))[0], torch.stack([squares / n for n, _, squares in summaries]).mean(0).float()
 
 
-@misconception(
-    "difference of two large numbers",
-    hint="Print the mean of x² and the square of the mean of x for numbers around 100. In which digit do they differ?",
-    source="a known weakness of a library for precise BatchNorm: E[x²] - E[x]² in float32 became negative",
-)
+@exercise.misconception("difference of two large numbers")
 def difference_of_squares(batches):
     n, total, squares = 0, 0.0, 0.0
     for batch in batches:
@@ -182,11 +166,7 @@ def difference_of_squares(batches):
     return mean, (squares / n - mean**2) * n / (n - 1)
 
 
-@misconception(
-    "moving average",
-    hint="Reverse the order of the batches. Does your result change, and should it?",
-    source="what BatchNorm itself does in training, where the statistics it follows are moving as well",
-)
+@exercise.misconception("moving average")
 def moving_average(batches):
     mean, var = 0.0, 1.0
     for batch in batches:
@@ -196,32 +176,20 @@ def moving_average(batches):
     return mean.float(), var.float()
 
 
-@misconception(
-    "last batch only",
-    hint="Change something in the first batch. Does your result move?",
-    source="a line of reasoning: each round of the loop computes the statistics anew; momentum=1.0 does the same",
-)
+@exercise.misconception("last batch only")
 def last_batch_only(batches):
     for batch in batches:
         n, mean, squares = _summary(batch)
     return mean.float(), (squares / max(1, n - 1)).float()
 
 
-@misconception(
-    "divided by n",
-    hint="Two values, 0 and 2. Which variance would running_var store for them, 1 or 2?",
-    source="a line of reasoning: BatchNorm normalises with the biased variance, and stores the unbiased one",
-)
+@exercise.misconception("divided by n")
 def divided_by_n(batches):
     n, mean, squares = _merge(_summary(batch) for batch in batches)
     return mean.float(), (squares / n).float()
 
 
-@misconception(
-    "channels pooled too",
-    hint="One channel holds only 0s, another only 1s. Does your result say so?",
-    source="a line of reasoning: mean() and var() without axes give one number for all channels",
-)
+@exercise.misconception("channels pooled too")
 def channels_pooled_too(batches):
     summaries = []
     for batch in batches:
@@ -230,21 +198,13 @@ def channels_pooled_too(batches):
     return tuple(values.expand(channels) for values in _finish(*_merge(summaries)))
 
 
-@misconception(
-    "samples counted, not values",
-    hint="How many values of one channel are in a batch of shape (n, channels, h, w)? Compare with the number you weigh it by.",
-    source="a line of reasoning: len(batch) is the number of values for (n, channels), and only there",
-)
+@exercise.misconception("samples counted, not values")
 def samples_counted(batches):
     summaries = ((len(batch), *_summary(batch)) for batch in batches)
     return _finish(*_merge((samples, mean, squares * samples / count) for samples, count, mean, squares in summaries))
 
 
-@misconception(
-    "read twice",
-    hint="Run over a generator in two loops, one after the other, and count the rounds of the second. How many are there?",
-    source="a line of reasoning: the textbook's variance needs the mean first, so it takes two passes",
-)
+@exercise.misconception("read twice")
 def read_twice(batches):
     n, mean = 0, 0.0
     for batch in batches:
@@ -258,43 +218,13 @@ def read_twice(batches):
     return _finish(n, mean, squares)
 
 
-@misconception(
-    "all batches kept",
-    hint="Suppose that the batches are 100 GB of images, read from disk one by one. How much of that do you hold at the end?",
-    source="a line of reasoning: torch.cat makes the definition a single line, and the data set is small today",
-)
+@exercise.misconception("all batches kept")
 def all_batches_kept(batches):
     rows = torch.cat([batch.transpose(0, 1).flatten(1) for batch in batches], dim=1).double()
     return rows.mean(1).float(), rows.var(1).float()
 
 
-@misconception(
-    "variance of a single value",
-    hint="What does torch say is the variance of one number, and what is 0 times that?",
-    source="a line of reasoning: (n - 1) * var is the sum of squares, until n is 1 and var is NaN",
-)
+@exercise.misconception("variance of a single value")
 def variance_of_a_single_value(batches):
     summaries = ((rows.shape[1], rows.mean(1), rows.var(1) * (rows.shape[1] - 1)) for rows in map(rows_of, batches))
     return _finish(*_merge(summaries))
-
-
-EXERCISE = Exercise(
-    number="5.5",
-    name="pooled_statistics",
-    reference=pooled_statistics,
-    experiments=(
-        *(MeanOfAllValues(), VarianceOfAllValues(), EveryPositionCounts()),
-        *(FarFromZero(), BatchesOfOneValue(), NothingKept()),
-    ),
-    misconceptions=(
-        *(mean_of_the_means, mean_of_the_variances, difference_of_squares, moving_average, last_batch_only),
-        *(divided_by_n, channels_pooled_too, samples_counted, read_twice, all_batches_kept, variance_of_a_single_value),
-    ),
-    hints=(
-        "What do you have to remember of the batches so far, so that a further one can be added to them?",
-        "Take the batches 0, 2 and 10, 10, 10, 10. Compute count, mean and sum of squared deviations of each and of all six "
-        "numbers. By how much is the sum of squares of all larger than those of the two together?",
-        "Two sets with counts a and b, means m and k: together m + (k - m) b / (a + b), and the sums of squared deviations "
-        "add up, plus (k - m)² a b / (a + b). In float64, or deviation by deviation, but not as a difference of squares.",
-    ),
-)

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from grader.checks.batchnorm.cuts import OTHER, known_means, known_variances, rows_of, uneven, which, which_far
-from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near
 from helpers.batchnorm import recompute_statistics
+
+exercise = Exercise(__name__, "5.6", recompute_statistics)
 
 BEFORE = "as before"
 
@@ -28,9 +30,8 @@ def _used(trial: Trial, norm: _BatchNorm) -> _BatchNorm:
     return norm
 
 
+@exercise.experiment("all batches as one")
 class AllBatchesAsOne(Experiment):
-    """The statistics are those of all batches as if they were one, also with a mean of 100 and a deviation of 0.01."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -66,9 +67,8 @@ class AllBatchesAsOne(Experiment):
         }
 
 
+@exercise.experiment("deeper layers")
 class DeeperLayers(Experiment):
-    """A deeper layer pools what it sees while those before it normalise with each batch's own statistics."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -147,9 +147,8 @@ class _Kinds(nn.Module):
         )
 
 
+@exercise.experiment("every kind")
 class EveryKind(Experiment):
-    """Every BatchNorm gets its statistics: 1d, 2d and 3d, nested, without weights, whatever its name."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -183,9 +182,8 @@ class EveryKind(Experiment):
         return {name: None if word == OTHER else word for name, word in found.items()}  # neither: nothing to be said here
 
 
+@exercise.experiment("dropout off")
 class DropoutOff(Experiment):
-    """Dropout is off while the statistics are measured, in a model that comes in train mode."""
-
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(3, 5)
         layers = OrderedDict(dropout=nn.Dropout(0.5), bn=_used(trial, nn.BatchNorm2d(channels)))
@@ -229,9 +227,8 @@ class _Mixed(Experiment):
         return words.get(tuple(moved), "only the one in eval mode")
 
 
+@exercise.experiment("modes kept")
 class ModesKept(_Mixed):
-    """Each module keeps its mode, and the statistics are new whatever it is."""
-
     points = 2
 
     def measure(self, subject, inputs):
@@ -249,9 +246,8 @@ class ModesKept(_Mixed):
         }
 
 
+@exercise.experiment("nothing else changes")
 class NothingElseChanges(_Mixed):
-    """Momentum, parameters and requires_grad stay as they were, and the statistics are plain tensors."""
-
     def measure(self, subject, inputs):
         model = inputs["model"]
         before = copy.deepcopy(model)
@@ -341,11 +337,7 @@ def _recompute(
         module.training = mode
 
 
-@misconception(
-    "forward in eval mode",
-    hint="Compare running_mean before and after. In which mode does a BatchNorm look at its batch?",
-    source="seen in public teaching code, and a known no-op of a library for precise BatchNorm: the model was in eval mode",
-)
+@exercise.misconception("forward in eval mode")
 def forward_in_eval_mode(model, batches):
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -356,11 +348,7 @@ def forward_in_eval_mode(model, batches):
         module.training = mode
 
 
-@misconception(
-    "moving average",
-    hint="Give it the same batches in reverse. Are the statistics the same, and what part of them comes from the first batch?",
-    source="a common recipe for AdaBN: a few forward passes in train mode",
-)
+@exercise.misconception("moving average")
 def moving_average(model, batches):
     def pool(inputs: list[Tensor], norm: _BatchNorm) -> tuple[Tensor, Tensor]:
         mean, var = norm.running_mean, norm.running_var
@@ -371,11 +359,7 @@ def moving_average(model, batches):
     _recompute(model, batches, pool=pool)
 
 
-@misconception(
-    "mean of the batches' statistics",
-    hint="A batch of ten 0s and a batch of two 1s. What are mean and variance of the twelve numbers, and what is stored?",
-    source="documentation of nn.BatchNorm1d: momentum=None is a cumulative average; torch.optim.swa_utils.update_bn uses it",
-)
+@exercise.misconception("mean of the batches' statistics")
 def mean_of_the_batches_statistics(model, batches):
     def pool(inputs: list[Tensor], norm: _BatchNorm) -> tuple[Tensor, Tensor]:
         rows = [rows_of(x) for x in inputs]
@@ -384,20 +368,12 @@ def mean_of_the_batches_statistics(model, batches):
     _recompute(model, batches, pool=pool)
 
 
-@misconception(
-    "last batch only",
-    hint="Leave out all batches but the last. Does anything change?",
-    source="a line of reasoning: momentum=1.0 forgets what was there, and at every batch again",
-)
+@exercise.misconception("last batch only")
 def last_batch_only(model, batches):
     _recompute(model, batches, pool=lambda inputs, norm: _exactly(inputs[-1:], norm))
 
 
-@misconception(
-    "difference of two large numbers",
-    hint="Print the mean of x² and the square of the mean of x for numbers around 100. In which digit do they differ?",
-    source="a known weakness of a library for precise BatchNorm: E[x²] - E[x]² in float32 became negative",
-)
+@exercise.misconception("difference of two large numbers")
 def difference_of_squares(model, batches):
     def pool(inputs: list[Tensor], norm: _BatchNorm) -> tuple[Tensor, Tensor]:
         rows = torch.cat([x.transpose(0, 1).flatten(1) for x in inputs], 1)
@@ -407,88 +383,40 @@ def difference_of_squares(model, batches):
     _recompute(model, batches, pool=pool)
 
 
-@misconception(
-    "measured behind the stored statistics",
-    hint="What the second BatchNorm sees has passed the first one. With which statistics did that one normalise meanwhile?",
-    source="a line of reasoning: hooks collect the inputs of all layers, in eval mode so that nothing moves",
-)
+@exercise.misconception("measured behind the stored statistics")
 def measured_behind_the_stored_statistics(model, batches):
     _recompute(model, batches, batch_statistics=False)
 
 
-@misconception(
-    "only BatchNorm2d",
-    hint="List the types of all modules that have a running_mean. Which of them did you reach?",
-    source="seen in public teaching code: isinstance(module, nn.BatchNorm2d)",
-)
+@exercise.misconception("only BatchNorm2d")
 def only_batchnorm2d(model, batches):
     _recompute(model, batches, chosen=lambda name, module: isinstance(module, nn.BatchNorm2d))
 
 
-@misconception(
-    "found by name",
-    hint='What is the BatchNorm in the shortcut of a ResNet called? List all names, and look for "bn".',
-    source='seen in public teaching code: a "bn" name filter that misses downsample.1',
-)
+@exercise.misconception("found by name")
 def found_by_name(model, batches):
     _recompute(model, batches, chosen=lambda name, module: "bn" in name)
 
 
-@misconception(
-    "dropout active",
-    hint="Call your function twice with the same batches. Why are the statistics not the same?",
-    source="a line of reasoning: train mode is switched on for the whole model, for the BatchNorms' sake",
-)
+@exercise.misconception("dropout active")
 def dropout_active(model, batches):
     _recompute(model, batches, others_in_train_mode=True)
 
 
-@misconception(
-    "left in train mode",
-    hint="The model is used right afterwards. Does one image give the same output alone and in company?",
-    source="a line of reasoning: train mode was needed, and nobody switched it off",
-)
+@exercise.misconception("left in train mode")
 def left_in_train_mode(model, batches):
     _recompute(model, batches)
     model.train()
 
 
-@misconception(
-    "all in eval mode at the end",
-    hint="One part was in train mode when you got the model. Who says that its owner has finished training?",
-    source="a line of reasoning: eval mode is what statistics are for, so it is a good place to end",
-)
+@exercise.misconception("all in eval mode at the end")
 def all_in_eval_mode_at_the_end(model, batches):
     _recompute(model, batches)
     model.eval()
 
 
-@misconception(
-    "momentum left changed",
-    hint="Compare `momentum` of each layer before and after. What will the next batch of training do to the statistics?",
-    source="an issue of a library for precise BatchNorm: a short loader left momentum at 1.0",
-)
+@exercise.misconception("momentum left changed")
 def momentum_left_changed(model, batches):
     _recompute(model, batches)
     for norm in _norms(model):
         norm.momentum = None
-
-
-EXERCISE = Exercise(
-    number="5.6",
-    name="recompute_statistics",
-    reference=recompute_statistics,
-    experiments=(AllBatchesAsOne(), DeeperLayers(), EveryKind(), DropoutOff(), ModesKept(), NothingElseChanges()),
-    misconceptions=(
-        *(forward_in_eval_mode, moving_average, mean_of_the_batches_statistics, last_batch_only, difference_of_squares),
-        *(measured_behind_the_stored_statistics, only_batchnorm2d, found_by_name, dropout_active),
-        *(left_in_train_mode, all_in_eval_mode_at_the_end, momentum_left_changed),
-    ),
-    hints=(
-        "What enters each BatchNorm, which of all modules must be in train mode to let it through, and which must not?",
-        "Run two batches of different sizes through a model of one BatchNorm, and compare running_mean and running_var with "
-        "torch.cat of the two; then look at the modes, the momenta and a second BatchNorm behind the first.",
-        "Remember all modes and buffers; eval mode for all, train mode for the BatchNorms; catch each layer's inputs with a "
-        "forward pre-hook and pool them as in exercise 5.5; put modes back, and write the results into the buffers.",
-    ),
-)

@@ -7,18 +7,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number
 from grader.near import near
 from helpers import expect
 from helpers.parity import largest_error
+
+exercise = Exercise(__name__, "8.1", largest_error)
 
 WIDTH = 4  # outputs of a row, where the model gives ones
 RIGHT = "the largest absolute difference over the largest absolute output"
 
 
+@exercise.experiment("the worst element")
 class TheWorstElement(Experiment):
-    """The error is the largest absolute difference over the largest absolute output, and `index` is where it is."""
-
     points = 3
 
     def draw(self, trial: Trial) -> dict:
@@ -51,9 +52,8 @@ class TheWorstElement(Experiment):
         return {"the error": figure, "`index`": where if figure == RIGHT else None}
 
 
+@exercise.experiment("every batch size")
 class EveryBatchSize(Experiment):
-    """The error is that of the batch size at which it is largest, and `batch_size` says which one that is."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -71,9 +71,8 @@ class EveryBatchSize(Experiment):
         return {"the error": figure, "`batch_size`": named}
 
 
+@exercise.experiment("modes")
 class Modes(Experiment):
-    """The model computes in eval mode, and then each of its modules is back in the mode it had."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -98,9 +97,8 @@ class Modes(Experiment):
         }
 
 
+@exercise.experiment("not finite")
 class NotFinite(Experiment):
-    """One NaN among the outputs is an infinite error."""
-
     def draw(self, trial: Trial) -> dict:
         drawn = _sizes(trial)
         return drawn | {"place": [trial.integer(0, drawn["sizes"][1] - 1), trial.integer(1, WIDTH - 1)]}
@@ -121,9 +119,8 @@ class NotFinite(Experiment):
         return {"the error": raw["kind"], "`batch_size`": named}
 
 
+@exercise.experiment("another shape")
 class AnotherShape(Experiment):
-    """Outputs of another shape are an infinite error, also where they broadcast."""
-
     def draw(self, trial: Trial) -> dict:
         drawn = _sizes(trial)
         middle, _, large = drawn["sizes"]
@@ -145,9 +142,8 @@ class AnotherShape(Experiment):
         }
 
 
+@exercise.experiment("refusal")
 class Refusal(Experiment):
-    """A batch size that is refused is an infinite error, whatever the type of the exception."""
-
     def draw(self, trial: Trial) -> dict:
         return _sizes(trial)
 
@@ -278,7 +274,8 @@ class _Comparison:
 
     for_nan = math.inf
 
-    def __call__(self, model, exported, inputs, batch_sizes):
+    def __new__(cls, model, exported, inputs, batch_sizes):
+        self = super().__new__(cls)
         modes = {module: module.training for module in model.modules()}
         self.prepare(model)
         found = []
@@ -330,124 +327,67 @@ class _LeftOut(Exception):
     """Of the comparison: a batch size."""
 
 
-def _mistake(name: str, *, hint: str, source: str):
-    """A misconception that is written as a class: its instance is what is asked."""
-    return lambda kind: misconception(name, hint=hint, source=source)(kind())
-
-
-@_mistake(
-    "each element by itself",
-    hint="The element that you name is nearly 0 in the model, and other differences are larger than the one there. What does a "
-    "ratio say whose denominator is next to nothing?",
-    source="NumPy's assert_allclose, which reports the largest relative difference element by element",
-)
+@exercise.misconception("each element by itself")
 class EachElementByItself(_Comparison):
     def errors(self, wanted, got):
         return (got - wanted).abs() / wanted.abs()
 
 
-@_mistake(
-    "not relative",
-    hint="All outputs of this model are below 0.01, and so is your error, whatever the export does. What would it be if both "
-    "gave outputs a thousand times as large?",
-    source="seen in many public export scripts: the largest absolute difference, below a fixed 1e-4",
-)
+@exercise.misconception("not relative")
 class NotRelative(_Comparison):
     def errors(self, wanted, got):
         return (got - wanted).abs()
 
 
-@_mistake(
-    "an average",
-    hint="One element is far off, and your error hardly notices. What becomes of your figure when there are ten times as many "
-    "elements, and all the new ones are right?",
-    source="seen in issue trackers: the mean of the squared differences between two runtimes, as for a loss",
-)
+@exercise.misconception("an average")
 class AnAverage(_Comparison):
     def one(self, errors):
         return errors.mean()
 
 
-@_mistake(
-    "differences with their sign",
-    hint="The error is too small, and the element that you name is not the worst. Which sign has exported minus model at the "
-    "worst one?",
-    source="seen in a public script that compares two ONNX models: the differences added up with their signs",
-)
+@exercise.misconception("differences with their sign")
 class DifferencesWithTheirSign(_Comparison):
     def errors(self, wanted, got):
         return (got - wanted) / wanted.abs().max()
 
 
-@_mistake(
-    "probabilities compared",
-    hint="Your figure is not of the outputs, but of what softmax makes of them. Add 1 to every output of the export: what "
-    "does softmax say?",
-    source="a line of reasoning: both programs end in a softmax when they are used, so that is what is compared",
-)
+@exercise.misconception("probabilities compared")
 class ProbabilitiesCompared(_Comparison):
     def errors(self, wanted, got):
         return (got.softmax(-1) - wanted.softmax(-1)).abs()
 
 
-@_mistake(
-    "only the predicted classes",
-    hint="The outputs differ, and you find no error as long as the largest of each row is the same one. What would change for "
-    "somebody who uses the outputs themselves, or a threshold?",
-    source="seen in public export scripts: the share of inputs to which both programs give the same class",
-)
+@exercise.misconception("only the predicted classes")
 class OnlyThePredictedClasses(_Comparison):
     def errors(self, wanted, got):
         return (got.argmax(-1) != wanted.argmax(-1)).float()
 
 
-@_mistake(
-    "one batch size",
-    hint="There is a batch size at which the export is further off than you say. Which ones does your answer stand for?",
-    source="PyTorch's tutorial on exporting to ONNX: the comparison is made on the example that was exported",
-)
+@exercise.misconception("one batch size")
 class OneBatchSize(_Comparison):
     def choose(self, found):
         return found[-1]
 
 
-@_mistake(
-    "compared in train mode",
-    hint="An exact export comes out as wrong, each time by another error. Which modules give another output every time, and in "
-    "which mode?",
-    source="ONNX Runtime's issue 4589 and others: an export is said to differ from its model, which was not in eval mode",
-)
+@exercise.misconception("compared in train mode")
 class ComparedInTrainMode(_Comparison):
     def prepare(self, model):
         pass
 
 
-@_mistake(
-    "left in eval mode",
-    hint="The model came in train mode and no longer is. What would go on training without its dropout?",
-    source="seen in public teaching code: model.eval() at the beginning of a helper, and nothing at its end",
-)
+@exercise.misconception("left in eval mode")
 class LeftInEvalMode(_Comparison):
     def put_back(self, model, modes):
         pass
 
 
-@_mistake(
-    "every module to train mode",
-    hint="A BatchNorm that was frozen in eval mode is now in train mode. Does a model have one mode, or each module its own?",
-    source="seen in public teaching code: model.eval() before, model.train() after",
-)
+@exercise.misconception("every module to train mode")
 class EveryModuleToTrainMode(_Comparison):
     def put_back(self, model, modes):
         model.train()
 
 
-@_mistake(
-    "NaN never larger",
-    hint="There is a NaN among the outputs, and your error does not show it. What does Python answer to nan > 0.1, and to "
-    "nan < 0.1?",
-    source="IEEE 754: every comparison with NaN is false, so `if error > worst` never takes it",
-)
+@exercise.misconception("NaN never larger")
 class NanNeverLarger(_Comparison):
     for_nan = math.nan
 
@@ -459,57 +399,22 @@ class NanNeverLarger(_Comparison):
         return worst
 
 
-@_mistake(
-    "shapes that broadcast",
-    hint="A tensor (b, 1) was compared with one of shape (b, 4), and nothing complained. Which shape has their difference?",
-    source="torch.allclose, which broadcasts: it calls zeros(2, 1) close to zeros(2, 10)",
-)
+@exercise.misconception("shapes that broadcast")
 class ShapesThatBroadcast(_Comparison):
     def comparable(self, wanted, got):
         return True
 
 
-@_mistake(
-    "the refusal passed on",
-    hint="One batch size is refused, and nothing is said of the others. What should a report say of a batch size that does not "
-    "run?",
-    source="a line of reasoning: an export that cannot run is noticed anyway; and a table of five formats ends at the first",
-)
+@exercise.misconception("the refusal passed on")
 class TheRefusalPassedOn(_Comparison):
     def run(self, exported, batch):
         return exported(batch)
 
 
-@_mistake(
-    "the refused batch size left out",
-    hint="The export does not run at one of the batch sizes, and your error is as if nobody had asked for it. Which is worse, "
-    "an output that is 1 % off or none at all?",
-    source="a line of reasoning: whatever cannot be compared is skipped, except: continue",
-)
+@exercise.misconception("the refused batch size left out")
 class TheRefusedBatchSizeLeftOut(_Comparison):
     def run(self, exported, batch):
         try:
             return exported(batch)
         except Exception:
             raise _LeftOut from None
-
-
-EXERCISE = Exercise(
-    number="8.1",
-    name="largest_error",
-    reference=largest_error,
-    experiments=(TheWorstElement(), EveryBatchSize(), Modes(), NotFinite(), AnotherShape(), Refusal()),
-    misconceptions=(
-        *(EachElementByItself, NotRelative, AnAverage, DifferencesWithTheirSign, ProbabilitiesCompared),
-        *(OnlyThePredictedClasses, OneBatchSize, ComparedInTrainMode, LeftInEvalMode, EveryModuleToTrainMode),
-        *(NanNeverLarger, ShapesThatBroadcast, TheRefusalPassedOn, TheRefusedBatchSizeLeftOut),
-    ),
-    hints=(
-        "Which differences between two programs would a single number hide from you: those at one batch size, in one element, "
-        "in one mode?",
-        "Compare a model with itself, in train mode and in eval mode. Then with lambda x: model(x)[:, :1], with outputs of "
-        "which one is NaN, and with a function that raises. What does your function answer to each?",
-        "For each b, with x the first b inputs: the largest |exported(x) - model(x)| over the largest |model(x)|; infinity "
-        "for an exception, another shape or NaN. The answer is the largest of these.",
-    ),
-)

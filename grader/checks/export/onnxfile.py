@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from grader.checks.export import parity
-from grader.experiment import Exercise, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Trial, WrongReturn
 from helpers.export import to_onnx
+
+exercise = Exercise(__name__, "8.4", to_onnx)
 
 INPUT, OUTPUT = "input", "output"
 NEEDED = "onnx", "onnxscript", "onnxruntime"
 
 
+@exercise.experiment("any batch size")
 class AnyBatchSize(parity.Exporting):
-    """ONNX Runtime computes from the file what the model computes, for any number of rows."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -41,9 +42,8 @@ class AnyBatchSize(parity.Exporting):
         return {parity.BATCHES: parity.sizes(raw["outputs"]), "outputs": _whose(raw, inputs)}
 
 
+@exercise.experiment("one file")
 class OneFile(parity.Exporting):
-    """The file at `path` is all that another program needs, and its input and output have the agreed names."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -72,9 +72,8 @@ class OneFile(parity.Exporting):
         return dict(zip(("name of the input", "name of the output"), raw["names"], strict=True))
 
 
+@exercise.experiment("eval mode")
 class EvalMode(parity.Exporting):
-    """From a model in train mode and a single row, the file computes as in eval mode; the model has its modes back."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -154,12 +153,7 @@ def _export(model: nn.Module, example: Tensor, path: Path, **changes: object) ->
     torch.onnx.export(model, (rows,), path, dynamo=True, verbose=False, **options | changes)
 
 
-@misconception(
-    "the example's batch size only",
-    hint="It runs for as many rows as the example has, and for no others. Print the shape of the session's input: what is a "
-    "name there, and what is a number?",
-    source="the documentation of torch.onnx.export: without dynamic_shapes all sizes are static",
-)
+@exercise.misconception("the example's batch size only")
 def the_examples_batch_size_only(model, example, path):
     with parity.evaluating(model):
         torch.onnx.export(
@@ -167,85 +161,36 @@ def the_examples_batch_size_only(model, example, path):
         )
 
 
-@misconception(
-    "train mode exported",
-    hint="Run the file twice on the same input: are the outputs equal? In which mode was the model when it was exported?",
-    source="measured here: the exporter warns of a model in train mode, and writes a Dropout that is on into the file",
-)
+@exercise.misconception("train mode exported")
 def train_mode_exported(model, example, path):
     _export(model, example, path)
 
 
-@misconception(
-    "left in eval mode",
-    hint="Training goes on after an export. Look at `training` of every module before your function and after "
-    "it: what changed?",
-    source="seen in public teaching code: model.eval() before the export, and no train() after it",
-)
+@exercise.misconception("left in eval mode")
 def left_in_eval_mode(model, example, path):
     _export(model.eval(), example, path)
 
 
-@misconception(
-    "one mode for all modules",
-    hint="A BatchNorm that was frozen in eval mode trains again. How many modes can a model of many modules be in at once?",
-    source="a line of reasoning: was_training = model.training, then model.train(was_training), which sets all modules alike",
-)
+@exercise.misconception("one mode for all modules")
 def one_mode_for_all_modules(model, example, path):
     training = model.training
     _export(model.eval(), example, path)
     model.train(training)
 
 
-@misconception(
-    "probabilities exported",
-    hint="Every row of outputs adds up to 1. Does the model say that, and what would its user do who expects "
-    "the model's numbers?",
-    source="seen in public teaching code: a Softmax appended before the export, and another one in the program "
-    "that loads the file",
-)
+@exercise.misconception("probabilities exported")
 def probabilities_exported(model, example, path):
     with parity.evaluating(model):
         _export(nn.Sequential(model, nn.Softmax(1)).eval(), example, path)
 
 
-@misconception(
-    "weights in a second file",
-    hint="The file opens where it was written, and a copy of it in another folder does not. List the folder "
-    "after an export: what "
-    "else is there, and how large is each?",
-    source="the documentation of torch.onnx.export: external_data=True is the default",
-)
+@exercise.misconception("weights in a second file")
 def weights_in_a_second_file(model, example, path):
     with parity.evaluating(model):
         _export(model, example, path, external_data=True)
 
 
-@misconception(
-    "names left to the exporter",
-    hint="A program that runs the file asks for an output by its name. Which name did yours get, and who chose it?",
-    source="measured here: the output of a last nn.Linear is called linear, that of another layer something else",
-)
+@exercise.misconception("names left to the exporter")
 def names_left_to_the_exporter(model, example, path):
     with parity.evaluating(model):
         _export(model, example, path, input_names=None, output_names=None)
-
-
-EXERCISE = Exercise(
-    number="8.4",
-    name="to_onnx",
-    reference=to_onnx,
-    experiments=(AnyBatchSize(), OneFile(), EvalMode()),
-    misconceptions=(
-        *(the_examples_batch_size_only, train_mode_exported, left_in_eval_mode, one_mode_for_all_modules),
-        *(probabilities_exported, weights_in_a_second_file, names_left_to_the_exporter),
-    ),
-    hints=(
-        "What does somebody need to run your model who has the file, ONNX Runtime, and not your code?",
-        "Open the file in an onnxruntime.InferenceSession, and print name and shape of get_inputs() and "
-        "get_outputs(). Then move "
-        "the file to another folder, open it there, and run it twice on the same input.",
-        "torch.onnx.export(model, (x,), path, dynamo=True, ...) takes dynamic_shapes, input_names, output_names and "
-        "external_data; before it model.eval(), and after it, in `finally`, every module's own mode.",
-    ),
-)

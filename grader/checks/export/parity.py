@@ -28,7 +28,7 @@ class Exporting(Experiment):
     """What the experiments that export share."""
 
     seconds = 60.0  # the first export of a process imports for seconds before it starts
-    pretends = False  # exporters take tensors apart, and TorchScript kills the process with those that only pretend
+    on_fake_gpu = False  # exporters take tensors apart, and TorchScript kills the process with those of the fake GPU
 
 
 def rows(trial: Trial) -> int:

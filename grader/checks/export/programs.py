@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from grader.checks.export import parity
-from grader.experiment import Exercise, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Trial, WrongReturn
 from helpers import expect
 from helpers.export import to_program
+
+exercise = Exercise(__name__, "8.3", to_program)
 
 ERROR, NO_ERROR = "an error", "no error"
 LARGE = 1500  # rows, more than anyone would think of as a limit
@@ -33,9 +35,8 @@ def _body(trial: Trial, width: int) -> list[nn.Module]:
     return [parity.norm(trial, width), nn.Dropout(0.5)]
 
 
+@exercise.experiment("any batch size")
 class AnyBatchSize(parity.Exporting):
-    """Saved and loaded, the program computes what the model computes, for any number of rows."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -62,9 +63,8 @@ class AnyBatchSize(parity.Exporting):
         }
 
 
+@exercise.experiment("one row")
 class OneRow(parity.Exporting):
-    """An example of one row gives a program for any number of rows."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -90,9 +90,8 @@ class OneRow(parity.Exporting):
         return {"an export from one row": raw["error"]} if raw["error"] else {}
 
 
+@exercise.experiment("eval mode")
 class EvalMode(parity.Exporting):
-    """A model in train mode is exported as it computes in eval mode."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -105,9 +104,8 @@ class EvalMode(parity.Exporting):
         return {"outputs": parity.whose(raw["outputs"], inputs["model"], [inputs["example"]])}
 
 
+@exercise.experiment("modes as before")
 class ModesAsBefore(parity.Exporting):
-    """Every module of the model is in the mode that it was in, also after a model that torch.export refuses."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -166,73 +164,41 @@ def _export(model: nn.Module, example: Tensor, dim: object = Dim.DYNAMIC) -> tor
     return torch.export.export(model, (example,), dynamic_shapes=({0: dim},))
 
 
-@misconception(
-    "the example's batch size only",
-    hint="It runs for as many rows as the example has, and for no others. Print the program: which number "
-    "stands for the batch?",
-    source="the documentation of torch.export: without dynamic_shapes all sizes are static",
-)
+@exercise.misconception("the example's batch size only")
 def the_examples_batch_size_only(model, example):
     with parity.evaluating(model):
         return torch.export.export(model, (example,))
 
 
-@misconception(
-    "one row refused",
-    hint="PyTorch says that your code made the batch a constant, and the model is not to blame. Try it with two rows: what is "
-    "special about 0 and 1 in arithmetic with shapes?",
-    source="PyTorch's documentation of dynamic shapes: sizes 0 and 1 are specialised",
-)
+@exercise.misconception("one row refused")
 def one_row_refused(model, example):
     with parity.evaluating(model):
         return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},))
 
 
-@misconception(
-    "one row baked in",
-    hint="From one row came a program for one row. You let PyTorch choose what is dynamic: what does it "
-    "choose for a size of 1?",
-    source="the documentation of Dim.AUTO: a dimension may become static; measured here, with a line in the log only",
-)
+@exercise.misconception("one row baked in")
 def one_row_baked_in(model, example):
     with parity.evaluating(model):
         return torch.export.export(model, (example,), dynamic_shapes=({0: Dim.AUTO},))
 
 
-@misconception(
-    "a largest batch",
-    hint="It runs for eight rows and not for a thousand. Which numbers did you promise that the batch would lie between?",
-    source="seen in public teaching code: Dim('batch', min=1, max=1024)",
-)
+@exercise.misconception("a largest batch")
 def a_largest_batch(model, example):
     with parity.evaluating(model):
         return _export(model, example, Dim("batch", min=1, max=1024))
 
 
-@misconception(
-    "train mode exported",
-    hint="Call the program twice with the same input: are the outputs equal? In which mode was the model when it was exported?",
-    source="the project's list of silent bugs: export in train mode keeps dropout; a program's module has no eval()",
-)
+@exercise.misconception("train mode exported")
 def train_mode_exported(model, example):
     return _export(model, example)
 
 
-@misconception(
-    "left in eval mode",
-    hint="Training goes on after an export. Look at `training` of every module before your function and after "
-    "it: what changed?",
-    source="seen in public teaching code: model.eval() before the export, and no train() after it",
-)
+@exercise.misconception("left in eval mode")
 def left_in_eval_mode(model, example):
     return _export(model.eval(), example)
 
 
-@misconception(
-    "one mode for all modules",
-    hint="A BatchNorm that was frozen in eval mode trains again. How many modes can a model of many modules be in at once?",
-    source="a line of reasoning: was_training = model.training, then model.train(was_training), which sets all modules alike",
-)
+@exercise.misconception("one mode for all modules")
 def one_mode_for_all_modules(model, example):
     training = model.training
     try:
@@ -241,35 +207,10 @@ def one_mode_for_all_modules(model, example):
         model.train(training)
 
 
-@misconception(
-    "not restored after an error",
-    hint="torch.export refused a model, which stayed in eval mode. Which of your lines is not reached when "
-    "one before it raises?",
-    source="a line of reasoning: switch, export, switch back, on three lines that run one after the other",
-)
+@exercise.misconception("not restored after an error")
 def not_restored_after_an_error(model, example):
     modes = {module: module.training for module in model.modules()}
     program = _export(model.eval(), example)
     for module, training in modes.items():
         module.training = training
     return program
-
-
-EXERCISE = Exercise(
-    number="8.3",
-    name="to_program",
-    reference=to_program,
-    experiments=(AnyBatchSize(), OneRow(), EvalMode(), ModesAsBefore()),
-    misconceptions=(
-        *(the_examples_batch_size_only, one_row_refused, one_row_baked_in, a_largest_batch, train_mode_exported),
-        *(left_in_eval_mode, one_mode_for_all_modules, not_restored_after_an_error),
-    ),
-    hints=(
-        "What may differ between two calls of the program, and how does torch.export learn of it?",
-        "Print the program for an example of three rows, with and without dynamic_shapes, and look at the "
-        "shapes in it. Then try "
-        "an example of one row, and print `training` of every module before and after.",
-        "torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)), where x has at least two rows: one "
-        "row is repeated. Before it model.eval(); `finally` gives every module its own mode back.",
-    ),
-)

@@ -6,17 +6,18 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number
 from grader.near import near
 from helpers import expect
 from helpers.timing import median_seconds
 
+exercise = Exercise(__name__, "8.5", median_seconds)
+
 NOT_GIVEN = "not by the clock that was given"
 
 
+@exercise.experiment("warm up")
 class WarmUp(Experiment):
-    """The first call of a function, which may be slow, is not timed."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -38,9 +39,8 @@ class WarmUp(Experiment):
         return {"seconds in one round": _which(raw, known)}
 
 
+@exercise.experiment("in turns")
 class InTurns(Experiment):
-    """Each round runs each function once, so that a machine that slows down strikes them all alike."""
-
     points = 3
 
     def draw(self, trial: Trial) -> dict:
@@ -62,9 +62,8 @@ class InTurns(Experiment):
         }
 
 
+@exercise.experiment("median")
 class Median(Experiment):
-    """What is reported is the median; of an even number of times it is the mean of the middle two."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -88,9 +87,8 @@ class Median(Experiment):
         return facts
 
 
+@exercise.experiment("each by itself")
 class EachByItself(Experiment):
-    """The seconds of a function are those of one call of its own."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -209,79 +207,42 @@ def _median_seconds(functions, rounds, clock, warm_up=1, timed_from=1, turns=Tru
     return {name: summary(times[timed_from:]) for name, times in seconds.items()}
 
 
-@misconception(
-    "no warm-up",
-    hint="With one round you report the call that is slow because it is the first. What does a first call do that later ones "
-    "need not do again?",
-    source="seen in public teaching code: a timing loop around a model that was loaded a line above",
-)
+@exercise.misconception("no warm-up")
 def no_warm_up(functions, rounds, clock):
     return _median_seconds(functions, rounds, clock, warm_up=0, timed_from=0)
 
 
-@misconception(
-    "warm-up timed too",
-    hint="The call that was to warm up has its place among the times. How many times do you keep for `rounds` rounds, and how "
-    "many should there be?",
-    source="a line of reasoning: one round more, and all of them in one list",
-)
+@exercise.misconception("warm-up timed too")
 def warm_up_timed_too(functions, rounds, clock):
     return _median_seconds(functions, rounds, clock, timed_from=0)
 
 
-@misconception(
-    "one after the other",
-    hint="Three functions that are equally fast come out as different, because the machine slowed down in the meantime. Which "
-    "of them met the slow machine, and which should have?",
-    source="seen in many public benchmark scripts: all runs of PyTorch, then all runs of ONNX Runtime",
-)
+@exercise.misconception("one after the other")
 def one_after_the_other(functions, rounds, clock):
     return _median_seconds(functions, rounds, clock, turns=False)
 
 
-@misconception(
-    "the mean",
-    hint="One call took far longer than the others, and your figure is one that no call took. What would a second such call do "
-    "to it?",
-    source="seen in many public benchmark scripts: (end - start) / runs",
-)
+@exercise.misconception("the mean")
 def the_mean(functions, rounds, clock):
     return _median_seconds(functions, rounds, clock, summary=statistics.fmean)
 
 
-@misconception(
-    "the shortest",
-    hint="You report the luckiest call. How long does a call usually take, and who waits for it?",
-    source="Python's timeit, which advises the minimum of several runs, to compare snippets of code",
-)
+@exercise.misconception("the shortest")
 def the_shortest(functions, rounds, clock):
     return _median_seconds(functions, rounds, clock, summary=min)
 
 
-@misconception(
-    "the lower of the middle two",
-    hint="With an odd number of rounds you are right, with an even number a little too low. How many times are in the "
-    "middle of four?",
-    source="PyTorch's documentation of torch.median: of an even number of elements it returns the lower of the two medians",
-)
+@exercise.misconception("the lower of the middle two")
 def the_lower_of_the_middle_two(functions, rounds, clock):
     return _median_seconds(functions, rounds, clock, summary=statistics.median_low)
 
 
-@misconception(
-    "the sum",
-    hint="Twice as many rounds make each function twice as slow. Does a function depend on how often it is timed?",
-    source="seen in public benchmark scripts: the time of 1000 runs printed as the time of the model",
-)
+@exercise.misconception("the sum")
 def the_sum(functions, rounds, clock):
     return _median_seconds(functions, rounds, clock, summary=sum)
 
 
-@misconception(
-    "the clock started once a round",
-    hint="The later a function comes in a round, the slower it seems. What has already happened when its clock starts?",
-    source="a line of reasoning: start = clock() at the head of the loop over rounds, clock() - start after each function",
-)
+@exercise.misconception("the clock started once a round")
 def the_clock_started_once_a_round(functions, rounds, clock):
     seconds = {name: [] for name in functions}
     for _ in range(1 + rounds):
@@ -292,31 +253,6 @@ def the_clock_started_once_a_round(functions, rounds, clock):
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-@misconception(
-    "another clock",
-    hint="The clock that you were given was never read. By which clock are your seconds, and how would anybody test your "
-    "function without waiting?",
-    source="a line of reasoning: time.perf_counter() is what one always calls",
-)
+@exercise.misconception("another clock")
 def another_clock(functions, rounds, clock):
     return _median_seconds(functions, rounds, time.perf_counter)
-
-
-EXERCISE = Exercise(
-    number="8.5",
-    name="median_seconds",
-    reference=median_seconds,
-    experiments=(WarmUp(), InTurns(), Median(), EachByItself()),
-    misconceptions=(
-        *(no_warm_up, warm_up_timed_too, one_after_the_other, the_mean, the_shortest, the_lower_of_the_middle_two),
-        *(the_sum, the_clock_started_once_a_round, another_clock),
-    ),
-    hints=(
-        "A machine does other things too, some of them for a second, some for a minute. Which of them would make one of two "
-        "equal functions look slower, and in which order of calls?",
-        "Write a clock of your own: a list with one number, which functions increase and `clock` returns. Let a first call "
-        "take 100 seconds, then one in the middle, then every call a little longer than the one before.",
-        "Run every function once. Then, `rounds` times over, for each function: read the clock, call it, read the clock, keep "
-        "the difference. For each function the median: `statistics.median`.",
-    ),
-)

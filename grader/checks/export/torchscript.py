@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from grader.checks.export import parity
-from grader.experiment import Exercise, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Trial, WrongReturn
 from helpers import expect
 from helpers.export import to_torchscript
+
+exercise = Exercise(__name__, "8.2", to_torchscript)
 
 ERROR, NO_ERROR = "an error", "no error"
 
@@ -84,9 +86,8 @@ def _traceable(trial: Trial, width: int) -> _SumOfHeads:
     return _SumOfHeads(nn.Sequential(*_body(trial, width)), width)
 
 
+@exercise.experiment("both branches")
 class BothBranches(parity.Exporting):
-    """Saved, and loaded without its class, it computes what the model computes on both sides of a branch."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -110,9 +111,8 @@ class BothBranches(parity.Exporting):
         }
 
 
+@exercise.experiment("any batch size")
 class AnyBatchSize(parity.Exporting):
-    """A loop over the rows runs as often as there are rows."""
-
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 5)
         return {
@@ -131,9 +131,8 @@ class AnyBatchSize(parity.Exporting):
         return {"batch sizes at which outputs are the model's, of 1, 4 and 8": right}
 
 
+@exercise.experiment("what script cannot compile")
 class WhatScriptCannotCompile(parity.Exporting):
-    """What script cannot compile is traced, whatever kind of error script has for it."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -164,9 +163,8 @@ class WhatScriptCannotCompile(parity.Exporting):
         return {f"a model with {what}": raw[what]["error"] for what in raw if raw[what]["error"]}
 
 
+@exercise.experiment("eval mode")
 class EvalMode(parity.Exporting):
-    """A model in train mode is exported as it computes in eval mode, scripted or traced."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -188,9 +186,8 @@ class EvalMode(parity.Exporting):
         }
 
 
+@exercise.experiment("modes as before")
 class ModesAsBefore(parity.Exporting):
-    """Every module of the model is in the mode that it was in, also if the export fails."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -267,33 +264,19 @@ def _script_or_trace(model: nn.Module, example: Tensor) -> torch.jit.ScriptModul
         return torch.jit.trace(model, example)
 
 
-@misconception(
-    "always traced",
-    hint="On the other side of a branch it answers as if on the example's side. How much of your `if` does "
-    "one recorded run see?",
-    source="seen in public teaching code: torch.jit.trace with one random input, whatever the model; PyTorch "
-    "gives a TracerWarning",
-)
+@exercise.misconception("always traced")
 def always_traced(model, example):
     with parity.evaluating(model):
         return torch.jit.trace(model, example)
 
 
-@misconception(
-    "always scripted",
-    hint="Some Python is beyond the compiler, and your function ends there. What can record a model that cannot be compiled?",
-    source="a line of reasoning: script keeps branches, so it is the better of the two, until a model has a generator in it",
-)
+@exercise.misconception("always scripted")
 def always_scripted(model, example):
     with parity.evaluating(model):
         return torch.jit.script(model)
 
 
-@misconception(
-    "one kind of error expected",
-    hint="One model was traced after script had failed, another was not. Print the types of both errors: which do you catch?",
-    source="a line of reasoning: script raises RuntimeError; torch.jit.frontend also has NotSupportedError, which is none",
-)
+@exercise.misconception("one kind of error expected")
 def one_kind_of_error_expected(model, example):
     with parity.evaluating(model):
         try:
@@ -302,43 +285,24 @@ def one_kind_of_error_expected(model, example):
             return torch.jit.trace(model, example)
 
 
-@misconception(
-    "train mode exported",
-    hint="Call the export twice with the same input: are the two outputs equal? In which mode was the model "
-    "when it was exported?",
-    source="the project's list of silent bugs: export in train mode keeps dropout",
-)
+@exercise.misconception("train mode exported")
 def train_mode_exported(model, example):
     return _script_or_trace(model, example)
 
 
-@misconception(
-    "traced in train mode",
-    hint="What was compiled is right, what was traced has dropout on. A trace is one run: in which mode was "
-    "the model during it?",
-    source="a line of reasoning: the export is a module, so eval() of the export will do; a trace has no modes",
-)
+@exercise.misconception("traced in train mode")
 def traced_in_train_mode(model, example):
     exported = _script_or_trace(model, example)
     exported.eval()
     return exported
 
 
-@misconception(
-    "left in eval mode",
-    hint="Training goes on after an export. Look at `training` of every module before your function and after "
-    "it: what changed?",
-    source="seen in public teaching code: model.eval() before the export, and no train() after it",
-)
+@exercise.misconception("left in eval mode")
 def left_in_eval_mode(model, example):
     return _script_or_trace(model.eval(), example)
 
 
-@misconception(
-    "one mode for all modules",
-    hint="A BatchNorm that was frozen in eval mode trains again. How many modes can a model of many modules be in at once?",
-    source="a line of reasoning: was_training = model.training, then model.train(was_training), which sets all modules alike",
-)
+@exercise.misconception("one mode for all modules")
 def one_mode_for_all_modules(model, example):
     training = model.training
     try:
@@ -347,35 +311,10 @@ def one_mode_for_all_modules(model, example):
         model.train(training)
 
 
-@misconception(
-    "not restored after an error",
-    hint="The export failed, and the model stayed in eval mode. Which of your lines is not reached when one before it raises?",
-    source="a line of reasoning: switch, export, switch back, on three lines that run one after the other",
-)
+@exercise.misconception("not restored after an error")
 def not_restored_after_an_error(model, example):
     modes = {module: module.training for module in model.modules()}
     exported = _script_or_trace(model.eval(), example)
     for module, training in modes.items():
         module.training = training
     return exported
-
-
-EXERCISE = Exercise(
-    number="8.2",
-    name="to_torchscript",
-    reference=to_torchscript,
-    experiments=(BothBranches(), AnyBatchSize(), WhatScriptCannotCompile(), EvalMode(), ModesAsBefore()),
-    misconceptions=(
-        *(always_traced, always_scripted, one_kind_of_error_expected, train_mode_exported, traced_in_train_mode),
-        *(left_in_eval_mode, one_mode_for_all_modules, not_restored_after_an_error),
-    ),
-    hints=(
-        "Which of the two, script or trace, reads the code, and which one only watches a run?",
-        "Export a model with an `if x.mean() > 0` both ways, print `.code` of each, and look for the `if`. "
-        "Then print the type of "
-        "the error that script raises for a model that it cannot compile, and `training` of every module before and after.",
-        "Note each module's `training`, call model.eval(), then try torch.jit.script, and torch.jit.trace on "
-        "any Exception of it; "
-        "`finally` gives every module its own mode back.",
-    ),
-)

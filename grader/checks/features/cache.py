@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Subject, Trial, WrongReturn, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Subject, Trial, WrongReturn, expect_tensor
 from grader.near import near
 from helpers.features import cached_features
+
+exercise = Exercise(__name__, "2.4", cached_features)
 
 _RUNS = itertools.count()
 
@@ -102,9 +104,8 @@ def _copies(inputs: dict) -> dict:
     }
 
 
+@exercise.experiment("computed once")
 class ComputedOnce(Experiment):
-    """What was computed once is read from then on, also for equal copies."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -124,9 +125,8 @@ class ComputedOnce(Experiment):
         }
 
 
+@exercise.experiment("every result stays")
 class EveryResultStays(Experiment):
-    """The features of one backbone stay when those of another are computed."""
-
     def draw(self, trial: Trial) -> dict:
         one = _task(trial)
         other = one | {"backbone": _backbone(trial, one["backbone"][-1].num_features)}
@@ -171,9 +171,8 @@ class _Notices(Experiment):
         return {what: _together(found) if raw["reads"] else None for what, found in words.items()}
 
 
+@exercise.experiment("notices other weights")
 class NoticesOtherWeights(_Notices):
-    """Other weights are noticed, in parameters and in buffers."""
-
     points = 2
 
     def variations(self, inputs):
@@ -186,9 +185,8 @@ class NoticesOtherWeights(_Notices):
                 tensor.copy_(before)
 
 
+@exercise.experiment("notices other images")
 class NoticesOtherImages(_Notices):
-    """Other images are noticed, by one pixel or by their order."""
-
     def variations(self, inputs):
         last = len(inputs["images"]) - 1
         for where, image, pixel in (
@@ -203,18 +201,16 @@ class NoticesOtherImages(_Notices):
         yield "the same images in another order", inputs | {"images": inputs["images"].roll(7, dims=0)}
 
 
+@exercise.experiment("notices other settings")
 class NoticesOtherSettings(_Notices):
-    """Other settings are noticed, by a value or by a name."""
-
     def variations(self, inputs):
         value = inputs["settings"]["mean"]
         yield "one value changed", inputs | {"settings": {"mean": value + 1 / 64}}
         yield "the same value under another name", inputs | {"settings": {"std": value}}
 
 
+@exercise.experiment("damaged file")
 class DamagedFile(Experiment):
-    """A file that was cut short counts as no file, and is replaced."""
-
     def draw(self, trial: Trial) -> dict:
         return _task(trial)
 
@@ -250,9 +246,8 @@ class DamagedFile(Experiment):
         return {"a file cut to half its length, or to nothing": raised[0]} if raised else {}
 
 
+@exercise.experiment("interrupted computation")
 class InterruptedComputation(Experiment):
-    """If `compute` raises, so does the call, and nothing is left of it."""
-
     def draw(self, trial: Trial) -> dict:
         return _task(trial)
 
@@ -274,9 +269,8 @@ class InterruptedComputation(Experiment):
         return {"the next call": raw["second"]["raised"]} if raw["second"]["raised"] else {}
 
 
+@exercise.experiment("only the folder remembers")
 class OnlyTheFolderRemembers(Experiment):
-    """The folder remembers, for the next kernel too, and nothing else does."""
-
     def draw(self, trial: Trial) -> dict:
         return _task(trial)
 
@@ -372,122 +366,72 @@ def _bytes(*tensors: Tensor) -> list[bytes]:
     return [tensor.detach().numpy().tobytes() for tensor in tensors]
 
 
-@misconception(
-    "one file for everything",
-    hint="Ask for the features of two backbones, one after the other, with the same folder. Whose are the second?",
-    source="seen in public code: a file of features with a fixed name is loaded if it exists, whatever it was made from",
-)
+@exercise.misconception("one file for everything")
 def one_file_for_everything(folder, compute, backbone, images, settings):
     return _keep(folder, compute, backbone, images, settings, key="features")
 
 
-@misconception(
-    "weights not in the key",
-    hint="Fine-tune the backbone for one step and ask again. Does anything in your key know of it?",
-    source="a line of reasoning: the backbone is frozen, so its weights never change; then it is unfrozen",
-)
+@exercise.misconception("weights not in the key")
 def weights_not_in_the_key(folder, compute, backbone, images, settings):
     key = repr(backbone), _bytes(images), settings
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
-@misconception(
-    "buffers not in the key",
-    hint="Features changed and no parameter did. What else does a BatchNorm compute with?",
-    source="a line of reasoning: the weights of a model are model.parameters()",
-)
+@exercise.misconception("buffers not in the key")
 def buffers_not_in_the_key(folder, compute, backbone, images, settings):
     key = _bytes(*backbone.parameters(), images), settings
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
-@misconception(
-    "weights as they are printed in the key",
-    hint="Print a weight, add a millionth to it, print it again. Do you see the step, and would you see it in a large matrix?",
-    source="a line of reasoning: str(state_dict) looks like its contents; torch shortens what it prints",
-)
+@exercise.misconception("weights as they are printed in the key")
 def weights_as_they_are_printed(folder, compute, backbone, images, settings):
     key = str(backbone.state_dict()), _bytes(images), settings
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
-@misconception(
-    "only the shape of the images in the key",
-    hint="Two data sets of equal size are not the same data set. What does your key know of the pixels?",
-    source="a line of reasoning: hashing all pixels looks slow, and the shape seems to tell one data set from another",
-)
+@exercise.misconception("only the shape of the images in the key")
 def only_the_shape_of_the_images(folder, compute, backbone, images, settings):
     key = _bytes(*backbone.state_dict().values()), images.shape, settings
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
-@misconception(
-    "order of the images not in the key",
-    hint="Shuffle the images and ask again. Which image does the first row of the features belong to, and would your key know?",
-    source="a line of reasoning: a sum or a set of hashes sees every image, and forgets where it stood",
-)
+@exercise.misconception("order of the images not in the key")
 def order_of_the_images_not_in_the_key(folder, compute, backbone, images, settings):
     key = _bytes(*backbone.state_dict().values()), _bytes(images.sum(0)), settings
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
-@misconception(
-    "images as they are printed in the key",
-    hint="Print a tensor of more than a thousand numbers. How many of them, and how many digits of each, do you see?",
-    source="a line of reasoning: str(tensor) looks like its contents; torch shortens what it prints",
-)
+@exercise.misconception("images as they are printed in the key")
 def images_as_they_are_printed(folder, compute, backbone, images, settings):
     key = _bytes(*backbone.state_dict().values()), str(images), settings
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
-@misconception(
-    "settings not in the key",
-    hint="Normalise the images with another mean and ask again. Which of your call's arguments decide what is read?",
-    source="a line of reasoning: the images are the same; but what the backbone sees is not",
-)
+@exercise.misconception("settings not in the key")
 def settings_not_in_the_key(folder, compute, backbone, images, settings):
     key = _bytes(*backbone.state_dict().values(), images)
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
-@misconception(
-    "objects in place of contents in the key",
-    hint="A copy with equal numbers is computed again, and the same object with other numbers is not. "
-    "What does your key know: which object it is, or what is in it?",
-    source="a line of reasoning: hash(tensor) works and gives a number; it is the object's address",
-)
+@exercise.misconception("objects in place of contents in the key")
 def objects_in_place_of_contents(folder, compute, backbone, images, settings):
     key = hash(backbone), hash(images), settings
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
-@misconception(
-    "more than contents in the key",
-    hint="Equal copies get different keys. Make every part of the key for two copies and compare: "
-    "which part is not made of their numbers alone?",
-    source="a line of reasoning: equal objects have equal pickles; those of two equal tensors differ",
-)
+@exercise.misconception("more than contents in the key")
 def more_than_contents_in_the_key(folder, compute, backbone, images, settings):
     key = _bytes(*backbone.state_dict().values(), images), settings, id(backbone)
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
-@misconception(
-    "a key for one kernel",
-    hint="Start Python twice and print hash('features') in each. Would the second find what the first has kept?",
-    source="a line of reasoning: equal bytes have equal hashes; Python salts them anew in every process",
-)
+@exercise.misconception("a key for one kernel")
 def a_key_for_one_kernel(folder, compute, backbone, images, settings):
     key = hash(repr(_key(backbone, images, settings)))
     return _keep(folder, compute, backbone, images, settings, key=key)
 
 
-@misconception(
-    "one result at a time",
-    hint="Compare two backbones, then go back to the first. Why are its features not there any more?",
-    source="a line of reasoning: a file beside the features says what they belong to; the next ones overwrite both",
-)
+@exercise.misconception("one result at a time")
 def one_result_at_a_time(folder, compute, backbone, images, settings):
     path, key = folder / "features.pt", repr(_key(backbone, images, settings))
     kept = _read(path)
@@ -497,12 +441,7 @@ def one_result_at_a_time(folder, compute, backbone, images, settings):
     return kept["features"]
 
 
-@misconception(
-    "damaged file believed",
-    hint="The file is there, but its end is missing. What does your code do when reading fails or gives too little, "
-    "and what should it do?",
-    source="a line of reasoning: a file that exists is a file that was written to its end",
-)
+@exercise.misconception("damaged file believed")
 def damaged_file_believed(folder, compute, backbone, images, settings):
     path = _path(folder, _key(backbone, images, settings))
     if not path.exists():
@@ -510,11 +449,7 @@ def damaged_file_believed(folder, compute, backbone, images, settings):
     return torch.load(path)
 
 
-@misconception(
-    "file made before the features",
-    hint="Interrupt the computation and look into the folder. What is there, and what will the next call take it for?",
-    source="a line of reasoning: open the file, then compute what goes into it; an interruption comes in between",
-)
+@exercise.misconception("file made before the features")
 def file_made_before_the_features(folder, compute, backbone, images, settings):
     path = _path(folder, _key(backbone, images, settings))
     features = _read(path)
@@ -525,11 +460,7 @@ def file_made_before_the_features(folder, compute, backbone, images, settings):
     return features
 
 
-@misconception(
-    "nothing is kept",
-    hint="Call your function twice and print inside `compute`. When should the second call not get there?",
-    source="a line of reasoning: the features are written to a file that no later call looks for",
-)
+@exercise.misconception("nothing is kept")
 def nothing_is_kept(folder, compute, backbone, images, settings):
     features = compute(backbone, images, **settings)
     torch.save(features, folder / "features.pt")
@@ -539,38 +470,9 @@ def nothing_is_kept(folder, compute, backbone, images, settings):
 _MEMORY: dict[str, Tensor] = {}
 
 
-@misconception(
-    "kept in memory",
-    hint="Empty the folder and ask again: the features are still there. Where, and where are they when the kernel restarts?",
-    source="a line of reasoning: a dictionary or functools.cache remembers too, until the kernel ends",
-)
+@exercise.misconception("kept in memory")
 def kept_in_memory(folder, compute, backbone, images, settings):
     key = repr(_key(backbone, images, settings))
     if key not in _MEMORY:
         _MEMORY[key] = compute(backbone, images, **settings)
     return _MEMORY[key]
-
-
-EXERCISE = Exercise(
-    number="2.4",
-    name="cached_features",
-    reference=cached_features,
-    experiments=(
-        *(ComputedOnce(), EveryResultStays(), NoticesOtherWeights(), NoticesOtherImages(), NoticesOtherSettings()),
-        *(DamagedFile(), InterruptedComputation(), OnlyTheFolderRemembers()),
-    ),
-    misconceptions=(
-        *(one_file_for_everything, weights_not_in_the_key, buffers_not_in_the_key, weights_as_they_are_printed),
-        *(only_the_shape_of_the_images, order_of_the_images_not_in_the_key, images_as_they_are_printed),
-        *(settings_not_in_the_key, objects_in_place_of_contents, more_than_contents_in_the_key, a_key_for_one_kernel),
-        *(one_result_at_a_time, damaged_file_believed, file_made_before_the_features, nothing_is_kept, kept_in_memory),
-    ),
-    hints=(
-        "What would have to change so that the features in a file are no longer the right ones? "
-        "How would a later call, in another kernel, know?",
-        "Ask again after each of these and look whether `compute` ran: copies of everything; one number of `running_mean` "
-        "changed; the images in another order; another setting; half of each file cut off; an exception in `compute`.",
-        "key = SHA-256 of the bytes of every tensor of `state_dict()`, of the images, and of the sorted settings; "
-        "one file for each key, written under another name and renamed when it is whole; unreadable is the same as missing.",
-    ),
-)

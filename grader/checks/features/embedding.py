@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.checks.features.counting import SharedList
-from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near
 from helpers.features import eval_mode
 from helpers.text import embed, mean_pool
+
+exercise = Exercise(__name__, "2.8", embed, autocast=True)
 
 _PAD, _CLS, _WORDS = 0, 1, 2  # numbers of padding, of what every text begins with, and of the first word
 _WIDTH = 16
@@ -88,9 +90,8 @@ class _Vectors(Experiment):
         return {"vectors": _run(subject, _Encoder(), inputs["texts"], inputs["batch_size"]).detach()}
 
 
+@exercise.experiment("row per text")
 class RowPerText(_Vectors):
-    """Row i is the vector of text i, in whatever order the texts were embedded."""
-
     points = 2
 
     def facts(self, raw, inputs):
@@ -107,9 +108,8 @@ class RowPerText(_Vectors):
         return {"row i is the vector of": next((name for name, rows in answers.items() if found in rows), "another text")}
 
 
+@exercise.experiment("mean of own tokens")
 class MeanOfOwnTokens(_Vectors):
-    """A vector points along the mean over the tokens of its text; padding has no part in it."""
-
     def facts(self, raw, inputs):
         vectors, lengths = raw["vectors"].double(), torch.tensor(inputs["lengths"]).double()
         words = _CLS_LENGTH * vectors[:, _WORDS:].amax(1) / vectors[:, _CLS].clamp_min(1e-9)
@@ -121,9 +121,8 @@ class MeanOfOwnTokens(_Vectors):
         }
 
 
+@exercise.experiment("length one")
 class LengthOne(_Vectors):
-    """Every row has length 1."""
-
     def facts(self, raw, inputs):
         rows, columns = raw["vectors"].norm(dim=1), raw["vectors"].norm(dim=0)
         one = {
@@ -137,9 +136,8 @@ class LengthOne(_Vectors):
         return {"what has length 1": f"the rows have lengths from {rows.min().item():.2g} to {rows.max().item():.2g}"}
 
 
+@exercise.experiment("any company")
 class AnyCompany(Experiment):
-    """The vector of a text is the same alone and among longer texts."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -162,9 +160,8 @@ class AnyCompany(Experiment):
         return {"the vector of a text among longer ones points": f"by up to {away:.2g}, at length 1"}
 
 
+@exercise.experiment("no dropout")
 class NoDropout(Experiment):
-    """One text has one vector, however often it is embedded: dropout is off."""
-
     def draw(self, trial: Trial) -> dict:
         return {"encoder": _Encoder(dropout=0.5), "texts": [_text(trial.permutation(_WIDTH - _WORDS).tolist())]}
 
@@ -182,9 +179,8 @@ class NoDropout(Experiment):
         }
 
 
+@exercise.experiment("in batches")
 class InBatches(Experiment):
-    """At most `batch_size` texts are in the encoder at once."""
-
     def draw(self, trial: Trial) -> dict:
         batch_size = trial.integer(3, 5)
         settings = [(1, trial.integer(4, 6)), (batch_size, 3 * batch_size + trial.integer(1, 2))]
@@ -209,9 +205,8 @@ class InBatches(Experiment):
         return {"the most texts in the encoder at once": "none" if 0 in largest else words}
 
 
+@exercise.experiment("little padding")
 class LittlePadding(Experiment):
-    """Texts of like length share a batch: there is no more padding than sorting by length leaves."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -248,9 +243,8 @@ class LittlePadding(Experiment):
         return {"padding in the encoder": f"{raw['padding']} places, where {least} are enough"}
 
 
+@exercise.experiment("left as found")
 class LeftAsFound(Experiment):
-    """The encoder is left as it was found, each module in its own mode; so are the texts."""
-
     def draw(self, trial: Trial) -> dict:
         encoder = _Encoder(dropout=0.3)
         encoder.axes.eval()  # one module is in eval mode, as a frozen one would be, and the others are not
@@ -281,9 +275,8 @@ class LeftAsFound(Experiment):
         }
 
 
+@exercise.experiment("no graph")
 class NoGraph(Experiment):
-    """The vectors carry no graph, so that memory does not grow with the number of texts."""
-
     def draw(self, trial: Trial) -> dict:
         return {"encoder": _Encoder(), "texts": [_text([i] * (i + 1)) for i in trial.permutation(7).tolist()]}
 
@@ -332,22 +325,14 @@ def _sorted(encoder, tokenizer, texts, batch_size, **options) -> Tensor:
     return rows[torch.tensor(order).argsort()]
 
 
-@misconception(
-    "order not put back",
-    hint="Embed the same texts in another order. Does row 0 still belong to the first text?",
-    source="a line of reasoning: sorting saves padding, and what comes out is sorted, too",
-)
+@exercise.misconception("order not put back")
 def order_not_put_back(encoder, tokenizer, texts, batch_size):
     with eval_mode(encoder), torch.no_grad():
         rows = _pooled(encoder, tokenizer, [texts[i] for i in _by_length(texts)], batch_size)
     return F.normalize(rows, dim=1)
 
 
-@misconception(
-    "put back with the wrong permutation",
-    hint="`order` says where the k-th row comes from. Does it also say where the k-th row has to go? Try three texts by hand.",
-    source="a line of reasoning: a permutation is taken for its own inverse, as it is when it only swaps pairs",
-)
+@exercise.misconception("put back with the wrong permutation")
 def put_back_with_the_wrong_permutation(encoder, tokenizer, texts, batch_size):
     order = _by_length(texts)
     with eval_mode(encoder), torch.no_grad():
@@ -355,41 +340,25 @@ def put_back_with_the_wrong_permutation(encoder, tokenizer, texts, batch_size):
     return F.normalize(rows[order], dim=1)
 
 
-@misconception(
-    "mask not given to the encoder",
-    hint="Embed a short text alone, and again beside a long one. At which places did its tokens look the second time?",
-    source="seen in public teaching code: model(input_ids) on a padded batch; without a mask nothing is padding",
-)
+@exercise.misconception("mask not given to the encoder")
 def mask_not_given_to_the_encoder(encoder, tokenizer, texts, batch_size):
     with eval_mode(encoder), torch.no_grad():
         return F.normalize(_sorted(encoder, tokenizer, texts, batch_size, masked=False), dim=1)
 
 
-@misconception(
-    "padding pooled",
-    hint="The encoder gives a hidden state at every place, at padding as well. Over which of them is your mean?",
-    source="seen in public teaching code: the mask goes into the model, and then comes .mean(dim=1)",
-)
+@exercise.misconception("padding pooled")
 def padding_pooled(encoder, tokenizer, texts, batch_size):
     with eval_mode(encoder), torch.no_grad():
         return F.normalize(_sorted(encoder, tokenizer, texts, batch_size, pool=lambda hidden, mask: hidden.mean(1)), dim=1)
 
 
-@misconception(
-    "batches in the order of the texts",
-    hint="Print the shape of every batch, when short and long texts alternate. How much of each is padding?",
-    source="a line of reasoning: one long text makes every other of its batch as long, so the order decides the cost",
-)
+@exercise.misconception("batches in the order of the texts")
 def batches_in_the_order_of_the_texts(encoder, tokenizer, texts, batch_size):
     with eval_mode(encoder), torch.no_grad():
         return F.normalize(_pooled(encoder, tokenizer, texts, batch_size), dim=1)
 
 
-@misconception(
-    "padded to the longest of all",
-    hint="Your batches hold texts of like length. Why are they still all as wide as the longest text there is?",
-    source="a line of reasoning: all texts are tokenized in one call, and its padding stays on every batch",
-)
+@exercise.misconception("padded to the longest of all")
 def padded_to_the_longest_of_all(encoder, tokenizer, texts, batch_size):
     batch = tokenizer(texts)
     order = batch["attention_mask"].sum(1).argsort()
@@ -399,62 +368,38 @@ def padded_to_the_longest_of_all(encoder, tokenizer, texts, batch_size):
     return F.normalize(rows[order.argsort()], dim=1)
 
 
-@misconception(
-    "everything at once",
-    hint="All texts were in the encoder together. How much memory do the hidden states of 100,000 texts take?",
-    source="a line of reasoning: it works on ten sentences, and is out of memory on the real data",
-)
+@exercise.misconception("everything at once")
 def everything_at_once(encoder, tokenizer, texts, batch_size):
     with eval_mode(encoder), torch.no_grad():
         return F.normalize(_pooled(encoder, tokenizer, texts, len(texts)), dim=1)
 
 
-@misconception(
-    "normalised over the texts",
-    hint="Embed one text alone. Why is every entry of its vector 1 or -1 or 0, and over which axis was the length taken?",
-    source="a line of reasoning: in a table of vectors the wrong axis gives the same shape",
-)
+@exercise.misconception("normalised over the texts")
 def normalised_over_the_texts(encoder, tokenizer, texts, batch_size):
     with eval_mode(encoder), torch.no_grad():
         return F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=0)
 
 
-@misconception(
-    "not normalised",
-    hint="What is the product of a text's vector with itself? For a cosine it has to be 1.",
-    source="a line of reasoning: a dot product is a cosine only between vectors of length 1",
-)
+@exercise.misconception("not normalised")
 def not_normalised(encoder, tokenizer, texts, batch_size):
     with eval_mode(encoder), torch.no_grad():
         return _sorted(encoder, tokenizer, texts, batch_size)
 
 
-@misconception(
-    "train mode while embedding",
-    hint="Embed one text twice. What in the encoder still throws dice, and what would tell it to stop?",
-    source="seen in public teaching code: features computed under no_grad in a model that was never switched to eval mode",
-)
+@exercise.misconception("train mode while embedding")
 def train_mode_while_embedding(encoder, tokenizer, texts, batch_size):
     with torch.no_grad():
         return F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=1)
 
 
-@misconception(
-    "left in eval mode",
-    hint="Compare each module's mode before and after. In which mode would training go on after your function?",
-    source="a line of reasoning: an evaluation in the middle of training that turns dropout off for the rest of it",
-)
+@exercise.misconception("left in eval mode")
 def left_in_eval_mode(encoder, tokenizer, texts, batch_size):
     encoder.eval()
     with torch.no_grad():
         return F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=1)
 
 
-@misconception(
-    "put back with train()",
-    hint="One module was in eval mode before, the others were not. What does train() do to it?",
-    source="seen in public teaching code: a freeze that the next model.train() undoes",
-)
+@exercise.misconception("put back with train()")
 def put_back_with_train(encoder, tokenizer, texts, batch_size):
     encoder.eval()
     with torch.no_grad():
@@ -463,36 +408,7 @@ def put_back_with_train(encoder, tokenizer, texts, batch_size):
     return vectors
 
 
-@misconception(
-    "graph kept",
-    hint="Every batch's hidden states are kept for a backward pass that never comes. What tells torch that none will?",
-    source="a line of reasoning: eval mode changes what layers compute, not whether torch records it",
-)
+@exercise.misconception("graph kept")
 def graph_kept(encoder, tokenizer, texts, batch_size):
     with eval_mode(encoder):
         return F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=1)
-
-
-EXERCISE = Exercise(
-    number="2.8",
-    name="embed",
-    reference=embed,
-    experiments=(
-        *(RowPerText(), AnyCompany(), MeanOfOwnTokens(), LengthOne(), NoDropout()),
-        *(InBatches(), LittlePadding(), LeftAsFound(), NoGraph()),
-    ),
-    misconceptions=(
-        *(order_not_put_back, put_back_with_the_wrong_permutation, mask_not_given_to_the_encoder, padding_pooled),
-        *(normalised_over_the_texts, not_normalised, train_mode_while_embedding),
-        *(everything_at_once, batches_in_the_order_of_the_texts, padded_to_the_longest_of_all),
-        *(left_in_eval_mode, put_back_with_train, graph_kept),
-    ),
-    hints=(
-        "By which ways could one text change the vector of another, and what decides how much padding there is?",
-        "Embed three texts of 1, 5 and 20 words, each alone and all together, in two orders; compare the rows. "
-        "Then print the shapes of the batches that went into the encoder.",
-        "Sort the texts by number of tokens, and remember the order; batch by batch, in eval mode and without gradients, "
-        "pool encoder(input_ids, attention_mask) with the mask; put row k at place order[k], and divide it by its length.",
-    ),
-    autocast=True,
-)

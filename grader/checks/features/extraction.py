@@ -4,9 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from grader.checks.features.counting import SharedList
-from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near
 from helpers.features import extract
+
+exercise = Exercise(__name__, "2.2", extract, autocast=True)
 
 
 def _backbone(trial: Trial, width: int) -> nn.Sequential:
@@ -40,9 +42,8 @@ class _Counting(nn.Module):
         return self.inner(x)
 
 
+@exercise.experiment("depends on the image alone")
 class DependsOnTheImageAlone(Experiment):
-    """The features of an image depend on that image alone."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -71,9 +72,8 @@ class DependsOnTheImageAlone(Experiment):
         return {"features of one image in two different batches": f"by up to {largest:.2g}"}
 
 
+@exercise.experiment("every image once")
 class EveryImageOnce(Experiment):
-    """Every image gives one row of features, in the order of the images."""
-
     def draw(self, trial: Trial) -> dict:
         width, batch_size = trial.integer(4, 8), trial.integer(4, 7)
         n = 3 * batch_size + trial.integer(1, batch_size - 1)  # the last batch is short
@@ -99,9 +99,8 @@ class EveryImageOnce(Experiment):
         return {"rows": rows, "rows compared with the images in their order": order}
 
 
+@exercise.experiment("left as found")
 class LeftAsFound(Experiment):
-    """The backbone is left as it was found: buffers, requires_grad, and the mode of each module."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -142,9 +141,8 @@ class LeftAsFound(Experiment):
         return {"buffers that moved": f"{len(moved)} of {len(buffers)}, such as {moved[0]}"} if moved else {}
 
 
+@exercise.experiment("no graph")
 class NoGraph(Experiment):
-    """The features carry no graph, so that memory does not grow with the number of images."""
-
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(4, 8)
         return {"backbone": _Counting(_plain_backbone(width)), "images": trial.normal(9, 1, 6, 6), "width": width}
@@ -164,9 +162,8 @@ class NoGraph(Experiment):
         }
 
 
+@exercise.experiment("in batches")
 class InBatches(Experiment):
-    """At most `batch_size` images are in the backbone at once."""
-
     def draw(self, trial: Trial) -> dict:
         batch_size = trial.integer(3, 6)
         settings = [(1, trial.integer(4, 6)), (batch_size, 4 * batch_size + trial.integer(0, 2))]
@@ -191,31 +188,19 @@ class InBatches(Experiment):
         return {"the largest batch that the backbone saw": "at most batch_size" if fits else "more than batch_size"}
 
 
-@misconception(
-    "train mode during extraction",
-    hint="BatchNorm and dropout behave as in training, whether gradients are computed or not. What do they go by?",
-    source="seen in public teaching code: evaluation that never calls .eval(); running_mean changes under no_grad",
-)
+@exercise.misconception("train mode during extraction")
 def train_mode_during_extraction(backbone, images, batch_size):
     with torch.no_grad():
         return torch.cat([backbone(batch) for batch in images.split(batch_size)])
 
 
-@misconception(
-    "requires_grad=False in place of eval mode",
-    hint="No parameter can train any more, and yet the buffers moved. What moves a buffer, if not a gradient?",
-    source="seen in public teaching code: backbone frozen with requires_grad_(False), then run in train mode",
-)
+@exercise.misconception("requires_grad=False in place of eval mode")
 def requires_grad_in_place_of_eval_mode(backbone, images, batch_size):
     backbone.requires_grad_(False)
     return torch.cat([backbone(batch) for batch in images.split(batch_size)])
 
 
-@misconception(
-    "graph kept",
-    hint="Every batch's activations are kept for a backward pass that never comes. What tells torch that none will?",
-    source="a line of reasoning: eval mode changes what layers compute, not whether torch records it",
-)
+@exercise.misconception("graph kept")
 def graph_kept(backbone, images, batch_size):
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
@@ -225,22 +210,14 @@ def graph_kept(backbone, images, batch_size):
     return features
 
 
-@misconception(
-    "left in eval mode",
-    hint="Compare each module's mode before and after. In which mode would training go on after your function?",
-    source="a line of reasoning: an evaluation in the middle of training that turns dropout off for the rest of it",
-)
+@exercise.misconception("left in eval mode")
 def left_in_eval_mode(backbone, images, batch_size):
     backbone.eval()
     with torch.no_grad():
         return torch.cat([backbone(batch) for batch in images.split(batch_size)])
 
 
-@misconception(
-    "put back with train()",
-    hint="One BatchNorm was in eval mode before, the others were not. What does train() do to it?",
-    source="seen in public teaching code: a freeze that the next model.train() undoes",
-)
+@exercise.misconception("put back with train()")
 def put_back_with_train(backbone, images, batch_size):
     backbone.eval()
     with torch.no_grad():
@@ -249,11 +226,7 @@ def put_back_with_train(backbone, images, batch_size):
     return features
 
 
-@misconception(
-    "last batch dropped",
-    hint="Count the rows for 10 images in batches of 4. Where are the missing ones?",
-    source="a line of reasoning: drop_last=True is right for training and wrong for extraction",
-)
+@exercise.misconception("last batch dropped")
 def last_batch_dropped(backbone, images, batch_size):
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
@@ -265,11 +238,7 @@ def last_batch_dropped(backbone, images, batch_size):
     return features
 
 
-@misconception(
-    "everything at once",
-    hint="The whole data set went through the backbone in one call. How much memory do the activations of 100,000 images take?",
-    source="a line of reasoning: it works on a small set, and is out of memory on the real one",
-)
+@exercise.misconception("everything at once")
 def everything_at_once(backbone, images, batch_size):
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
@@ -295,23 +264,3 @@ def _changed(before: dict, after: dict, read) -> list[str]:
 
 def _some(found) -> str:
     return "some" if found else "none"
-
-
-EXERCISE = Exercise(
-    number="2.2",
-    name="extract",
-    reference=extract,
-    experiments=(DependsOnTheImageAlone(), EveryImageOnce(), LeftAsFound(), NoGraph(), InBatches()),
-    misconceptions=(
-        *(train_mode_during_extraction, requires_grad_in_place_of_eval_mode, graph_kept, left_in_eval_mode),
-        *(put_back_with_train, last_batch_dropped, everything_at_once),
-    ),
-    hints=(
-        "Which layers of a network compute something else in training than later, and who tells them which it is?",
-        "Before and after your function, look at `running_mean` of a BatchNorm, at `requires_grad` of a parameter, "
-        "and at `training` of every module, when one module starts in eval mode and the rest do not.",
-        "Remember every module's mode, switch all to eval mode, run batch by batch without gradients, "
-        "concatenate, and give every module its own mode back, even if something raised.",
-    ),
-    autocast=True,
-)

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
 from grader.near import near
 from helpers import expect
 from helpers.features import drop_head
+
+exercise = Exercise(__name__, "2.1", drop_head)
 
 
 class _Convolutional(nn.Module):
@@ -63,9 +65,8 @@ class _OutOfOrder(nn.Module):
         return self.head(self.before_the_head(x))
 
 
+@exercise.experiment("steps of forward")
 class StepsOfForward(Experiment):
-    """The features are what enters the head, with every step that forward takes before it."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -87,9 +88,8 @@ class StepsOfForward(Experiment):
         return {"the features": _which(raw["features"], known)}
 
 
+@exercise.experiment("nested head")
 class NestedHead(Experiment):
-    """Of a classifier of several layers, only the layer called `name` is taken off."""
-
     def draw(self, trial: Trial) -> dict:
         return {"model": _Nested(width=trial.integer(7, 9), classes=3).eval(), "images": 3 * trial.normal(7, 1, 8, 8)}
 
@@ -108,9 +108,8 @@ class NestedHead(Experiment):
         return {"the features": _which(raw["features"], known)}
 
 
+@exercise.experiment("head by name")
 class HeadByName(Experiment):
-    """The head is the layer called `name`, wherever it stands in the order of definition."""
-
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(5, 8)
         return {"model": _OutOfOrder(width).eval(), "images": 2 * trial.normal(7, width)}
@@ -132,9 +131,8 @@ class HeadByName(Experiment):
         return {"the features": _which(raw["features"], known)}
 
 
+@exercise.experiment("model keeps its head")
 class ModelKeepsItsHead(Experiment):
-    """The model keeps its head: it gives its logits, before features are computed and after."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -157,9 +155,8 @@ class ModelKeepsItsHead(Experiment):
         }
 
 
+@exercise.experiment("model can go on training")
 class ModelCanGoOnTraining(Experiment):
-    """The model keeps its train mode and its trainable parameters."""
-
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(5, 8)
         return {"model": _OutOfOrder(width), "images": trial.normal(4, width)}  # in train mode, as every new model
@@ -179,9 +176,8 @@ class ModelCanGoOnTraining(Experiment):
         }
 
 
+@exercise.experiment("every call")
 class EveryCall(Experiment):
-    """Each call gives the features of its own inputs, however many they are."""
-
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(5, 8)
         return {"model": _OutOfOrder(width).eval(), "batches": [2 * trial.normal(6, width), 2 * trial.normal(6, width)]}
@@ -230,29 +226,17 @@ def _without(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-@misconception(
-    "children without the last",
-    hint="A list of children says which layers there are, not what happens between them. Which steps of forward are no layer?",
-    source="seen in public teaching code: nn.Sequential(*list(model.children())[:-1])",
-)
+@exercise.misconception("children without the last")
 def children_without_the_last(model, name):
     return nn.Sequential(*list(model.children())[:-1])
 
 
-@misconception(
-    "head removed in place",
-    hint="You have a backbone now, but whoever handed you the model has lost its head. Is yours another object than theirs?",
-    source="seen in public teaching code: model.fc = nn.Identity() on a model that is used again as a classifier",
-)
+@exercise.misconception("head removed in place")
 def head_removed_in_place(model, name):
     return _without(model, name)
 
 
-@misconception(
-    "output of the head",
-    hint="The features are as long as there are classes. On which side of a layer are its features, and on which its logits?",
-    source="a line of reasoning: a forward hook is told a layer's input and its output, and the output is what one looks for",
-)
+@exercise.misconception("output of the head")
 def output_of_the_head(model, name):
     def logits(images):
         caught = []
@@ -264,11 +248,7 @@ def output_of_the_head(model, name):
     return logits
 
 
-@misconception(
-    "output of the layer before",
-    hint="You take what one layer gives; the head takes what forward hands it. What does forward do between the two?",
-    source="a line of reasoning: a hook on the layer before the head, as if layers passed their outputs straight on",
-)
+@exercise.misconception("output of the layer before")
 def output_of_the_layer_before(model, name):
     names = list(dict(model.named_modules()))
     before = model.get_submodule(names[names.index(name) - 1])
@@ -283,52 +263,32 @@ def output_of_the_layer_before(model, name):
     return features
 
 
-@misconception(
-    "whole classifier removed",
-    hint="`classifier.2` is one layer of three. Which layers of the classifier do your features still go through?",
-    source="seen in public teaching code: model.classifier = nn.Identity(), for networks whose classifier has hidden layers",
-)
+@exercise.misconception("whole classifier removed")
 def whole_classifier_removed(model, name):
     return _without(copy.deepcopy(model), name.split(".")[0])
 
 
-@misconception(
-    "dotted name as one attribute",
-    hint="Your copy has one more child, which forward never calls. What does a dot in a module's name mean?",
-    source="a line of reasoning: setattr takes any string, and finds no module inside another",
-)
+@exercise.misconception("dotted name as one attribute")
 def dotted_name_as_one_attribute(model, name):
     backbone = copy.deepcopy(model)
     setattr(backbone, name, nn.Identity())
     return backbone
 
 
-@misconception(
-    "always fc",
-    hint="What you put there is called `fc` in every network. What is the head called in the networks that failed?",
-    source="seen in public teaching code: model.fc = nn.Identity(), which adds an attribute where there was none",
-)
+@exercise.misconception("always fc")
 def always_fc(model, name):
     backbone = copy.deepcopy(model)
     backbone.fc = nn.Identity()
     return backbone
 
 
-@misconception(
-    "last layer by order of definition",
-    hint="The layer that was defined last need not be the one that is called last. What tells you which layer is meant?",
-    source="a line of reasoning: the last entry of named_modules() is the head in most networks",
-)
+@exercise.misconception("last layer by order of definition")
 def last_layer_by_order_of_definition(model, name):
     linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
     return _without(copy.deepcopy(model), linear[-1])
 
 
-@misconception(
-    "first batch kept",
-    hint="A second batch gets the features of the first. What has been added to what you keep, and what do you read from it?",
-    source="a line of reasoning: a hook appends to a list that nobody empties",
-)
+@exercise.misconception("first batch kept")
 def first_batch_kept(model, name):
     caught = []
     model.get_submodule(name).register_forward_pre_hook(lambda module, entered: caught.append(entered[0]))
@@ -340,31 +300,7 @@ def first_batch_kept(model, name):
     return features
 
 
-@misconception(
-    "model put into eval mode",
-    hint="The model came in train mode, and its owner may want to go on training. Whose mode did you change?",
-    source="seen in public teaching code: model.eval() as the first line of feature extraction, on the model itself",
-)
+@exercise.misconception("model put into eval mode")
 def model_put_into_eval_mode(model, name):
     model.eval()
     return _without(copy.deepcopy(model), name)
-
-
-EXERCISE = Exercise(
-    number="2.1",
-    name="drop_head",
-    reference=drop_head,
-    experiments=(StepsOfForward(), NestedHead(), HeadByName(), ModelKeepsItsHead(), ModelCanGoOnTraining(), EveryCall()),
-    misconceptions=(
-        *(children_without_the_last, head_removed_in_place, output_of_the_head, output_of_the_layer_before),
-        *(whole_classifier_removed, dotted_name_as_one_attribute, always_fc, last_layer_by_order_of_definition),
-        *(first_batch_kept, model_put_into_eval_mode),
-    ),
-    hints=(
-        "Which part of a network knows in what order its layers are called, and what else is done between them?",
-        "Compare the model's logits with what its own head makes of your features, "
-        "for a network whose forward calls a function between two layers, and for a head with a dot in its name.",
-        "head(features) = logits. Let forward run as it is, and either put nn.Identity in the head's place in a copy "
-        "of the model, or catch what enters the head with a hook.",
-    ),
-)

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near
 from helpers.text import mean_pool
+
+exercise = Exercise(__name__, "2.7", mean_pool)
 
 
 class _Pooling(Experiment):
@@ -25,9 +27,8 @@ class _Pooling(Experiment):
         return expect_tensor(subject(hidden, mask), (n, width), "the pooled vectors").detach()
 
 
+@exercise.experiment("own tokens alike")
 class OwnTokensAlike(_Pooling):
-    """Every token of a text counts, all of them alike, and nothing else does."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -48,9 +49,8 @@ class OwnTokensAlike(_Pooling):
         return {"the result points along": next(along, "something else")}
 
 
+@exercise.experiment("divided by own length")
 class DividedByOwnLength(_Pooling):
-    """If the same vector stands at every place, the result is that vector, however long a text is."""
-
     def draw(self, trial: Trial) -> dict:
         inputs = super().draw(trial)
         n, tokens, width = inputs["hidden"].shape
@@ -71,9 +71,8 @@ class DividedByOwnLength(_Pooling):
         return {"the result is that vector times": next(found, "something else")}
 
 
+@exercise.experiment("padding does not matter")
 class PaddingDoesNotMatter(_Pooling):
-    """What stands at padding changes nothing, be it infinite or NaN."""
-
     points = 2
 
     def measure(self, subject, inputs):
@@ -98,9 +97,8 @@ class PaddingDoesNotMatter(_Pooling):
         }
 
 
+@exercise.experiment("text without tokens")
 class TextWithoutTokens(_Pooling):
-    """A text without tokens gives zeros."""
-
     def draw(self, trial: Trial) -> dict:
         inputs = super().draw(trial)
         inputs["mask"][trial.integer(0, len(inputs["mask"]) - 1)] = 0
@@ -122,94 +120,43 @@ def _sum(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden.masked_fill(mask[..., None] == 0, 0).sum(1)
 
 
-@misconception(
-    "mask ignored",
-    hint="Pool a text alone, and again beside a longer one. Which places were averaged the second time?",
-    source="seen in public teaching code: last_hidden_state.mean(dim=1) of a padded batch",
-)
+@exercise.misconception("mask ignored")
 def mask_ignored(hidden, attention_mask):
     return hidden.mean(1)
 
 
-@misconception(
-    "divided by the padded length",
-    hint="Let the same vector stand at every token. Why does a short text's mean get smaller the longer its neighbour is?",
-    source="a line of reasoning: padding is set to zero, and `mean` still counts it",
-)
+@exercise.misconception("divided by the padded length")
 def divided_by_the_padded_length(hidden, attention_mask):
     return _sum(hidden, attention_mask) / hidden.shape[1]
 
 
-@misconception(
-    "not divided",
-    hint="Let the same vector stand at every token. Why is a long text's result longer than a short one's?",
-    source="a line of reasoning: a masked sum looks like a mean until lengths differ",
-)
+@exercise.misconception("not divided")
 def not_divided(hidden, attention_mask):
     return _sum(hidden, attention_mask)
 
 
-@misconception(
-    "divided by the tokens of the batch",
-    hint="Pool a text in a batch of one and in a batch of ten. By how many tokens was it divided each time?",
-    source="a line of reasoning: the mask is added up over both of its axes",
-)
+@exercise.misconception("divided by the tokens of the batch")
 def divided_by_the_tokens_of_the_batch(hidden, attention_mask):
     return _sum(hidden, attention_mask) / attention_mask.sum()
 
 
-@misconception(
-    "first token in place of the mean",
-    hint="Change the last token of a text. Does its vector change?",
-    source="seen in public teaching code: last_hidden_state[:, 0] as the vector of a text",
-)
+@exercise.misconception("first token in place of the mean")
 def first_token(hidden, attention_mask):
     return hidden[:, 0] * attention_mask.any(1, keepdim=True)
 
 
-@misconception(
-    "maximum in place of the mean",
-    hint="Change one small value of a token a little. Does the result move at all, and should a mean?",
-    source="a line of reasoning: max pooling, as after a convolution, keeps the strongest token of each column",
-)
+@exercise.misconception("maximum in place of the mean")
 def maximum(hidden, attention_mask):
     largest = hidden.masked_fill(attention_mask[..., None] == 0, -torch.inf).amax(1)
     return largest.masked_fill(~attention_mask.any(1, keepdim=True), 0)
 
 
-@misconception(
-    "padding multiplied by zero",
-    hint="What is NaN times zero, and infinity times zero? Print both.",
-    source="seen in public teaching code: (hidden * mask).sum(1), which holds as long as padding is finite",
-)
+@exercise.misconception("padding multiplied by zero")
 def padding_multiplied_by_zero(hidden, attention_mask):
     weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
-@misconception(
-    "divided by zero",
-    hint="How many tokens does a text without tokens have, and what is divided by that number?",
-    source="a line of reasoning: a text that is all padding, as in a batch filled up to a fixed size",
-)
+@exercise.misconception("divided by zero")
 def divided_by_zero(hidden, attention_mask):
     return _sum(hidden, attention_mask) / attention_mask.sum(1, keepdim=True)
-
-
-EXERCISE = Exercise(
-    number="2.7",
-    name="mean_pool",
-    reference=mean_pool,
-    experiments=(OwnTokensAlike(), DividedByOwnLength(), PaddingDoesNotMatter(), TextWithoutTokens()),
-    misconceptions=(
-        *(mask_ignored, divided_by_the_padded_length, not_divided, divided_by_the_tokens_of_the_batch),
-        *(first_token, maximum, padding_multiplied_by_zero, divided_by_zero),
-    ),
-    hints=(
-        "Which places of a row belong to its text, and how many are they?",
-        "Take two texts of 2 and 3 tokens with a width of 1, and pool them by hand; "
-        "then write NaN at the padding of the first, and pool them again.",
-        "sum over tokens of what stands where the mask is 1 / max(1, number of such tokens); "
-        "`masked_fill` or `torch.where` replaces what a product with zero does not.",
-    ),
-)

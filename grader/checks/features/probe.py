@@ -4,10 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
 from grader.near import near
 from helpers import expect
 from helpers.features import linear_probe
+
+exercise = Exercise(__name__, "2.3", linear_probe)
 
 
 class _Optimum(Experiment):
@@ -75,18 +77,16 @@ class _Optimum(Experiment):
         return "another weight"
 
 
+@exercise.experiment("right loss")
 class RightLoss(_Optimum):
-    """Training ends where the gradient of cross-entropy plus penalty vanishes."""
-
     points = 2
 
     def facts(self, raw, inputs):
         return {"the gradient vanishes for": self.find(raw, inputs)["loss"]}
 
 
+@exercise.experiment("right penalty")
 class RightPenalty(_Optimum):
-    """The weights feel penalty / 2 times the sum of their squares, beside the mean loss."""
-
     def draw(self, trial: Trial) -> dict:
         # Two sizes and two penalties: what is penalty / n by chance on one of them is not on the other.
         return {"tasks": [self.draw_task(trial, 40, 0.1), self.draw_task(trial, 80, 0.25)]}
@@ -100,18 +100,16 @@ class RightPenalty(_Optimum):
         return {"weight of the penalty on the weights": None if None in found else agreed}
 
 
+@exercise.experiment("free bias")
 class FreeBias(_Optimum):
-    """The bias is trained, and feels no penalty."""
-
     def facts(self, raw, inputs):
         return {"weight of the penalty on the bias": self.find(raw, inputs)["bias"]}
 
 
+@exercise.experiment("one output per class")
 class OneOutputPerClass(Experiment):
-    """The head has one output per class, also for a class that has no labelled example."""
-
     seconds = 30.0
-    pretends = False  # thousands of steps: ten seconds and more on a pretended GPU
+    on_fake_gpu = False  # thousands of steps: ten seconds and more on a fake GPU
 
     def draw(self, trial: Trial) -> dict:
         classes = trial.integer(4, 6)
@@ -176,49 +174,29 @@ def _train_probe(features, labels, classes, penalty, *, loss, steps=300, bias=Tr
     return head
 
 
-@misconception(
-    "softmax before cross-entropy",
-    hint="Softmax is applied twice, once before the loss and once inside it. Between which two values can its input then move?",
-    source="seen in public teaching code: softmax before cross-entropy",
-)
+@exercise.misconception("softmax before cross-entropy")
 def softmax_before_cross_entropy(features, labels, classes, penalty):
     return _train_probe(features, labels, classes, penalty, loss=lambda z, y: F.cross_entropy(z.softmax(1), y))
 
 
-@misconception(
-    "penalty forgotten",
-    hint="Train with a penalty ten times as large: does your head change at all?",
-    source="a line of reasoning: the argument is there and nothing uses it",
-)
+@exercise.misconception("penalty forgotten")
 def penalty_forgotten(features, labels, classes, penalty):
     return _train_probe(features, labels, classes, 0.0, loss=F.cross_entropy)
 
 
-@misconception(
-    "penalty not halved",
-    hint="The pull on the weights is twice as strong as asked for. What is the derivative of a square?",
-    source="a line of reasoning: torch's weight_decay = c is the penalty c / 2 * |W|^2, not c * |W|^2",
-)
+@exercise.misconception("penalty not halved")
 def penalty_not_halved(features, labels, classes, penalty):
     return _train_probe(
         features, labels, classes, penalty, loss=F.cross_entropy, squares=lambda head: head.weight.square().sum()
     )
 
 
-@misconception(
-    "sum in place of mean",
-    hint="With n examples the penalty acts n times weaker than asked for. Which of the two terms grows with n?",
-    source="a line of reasoning: a summed loss changes what every fixed penalty and learning rate means",
-)
+@exercise.misconception("sum in place of mean")
 def sum_in_place_of_mean(features, labels, classes, penalty):
     return _train_probe(features, labels, classes, penalty, loss=lambda z, y: F.cross_entropy(z, y, reduction="sum"))
 
 
-@misconception(
-    "penalty on the bias too",
-    hint="Compare the mean predicted probability of each class with its frequency in the labels. What keeps them apart?",
-    source="a line of reasoning: no weight decay on biases; an optimizer's weight_decay reaches every parameter it is given",
-)
+@exercise.misconception("penalty on the bias too")
 def penalty_on_the_bias_too(features, labels, classes, penalty):
     return _train_probe(
         *(features, labels, classes, penalty),
@@ -227,48 +205,16 @@ def penalty_on_the_bias_too(features, labels, classes, penalty):
     )
 
 
-@misconception(
-    "no bias",
-    hint="What does your head say of features that are all zero, and what are the class frequencies?",
-    source="a line of reasoning: without a bias every class is equally likely at the origin, wherever the data are",
-)
+@exercise.misconception("no bias")
 def no_bias(features, labels, classes, penalty):
     return _train_probe(features, labels, classes, penalty, loss=F.cross_entropy, bias=False)
 
 
-@misconception(
-    "not at the optimum",
-    hint="Print the norm of the objective's gradient at your last step and after ten times as many. Does it still fall, "
-    "or has another objective than the statement's come to rest?",
-    source="a line of reasoning: a fixed small number of steps makes good features look bad",
-)
+@exercise.misconception("not at the optimum")
 def not_at_the_optimum(features, labels, classes, penalty):
     return _train_probe(features, labels, classes, penalty, loss=F.cross_entropy, steps=1)
 
 
-@misconception(
-    "classes counted from the labels",
-    hint="One class has no example among these labels. How many outputs does your head have, and how many should it?",
-    source="a line of reasoning: the head's shape error; a small labelled sample easily misses a class",
-)
+@exercise.misconception("classes counted from the labels")
 def classes_counted_from_the_labels(features, labels, classes, penalty):
     return _train_probe(features, labels, int(labels.max()) + 1, penalty, loss=F.cross_entropy)
-
-
-EXERCISE = Exercise(
-    number="2.3",
-    name="linear_probe",
-    reference=linear_probe,
-    experiments=(RightLoss(), RightPenalty(), FreeBias(), OneOutputPerClass()),
-    misconceptions=(
-        *(softmax_before_cross_entropy, penalty_forgotten, penalty_not_halved, sum_in_place_of_mean),
-        *(penalty_on_the_bias_too, no_bias, not_at_the_optimum, classes_counted_from_the_labels),
-    ),
-    hints=(
-        "The objective is convex: there is one best head. How would you notice that you have reached it?",
-        "Print the norm of the objective's gradient as training goes on; "
-        "at the end, compare the mean predicted probability of each class with its frequency in the labels.",
-        "objective = mean cross-entropy of the logits + penalty / 2 * sum of squared weights, the bias left out; "
-        "`torch.optim.LBFGS` with a closure, or some hundred full-batch gradient steps, bring its gradient to zero.",
-    ),
-)

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
 from helpers import expect
 from helpers.text import tokenize
+
+exercise = Exercise(__name__, "2.6", tokenize)
 
 
 def _blocks(trial: Trial, n: int) -> list[str]:
@@ -71,9 +73,8 @@ class _OneText(Experiment):
         return [_inside(_read(inputs["vocabulary"], row)) for row in raw["rows"]]
 
 
+@exercise.experiment("longest piece first")
 class LongestPieceFirst(_OneText):
-    """A word becomes the longest piece that it begins with, then the longest that the rest begins with."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -94,9 +95,8 @@ class LongestPieceFirst(_OneText):
         return {"pieces of words": next((name for name, cut in inputs["cuts"].items() if cut == words), "something else")}
 
 
+@exercise.experiment("unknown words")
 class UnknownWords(_OneText):
-    """A word that cannot be cut that way becomes one [UNK], whatever pieces were found in it before."""
-
     def draw(self, trial: Trial) -> dict:
         a, b, c, d, e, (unknown, _) = _blocks(trial, 6)
         return {
@@ -122,9 +122,8 @@ class UnknownWords(_OneText):
         return "pieces and [UNK]" if unknown else "pieces"
 
 
+@exercise.experiment("small letters")
 class SmallLetters(_OneText):
-    """A word in capitals is the same word."""
-
     def draw(self, trial: Trial) -> dict:
         a, b, c = _blocks(trial, 3)
         texts = [f"{a} {b} {c}", f"{a.capitalize()} {b} {c.upper()}"]
@@ -135,9 +134,8 @@ class SmallLetters(_OneText):
         return {"words in capitals become": "what they are in small letters" if small == capitals else "something else"}
 
 
+@exercise.experiment("any white space")
 class AnyWhiteSpace(_OneText):
-    """Words are apart by any white space, and by any amount of it."""
-
     def draw(self, trial: Trial) -> dict:
         a, b, c, d = _blocks(trial, 4)
         texts = [f"{a} {b} {c} {d}", f" {a}\t{b}\n{c}   {d}\n"]
@@ -148,9 +146,8 @@ class AnyWhiteSpace(_OneText):
         return {"tabs, line ends and many spaces part words": "as one space does" if one == any_amount else "otherwise"}
 
 
+@exercise.experiment("fits max length")
 class FitsMaxLength(Experiment):
-    """A text begins with [CLS] and ends with [SEP], also where it is cut to `max_length` tokens."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -213,18 +210,16 @@ class _RaggedBatch(Experiment):
         return [(row, len(tokens), _place(tokens, row)) for row, tokens in zip(rows, wanted, strict=True)]
 
 
+@exercise.experiment("padded to the longest")
 class PaddedToTheLongest(_RaggedBatch):
-    """A batch is as long as its longest text."""
-
     def facts(self, raw, inputs):
         longest = max(n for _, n, _ in self.find(raw, inputs))
         sizes = {longest: "as many as the longest text has", inputs["max_length"]: "max_length"}
         return {"tokens of a row": sizes.get(raw["ids"].shape[1], "another number")}
 
 
+@exercise.experiment("filled with pad")
 class FilledWithPad(_RaggedBatch):
-    """Shorter texts are filled up with [PAD] at their end."""
-
     def facts(self, raw, inputs):
         found, width = self.find(raw, inputs), raw["ids"].shape[1]
         if any(start is None for _, _, start in found):
@@ -240,9 +235,8 @@ class FilledWithPad(_RaggedBatch):
         }
 
 
+@exercise.experiment("mask of tokens")
 class MaskOfTokens(_RaggedBatch):
-    """attention_mask is 1 on the tokens of a text and 0 on padding."""
-
     points = 2
 
     def facts(self, raw, inputs):
@@ -294,119 +288,71 @@ def _cut_by(cut, vocabulary, texts, max_length) -> dict[str, Tensor]:
     return _batch(_ended(vocabulary, _rows(vocabulary, texts, cut), max_length), vocabulary["[PAD]"])
 
 
-@misconception(
-    "padded to max_length",
-    hint="Print the batch for two short texts and a large max_length. How much of it is padding that no text asked for?",
-    source='seen in public teaching code: padding="max_length" for every batch',
-)
+@exercise.misconception("padded to max_length")
 def padded_to_max_length(vocabulary, texts, max_length):
     rows = _ended(vocabulary, _rows(vocabulary, texts), max_length)
     return _batch(rows, vocabulary["[PAD]"], width=max_length)
 
 
-@misconception(
-    "[SEP] cut off",
-    hint="Look at the last token of a text that was too long. Which of its tokens must survive the cut?",
-    source="a line of reasoning: the list is finished first and cut to max_length as a whole",
-)
+@exercise.misconception("[SEP] cut off")
 def sep_cut_off(vocabulary, texts, max_length):
     rows = _ended(vocabulary, _rows(vocabulary, texts), 10**6)
     return _batch([row[:max_length] for row in rows], vocabulary["[PAD]"])
 
 
-@misconception(
-    "[CLS] and [SEP] not counted",
-    hint="Count the tokens of a text that was too long, the first and the last included. How many are there too many?",
-    source="a line of reasoning: the pieces are cut to max_length, and only then two more tokens come",
-)
+@exercise.misconception("[CLS] and [SEP] not counted")
 def special_tokens_not_counted(vocabulary, texts, max_length):
     return _batch(_ended(vocabulary, _rows(vocabulary, texts), max_length + 2), vocabulary["[PAD]"])
 
 
-@misconception(
-    "words counted in place of tokens",
-    hint="Take a long text in which every word is two pieces. How many tokens are left of it, and what was counted?",
-    source="a line of reasoning: a limit of 512 tokens that is thought of as 512 words",
-)
+@exercise.misconception("words counted in place of tokens")
 def words_counted(vocabulary, texts, max_length):
     texts = [" ".join(text.split()[: max_length - 2]) for text in texts]
     return _batch(_ended(vocabulary, _rows(vocabulary, texts), 10**6), vocabulary["[PAD]"])
 
 
-@misconception(
-    "[CLS] and [SEP] left out",
-    hint="Print the first and the last token of a text. Which two does the statement put there?",
-    source="a line of reasoning: pieces are thought to be all that a model reads",
-)
+@exercise.misconception("[CLS] and [SEP] left out")
 def special_tokens_left_out(vocabulary, texts, max_length):
     return _batch([row[:max_length] or [vocabulary["[UNK]"]] for row in _rows(vocabulary, texts)], vocabulary["[PAD]"])
 
 
-@misconception(
-    "mask all ones",
-    hint="Compare the masks of the longest and of the shortest text. What tells the model where the short one ends?",
-    source="seen in public teaching code: an attention mask made as ones of the shape of the ids",
-)
+@exercise.misconception("mask all ones")
 def mask_all_ones(vocabulary, texts, max_length):
     batch = _batch(_ended(vocabulary, _rows(vocabulary, texts), max_length), vocabulary["[PAD]"])
     return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
 
 
-@misconception(
-    "mask upside down",
-    hint="Add up a text's mask. Is the sum its number of tokens, or its number of padding places?",
-    source="a line of reasoning: torch's key_padding_mask is True where a model must not look, this mask is 1 where it may",
-)
+@exercise.misconception("mask upside down")
 def mask_upside_down(vocabulary, texts, max_length):
     batch = _batch(_ended(vocabulary, _rows(vocabulary, texts), max_length), vocabulary["[PAD]"])
     return batch | {"attention_mask": 1 - batch["attention_mask"]}
 
 
-@misconception(
-    "mask from numbers that are not 0",
-    hint="In this vocabulary 0 is the number of a word. Which tokens does your mask hide, and which padding does it show?",
-    source="seen in public teaching code: attention_mask = (input_ids != 0)",
-)
+@exercise.misconception("mask from numbers that are not 0")
 def mask_from_numbers_that_are_not_0(vocabulary, texts, max_length):
     batch = _batch(_ended(vocabulary, _rows(vocabulary, texts), max_length), vocabulary["[PAD]"])
     return batch | {"attention_mask": (batch["input_ids"] != 0).long()}
 
 
-@misconception(
-    "padded with number 0",
-    hint="Look up which piece of this vocabulary has the number that you fill up with. Is it [PAD]?",
-    source="a line of reasoning: [PAD] is number 0 in BERT's vocabulary, and 1 in RoBERTa's",
-)
+@exercise.misconception("padded with number 0")
 def padded_with_number_0(vocabulary, texts, max_length):
     return _batch(_ended(vocabulary, _rows(vocabulary, texts), max_length), 0)
 
 
-@misconception(
-    "padding taken to be number 0",
-    hint="The batch is filled up with 0, and the mask is 0 wherever a 0 stands. Which piece of this vocabulary is 0?",
-    source="a line of reasoning: padding functions fill with 0 unless told otherwise, and the mask is made from the ids",
-)
+@exercise.misconception("padding taken to be number 0")
 def padding_taken_to_be_number_0(vocabulary, texts, max_length):
     batch = _batch(_ended(vocabulary, _rows(vocabulary, texts), max_length), 0)
     return batch | {"attention_mask": batch["input_ids"].bool().long()}
 
 
-@misconception(
-    "padding before the text",
-    hint="Print a short text's row. On which side of it does the padding stand, and where does the statement put it?",
-    source="a line of reasoning: models that write text are padded on the left, encoders on the right",
-)
+@exercise.misconception("padding before the text")
 def padding_before_the_text(vocabulary, texts, max_length):
     rows = _ended(vocabulary, _rows(vocabulary, texts), max_length)
     batch = _batch([row[::-1] for row in rows], vocabulary["[PAD]"])
     return {name: values.flip(1) for name, values in batch.items()}
 
 
-@misconception(
-    "shortest piece first",
-    hint="Take a word that is itself a piece and begins with a shorter one. Which of the two did you find first?",
-    source="a line of reasoning: a prefix that grows letter by letter until it is a piece stops at the shortest",
-)
+@exercise.misconception("shortest piece first")
 def shortest_piece_first(vocabulary, texts, max_length):
     def cut(vocabulary, word):
         pieces, start = [], 0
@@ -420,20 +366,12 @@ def shortest_piece_first(vocabulary, texts, max_length):
     return _cut_by(cut, vocabulary, texts, max_length)
 
 
-@misconception(
-    "## forgotten",
-    hint="A piece inside a word got the number of a word of the same letters. How does the vocabulary mark the inside?",
-    source="a line of reasoning: the same letters begin one word and continue another, under different numbers",
-)
+@exercise.misconception("## forgotten")
 def mark_forgotten(vocabulary, texts, max_length):
     return _cut_by(lambda vocabulary, word: _longest(vocabulary, word, mark=""), vocabulary, texts, max_length)
 
 
-@misconception(
-    "pieces beside [UNK]",
-    hint="Print the tokens of a word that has known letters before unknown ones. How many tokens does the statement leave it?",
-    source="a line of reasoning: [UNK] is put where the search got stuck, and what was found before stays",
-)
+@exercise.misconception("pieces beside [UNK]")
 def pieces_beside_unk(vocabulary, texts, max_length):
     def cut(vocabulary, word):
         for end in range(len(word), 0, -1):
@@ -444,11 +382,7 @@ def pieces_beside_unk(vocabulary, texts, max_length):
     return _cut_by(cut, vocabulary, texts, max_length)
 
 
-@misconception(
-    "unknown words left out",
-    hint="Compare a text with an unknown word and the same text without it. Can the model tell them apart?",
-    source="a line of reasoning: bags of words drop what the vocabulary does not have, models are told that something is there",
-)
+@exercise.misconception("unknown words left out")
 def unknown_words_left_out(vocabulary, texts, max_length):
     def cut(vocabulary, word):
         return [piece for piece in _longest(vocabulary, word) if piece != "[UNK]"]
@@ -456,11 +390,7 @@ def unknown_words_left_out(vocabulary, texts, max_length):
     return _cut_by(cut, vocabulary, texts, max_length)
 
 
-@misconception(
-    "a longest piece taken back",
-    hint="With the pieces ab, abc and ##cd, abcd is to be one [UNK]. Which piece is taken first, and is it given back?",
-    source="a line of reasoning: any way to make up the word seems good, but the model was trained on the greedy one",
-)
+@exercise.misconception("a longest piece taken back")
 def a_longest_piece_taken_back(vocabulary, texts, max_length):
     def search(word, mark=""):
         if not word:
@@ -473,47 +403,13 @@ def a_longest_piece_taken_back(vocabulary, texts, max_length):
     return _cut_by(lambda _, word: search(word) or ["[UNK]"], vocabulary, texts, max_length)
 
 
-@misconception(
-    "capitals kept",
-    hint="Print the tokens of the same word at the start of a sentence and in the middle. Why do they differ?",
-    source="a line of reasoning: a vocabulary of small letters knows no word that begins a sentence",
-)
+@exercise.misconception("capitals kept")
 def capitals_kept(vocabulary, texts, max_length):
     rows = [[vocabulary[piece] for word in text.split() for piece in _longest(vocabulary, word)] for text in texts]
     return _batch(_ended(vocabulary, rows, max_length), vocabulary["[PAD]"])
 
 
-@misconception(
-    "split at single spaces",
-    hint="Print the words of a text with a line end in it. Which white space parts words, and which does not yet?",
-    source="a line of reasoning: a docstring has line ends and indentation between its words",
-)
+@exercise.misconception("split at single spaces")
 def split_at_single_spaces(vocabulary, texts, max_length):
     rows = [[vocabulary[piece] for word in text.lower().split(" ") for piece in _longest(vocabulary, word)] for text in texts]
     return _batch(_ended(vocabulary, rows, max_length), vocabulary["[PAD]"])
-
-
-EXERCISE = Exercise(
-    number="2.6",
-    name="tokenize",
-    reference=tokenize,
-    experiments=(
-        *(LongestPieceFirst(), UnknownWords(), SmallLetters(), AnyWhiteSpace()),
-        *(FitsMaxLength(), PaddedToTheLongest(), FilledWithPad(), MaskOfTokens()),
-    ),
-    misconceptions=(
-        *(shortest_piece_first, mark_forgotten, pieces_beside_unk, unknown_words_left_out, a_longest_piece_taken_back),
-        *(capitals_kept, split_at_single_spaces),
-        *(sep_cut_off, special_tokens_not_counted, words_counted, special_tokens_left_out),
-        *(padded_to_max_length, padded_with_number_0, padding_before_the_text, padding_taken_to_be_number_0),
-        *(mask_all_ones, mask_upside_down, mask_from_numbers_that_are_not_0),
-    ),
-    hints=(
-        "Which decisions belong to one word, which to one text, and which can only be made when all texts are known?",
-        "Cut one word by hand with a vocabulary of ten pieces, once one that works out and once one that does not; "
-        "then print the rows of two texts of different length, and mark which numbers are tokens.",
-        "Per word: try ends from the word's last letter backwards, look up `##` + letters after the first piece, and give up "
-        "the whole word when no end fits. Per text: [CLS] + the first max_length - 2 pieces + [SEP]. "
-        "Per batch: [PAD] up to the longest; the mask follows from the lengths.",
-    ),
-)

@@ -7,11 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number
 from grader.near import near
 from helpers import expect
 from helpers.backbones import classify
 from helpers.features import extract
+
+exercise = Exercise(__name__, "2.5", classify)
 
 _CATEGORIES = ("accordion", "beaver", "gondola", "kite", "lighthouse", "pretzel", "teapot", "zebra")
 _ALL = len(_CATEGORIES)
@@ -65,9 +67,8 @@ def _photos(trial: Trial, n: int) -> list[Tensor]:
     return images
 
 
+@exercise.experiment("own normalisation")
 class OwnNormalisation(Experiment):
-    """Each image is prepared as the weights say, with their own mean and standard deviation."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -105,9 +106,8 @@ class OwnNormalisation(Experiment):
         return {"the images were normalised": how, "the order of the results": order}
 
 
+@exercise.experiment("own crop")
 class OwnCrop(Experiment):
-    """The network sees of each image what the preset of the weights leaves after resizing and cropping."""
-
     def draw(self, trial: Trial) -> dict:
         image = (127 + 20 * trial.normal(3, 40, 40)).clamp(60, 190).to(torch.uint8)
         return {
@@ -131,9 +131,8 @@ class OwnCrop(Experiment):
         }
 
 
+@exercise.experiment("names of the outputs")
 class NamesOfTheOutputs(Experiment):
-    """Each output has the name that stands at its index in the categories."""
-
     def draw(self, trial: Trial) -> dict:
         model = _plain_network(trial)
         model[2].weight.data.zero_()  # the same logits whatever the image
@@ -157,9 +156,8 @@ class NamesOfTheOutputs(Experiment):
         return {"the names, from the largest output to the smallest": next(matching, "others")}
 
 
+@exercise.experiment("likeliest first")
 class LikeliestFirst(Experiment):
-    """Of an image's categories, the k likeliest are listed, likeliest first."""
-
     def draw(self, trial: Trial) -> dict:
         return {
             "weights": _weights(trial),
@@ -184,9 +182,8 @@ class LikeliestFirst(Experiment):
         }
 
 
+@exercise.experiment("probabilities")
 class Probabilities(Experiment):
-    """The numbers are probabilities: those of all categories of an image add up to 1."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -208,9 +205,8 @@ class Probabilities(Experiment):
         return {"the numbers of all categories of an image": f"from {numbers.min():.2g} to {numbers.max():.2g}"}
 
 
+@exercise.experiment("by itself")
 class ByItself(Experiment):
-    """What is said of an image does not depend on the images beside it."""
-
     def draw(self, trial: Trial) -> dict:
         return {"weights": _weights(trial), "model": _trained_network(trial), "images": _photos(trial, 5)}
 
@@ -225,9 +221,8 @@ class ByItself(Experiment):
         return {"the numbers of one image in other company": "the same" if _close(one, two) else "others"}
 
 
+@exercise.experiment("left as found")
 class LeftAsFound(Experiment):
-    """The model is left as it was found: its buffers, and the mode of each module."""
-
     def draw(self, trial: Trial) -> dict:
         model = _trained_network(trial)
         model[4].eval()  # one BatchNorm is in eval mode, as a frozen one would be
@@ -354,70 +349,42 @@ def _listing(categories, numbers: Tensor, k: int, largest: bool = True) -> list[
     ]
 
 
-@misconception(
-    "ImageNet's mean and std",
-    hint="The numbers 0.485, 0.456, 0.406 are right for most weights of torchvision. What do these weights say of themselves?",
-    source="seen in public teaching code: Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) for any network",
-)
+@exercise.misconception("ImageNet's mean and std")
 def imagenet_mean_and_std(weights, model, images, k):
     logits = _logits(weights, model, images, **_IMAGENET)
     return _listing(weights.meta["categories"], logits.softmax(1), k)
 
 
-@misconception(
-    "not normalised",
-    hint="Print the mean of what enters the network over all your images. Was the network trained on values from 0 to 1?",
-    source="seen in public teaching code: ToTensor() as the whole preprocessing; resized and divided by 255",
-)
+@exercise.misconception("not normalised")
 def not_normalised(weights, model, images, k):
     logits = _logits(weights, model, images, mean=(0, 0, 0), std=(1, 1, 1))
     return _listing(weights.meta["categories"], logits.softmax(1), k)
 
 
-@misconception(
-    "preprocessed twice",
-    hint="What the transforms give is normalised already. Follow one pixel: how often is the mean taken off it?",
-    source="a line of reasoning: a data set that transforms its images, and a function that does so again",
-)
+@exercise.misconception("preprocessed twice")
 def preprocessed_twice(weights, model, images, k):
     transforms = weights.transforms()
     logits = extract(model, torch.stack([transforms(transforms(image)) for image in images]))
     return _listing(weights.meta["categories"], logits.softmax(1), k)
 
 
-@misconception(
-    "other sizes than the preset's",
-    hint="Pixels count that the preset of these weights leaves out. To which size does it resize, and what does it cut off?",
-    source="seen in public teaching code: Resize(256) and CenterCrop(224) typed by hand; Resize((224, 224))",
-)
+@exercise.misconception("other sizes than the preset's")
 def other_sizes_than_the_presets(weights, model, images, k):
     logits = _logits(weights, model, images, resize_size=256, crop_size=224)
     return _listing(weights.meta["categories"], logits.softmax(1), k)
 
 
-@misconception(
-    "logits for probabilities",
-    hint="Some of your numbers are below 0. Which function turns a network's outputs into numbers that add up to 1?",
-    source="seen in public teaching code: output.topk(5) printed as a confidence",
-)
+@exercise.misconception("logits for probabilities")
 def logits_for_probabilities(weights, model, images, k):
     return _listing(weights.meta["categories"], _logits(weights, model, images), k)
 
 
-@misconception(
-    "softmax over the images",
-    hint="Classify one image alone: every category is certain. Along which axis of (n, classes) do your numbers add up to 1?",
-    source="seen in public teaching code: softmax(dim=0), copied from an example with a single image",
-)
+@exercise.misconception("softmax over the images")
 def softmax_over_the_images(weights, model, images, k):
     return _listing(weights.meta["categories"], _logits(weights, model, images).softmax(0), k)
 
 
-@misconception(
-    "softmax over the k listed",
-    hint="With k = 1 every image is certain to be what it is called. Among which categories is probability shared out?",
-    source="a line of reasoning: first the k largest outputs, then softmax, as for sampling from a language model",
-)
+@exercise.misconception("softmax over the k listed")
 def softmax_over_the_k_listed(weights, model, images, k):
     listing = _listing(weights.meta["categories"], _logits(weights, model, images), k)
     shares = [torch.tensor([logit for _, logit in pairs]).softmax(0).tolist() for pairs in listing]
@@ -426,39 +393,23 @@ def softmax_over_the_k_listed(weights, model, images, k):
     ]
 
 
-@misconception(
-    "categories in alphabetical order",
-    hint="The first output was trained for the first of the weights' categories. Are they in alphabetical order?",
-    source="a line of reasoning: ImageFolder numbers the classes alphabetically, so names are sorted to match",
-)
+@exercise.misconception("categories in alphabetical order")
 def categories_in_alphabetical_order(weights, model, images, k):
     return _listing(sorted(weights.meta["categories"]), _logits(weights, model, images).softmax(1), k)
 
 
-@misconception(
-    "least likely",
-    hint="The categories that you list are those at the other end of the ranking. In which order does your sort put them?",
-    source="a line of reasoning: argsort()[:k] of probabilities, which argsort puts in rising order",
-)
+@exercise.misconception("least likely")
 def least_likely(weights, model, images, k):
     return _listing(weights.meta["categories"], _logits(weights, model, images).softmax(1), k, largest=False)
 
 
-@misconception(
-    "likeliest last",
-    hint="The right categories are there. Which of them does a reader see first?",
-    source="seen in public teaching code: argsort()[-k:] without turning it round",
-)
+@exercise.misconception("likeliest last")
 def likeliest_last(weights, model, images, k):
     listing = _listing(weights.meta["categories"], _logits(weights, model, images).softmax(1), k)
     return [pairs[::-1] for pairs in listing]
 
 
-@misconception(
-    "train mode",
-    hint="The same image gets other numbers in other company. Which layers look at the whole batch, and when do they stop?",
-    source="seen in public teaching code: a prediction under no_grad that never calls .eval()",
-)
+@exercise.misconception("train mode")
 def train_mode(weights, model, images, k):
     transforms = weights.transforms()
     with torch.no_grad():
@@ -466,34 +417,7 @@ def train_mode(weights, model, images, k):
     return _listing(weights.meta["categories"], logits.softmax(1), k)
 
 
-@misconception(
-    "left in eval mode",
-    hint="Compare each module's mode before and after. In which mode would training go on after your function?",
-    source="seen in public teaching code: model.eval() before a prediction, and nothing after it",
-)
+@exercise.misconception("left in eval mode")
 def left_in_eval_mode(weights, model, images, k):
     model.eval()
     return _listing(weights.meta["categories"], _logits(weights, model, images).softmax(1), k)
-
-
-EXERCISE = Exercise(
-    number="2.5",
-    name="classify",
-    reference=classify,
-    experiments=(
-        *(OwnNormalisation(), OwnCrop(), NamesOfTheOutputs(), LikeliestFirst()),
-        *(Probabilities(), ByItself(), LeftAsFound()),
-    ),
-    misconceptions=(
-        *(imagenet_mean_and_std, not_normalised, preprocessed_twice, other_sizes_than_the_presets),
-        *(logits_for_probabilities, softmax_over_the_images, softmax_over_the_k_listed),
-        *(categories_in_alphabetical_order, least_likely, likeliest_last, train_mode, left_in_eval_mode),
-    ),
-    hints=(
-        "What must be the same as in the network's training for its outputs to mean anything, and who knows what it was?",
-        'Print `weights.transforms()` and the first entries of `weights.meta["categories"]`; then, for one image '
-        "classified alone and among others, print your numbers and their sum over all categories.",
-        "Transform each image by itself, stack, run the model in eval mode without gradients, softmax over the classes, "
-        "take the k largest, look up their indices in the categories, and give every module its own mode back.",
-    ),
-)

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, expect_number, misconception
+from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, expect_number
 from grader.near import near
 from helpers import expect
 from helpers.finetune import find_lr
 
+exercise = Exercise(__name__, "4.6", find_lr)
+
 Batches = list[tuple[Tensor, Tensor]]
 
 
+@exercise.experiment("learning rates")
 class LearningRates(Experiment):
-    """The learning rate grows by one factor from batch to batch, and the groups keep their ratio to the largest."""
-
     points = 2
     lowest, highest = 0.02, 1.0
     own = (0.01, 0.2, 0.05)  # neither the first group nor the last has the largest
@@ -63,9 +64,8 @@ class LearningRates(Experiment):
         return _which(raw["losses"], {n: lambda s=s: _losses(model, inputs["batches"], s, groups) for n, s in schemes.items()})
 
 
+@exercise.experiment("losses")
 class Losses(Experiment):
-    """Each batch is trained on once, in train mode, and its loss is noted before the step."""
-
     points = 2
     own = 0.1
 
@@ -94,9 +94,8 @@ class Losses(Experiment):
         return {"the losses": _which(raw["losses"], ways)}
 
 
+@exercise.experiment("stops early")
 class StopsEarly(Experiment):
-    """A loss above 4 times the smallest so far is the last; one that is not finite ends the search and is left out."""
-
     points = 2
     # The learning rates are too small to matter, so the batches alone decide what their losses are.
     wanted = (
@@ -155,9 +154,8 @@ class _Traces(Experiment):
         return self.search(subject, inputs["model"], optimizer, inputs["batches"], 0.3), optimizer
 
 
+@exercise.experiment("model as it was")
 class ModelAsItWas(_Traces):
-    """Afterwards the parameters of the model and its buffers are what they were."""
-
     points = 2
 
     def measure(self, subject, inputs):
@@ -175,9 +173,8 @@ class ModelAsItWas(_Traces):
         }
 
 
+@exercise.experiment("modes as they were")
 class ModesAsTheyWere(_Traces):
-    """Afterwards each module is in the mode it was in."""
-
     def measure(self, subject, inputs):
         loss, _ = self.search_with_sgd(subject, inputs)
         return {"loss": loss, "modes": {name: module.training for name, module in inputs["model"].named_modules()}}
@@ -193,9 +190,8 @@ class ModesAsTheyWere(_Traces):
         }
 
 
+@exercise.experiment("no gradient is left")
 class NoGradientIsLeft(_Traces):
-    """Afterwards no gradient is left: a step of the optimizer moves nothing until there is a backward pass."""
-
     def measure(self, subject, inputs):
         loss, optimizer = self.search_with_sgd(subject, inputs)
         before = [parameter.detach().clone() for parameter in inputs["model"].parameters()]
@@ -210,9 +206,8 @@ class NoGradientIsLeft(_Traces):
         }
 
 
+@exercise.experiment("optimizer as it was")
 class OptimizerAsItWas(_Traces):
-    """Afterwards the optimizer makes the step that it would have made: same learning rates, same moments."""
-
     points = 2
     own = (0.002, 0.02)
 
@@ -390,41 +385,25 @@ def _geometric(lowest, highest, n):
     return [lowest * (highest / lowest) ** (k / (n - 1)) for k in range(n)]
 
 
-@misconception(
-    "learning rates in equal steps",
-    hint="From 1e-6 to 1 in 100 equal steps, how many of your learning rates are below 0.01? Which powers of ten did you try?",
-    source="a line of reasoning: linspace is the first thing that goes from one number to another",
-)
+@exercise.misconception("learning rates in equal steps")
 def learning_rates_in_equal_steps(model, optimizer, batches, lowest, highest):
     with _put_back(model, optimizer):
         return _search(model, optimizer, batches, torch.linspace(lowest, highest, len(batches)).tolist())
 
 
-@misconception(
-    "from highest to lowest",
-    hint="What does the first batch, with the highest learning rate, do to the model that all later batches are tried on?",
-    source="a line of reasoning: schedules usually fall, and so does this one",
-)
+@exercise.misconception("from highest to lowest")
 def from_highest_to_lowest(model, optimizer, batches, lowest, highest):
     with _put_back(model, optimizer):
         return _search(model, optimizer, batches, _geometric(highest, lowest, len(batches)))
 
 
-@misconception(
-    "one learning rate for all groups",
-    hint="The stem was to learn a tenth as fast as the head. What is their ratio during your search?",
-    source="seen in public teaching code: for group in optimizer.param_groups: group['lr'] = lr, written for one group",
-)
+@exercise.misconception("one learning rate for all groups")
 def one_learning_rate_for_all_groups(model, optimizer, batches, lowest, highest):
     with _put_back(model, optimizer):
         return _search(model, optimizer, batches, _geometric(lowest, highest, len(batches)), shares=False)
 
 
-@misconception(
-    "learning rate set where nothing reads it",
-    hint="Python lets you give an object any attribute. From where does a step of the optimizer read its learning rate?",
-    source="a line of reasoning: optimizer.lr = ... and optimizer.defaults['lr'] = ... raise no error, and nothing reads them",
-)
+@exercise.misconception("learning rate set where nothing reads it")
 def learning_rate_set_where_nothing_reads_it(model, optimizer, batches, lowest, highest):
     own = [group["lr"] for group in optimizer.param_groups]
     lrs, losses = [], []
@@ -441,42 +420,25 @@ def learning_rate_set_where_nothing_reads_it(model, optimizer, batches, lowest, 
         return lrs, losses
 
 
-@misconception(
-    "loss noted after the step",
-    hint="You note how well a batch is fitted by a step made on that very batch. Which model is the batch new to?",
-    source="a line of reasoning: the effect of a step shows after it; but on the next batch, not on its own",
-)
+@exercise.misconception("loss noted after the step")
 def loss_noted_after_the_step(model, optimizer, batches, lowest, highest):
     with _put_back(model, optimizer):
         return _search(model, optimizer, batches, _geometric(lowest, highest, len(batches)), note="after")
 
 
-@misconception(
-    "gradients add up",
-    hint="Print the norm of the gradient before each step, and again with only that batch. What does backward() add to?",
-    source="seen in public teaching code: a loop without zero_grad()",
-)
+@exercise.misconception("gradients add up")
 def gradients_add_up(model, optimizer, batches, lowest, highest):
     with _put_back(model, optimizer):
         return _search(model, optimizer, batches, _geometric(lowest, highest, len(batches)), clear=False)
 
 
-@misconception(
-    "optimizer of another model",
-    hint="The loss stays where it starts, whatever the learning rate. Whose parameters does the optimizer hold, and whose "
-    "gradients did you compute?",
-    source="a line of reasoning: copy.deepcopy(model) has new parameters, and an optimizer holds the ones it was given",
-)
+@exercise.misconception("optimizer of another model")
 def optimizer_of_another_model(model, optimizer, batches, lowest, highest):
     with _put_back(model, optimizer):
         return _search(copy.deepcopy(model), optimizer, batches, _geometric(lowest, highest, len(batches)))
 
 
-@misconception(
-    "in the mode it came in",
-    hint="The model came in eval mode, as after an evaluation. By which statistics do its BatchNorms divide while you train?",
-    source="a line of reasoning: new models are in train mode, so a loop that never says train() works until the first eval()",
-)
+@exercise.misconception("in the mode it came in")
 def in_the_mode_it_came_in(model, optimizer, batches, lowest, highest):
     train, model.train = model.train, lambda: model
     try:
@@ -486,32 +448,20 @@ def in_the_mode_it_came_in(model, optimizer, batches, lowest, highest):
         model.train = train
 
 
-@misconception(
-    "no early stop",
-    hint="Once the loss is many times what it was, what can the batches that are left still tell you, and what do they cost?",
-    source="a line of reasoning: the loop ends when the batches do",
-)
+@exercise.misconception("no early stop")
 def no_early_stop(model, optimizer, batches, lowest, highest):
     with _put_back(model, optimizer):
         rates = _geometric(lowest, highest, len(batches))
         return _search(model, optimizer, batches, rates, above=math.inf, nan=False)
 
 
-@misconception(
-    "NaN passes the comparison",
-    hint="Ask Python whether NaN is above 1, and whether it is below 1. On which side of your comparison does it end up?",
-    source="a line of reasoning: every comparison with NaN is False, so `loss > 4 * best` never stops at one",
-)
+@exercise.misconception("NaN passes the comparison")
 def nan_passes_the_comparison(model, optimizer, batches, lowest, highest):
     with _put_back(model, optimizer):
         return _search(model, optimizer, batches, _geometric(lowest, highest, len(batches)), nan=False)
 
 
-@misconception(
-    "only the parameters put back",
-    hint="All parameters are what they were, and yet the model's outputs in eval mode have changed. What else is in its state?",
-    source="a line of reasoning: parameters() is what trains; running statistics are no parameters",
-)
+@exercise.misconception("only the parameters put back")
 def only_the_parameters_put_back(model, optimizer, batches, lowest, highest):
     kept = [parameter.detach().clone() for parameter in model.parameters()]
     with _put_back(model, optimizer, but="model"):
@@ -522,41 +472,25 @@ def only_the_parameters_put_back(model, optimizer, batches, lowest, highest):
     return found
 
 
-@misconception(
-    "optimizer forgotten",
-    hint="The model is what it was. With what learning rate, and with which moments, does the optimizer make its next step?",
-    source="seen in public teaching code: the search puts the model's weights back and trains on with the optimizer as it is",
-)
+@exercise.misconception("optimizer forgotten")
 def optimizer_forgotten(model, optimizer, batches, lowest, highest):
     with _put_back(model, optimizer, but="optimizer"):
         return _search(model, optimizer, batches, _geometric(lowest, highest, len(batches)))
 
 
-@misconception(
-    "moments left",
-    hint="The learning rates are back. Print `optimizer.state` before and after: which gradients does it remember?",
-    source="a line of reasoning: with plain SGD there is nothing but learning rates to put back, with Adam there is",
-)
+@exercise.misconception("moments left")
 def moments_left(model, optimizer, batches, lowest, highest):
     with _put_back(model, optimizer, but="moments"):
         return _search(model, optimizer, batches, _geometric(lowest, highest, len(batches)))
 
 
-@misconception(
-    "learning rates left",
-    hint="What does the optimizer say its learning rates are when your search has ended, and who set them?",
-    source="a line of reasoning: the state is put back by hand; the learning rates are not in it, but in the groups",
-)
+@exercise.misconception("learning rates left")
 def learning_rates_left(model, optimizer, batches, lowest, highest):
     with _put_back(model, optimizer, but="rates"):
         return _search(model, optimizer, batches, _geometric(lowest, highest, len(batches)))
 
 
-@misconception(
-    "model kept without a copy",
-    hint="In what you kept of the model, print a weight before the search and after it. Whose memory does it show?",
-    source="seen in public teaching code: best = model.state_dict(), which goes on following the live weights",
-)
+@exercise.misconception("model kept without a copy")
 def model_kept_without_a_copy(model, optimizer, batches, lowest, highest):
     kept = model.state_dict()
     with _put_back(model, optimizer, but="model"):
@@ -565,11 +499,7 @@ def model_kept_without_a_copy(model, optimizer, batches, lowest, highest):
     return found
 
 
-@misconception(
-    "moments kept without a copy",
-    hint="In what you kept of the optimizer, print a moment before the search and after it. Which of the two steps is it from?",
-    source="a line of reasoning: a state_dict() copies the learning rates, which are numbers, and refers to the moments",
-)
+@exercise.misconception("moments kept without a copy")
 def moments_kept_without_a_copy(model, optimizer, batches, lowest, highest):
     kept = optimizer.state_dict()
     with _put_back(model, optimizer, but="optimizer"):
@@ -578,57 +508,18 @@ def moments_kept_without_a_copy(model, optimizer, batches, lowest, highest):
     return found
 
 
-@misconception(
-    "modes left",
-    hint="One BatchNorm came in eval mode, the other modules in train mode. In which modes do they leave?",
-    source="a line of reasoning: a mode is in no state dict, so no load_state_dict brings it back",
-)
+@exercise.misconception("modes left")
 def modes_left(model, optimizer, batches, lowest, highest):
     with _put_back(model, optimizer, but="modes"):
         return _search(model, optimizer, batches, _geometric(lowest, highest, len(batches)))
 
 
-@misconception(
-    "gradients left",
-    hint="After your search, look at `.grad` of a parameter. To what will the next backward pass add?",
-    source="a line of reasoning: zero_grad() stands at the start of each step, so the last gradients stay",
-)
+@exercise.misconception("gradients left")
 def gradients_left(model, optimizer, batches, lowest, highest):
     with _put_back(model, optimizer, but="gradients"):
         return _search(model, optimizer, batches, _geometric(lowest, highest, len(batches)))
 
 
-@misconception(
-    "nothing put back",
-    hint="Compare the model and the optimizer after the search with what they were. On what did you train, "
-    "and what did you keep that training could not touch?",
-    source="a line of reasoning: a search is thought of as looking, and it is training with ever worse learning rates",
-)
+@exercise.misconception("nothing put back")
 def nothing_put_back(model, optimizer, batches, lowest, highest):
     return _search(model, optimizer, batches, _geometric(lowest, highest, len(batches)))
-
-
-EXERCISE = Exercise(
-    number="4.6",
-    name="find_lr",
-    reference=find_lr,
-    experiments=(
-        *(LearningRates(), Losses(), StopsEarly(), ModelAsItWas(), ModesAsTheyWere(), NoGradientIsLeft()),
-        OptimizerAsItWas(),
-    ),
-    misconceptions=(
-        *(learning_rates_in_equal_steps, from_highest_to_lowest, one_learning_rate_for_all_groups),
-        *(learning_rate_set_where_nothing_reads_it, loss_noted_after_the_step, gradients_add_up),
-        *(optimizer_of_another_model, in_the_mode_it_came_in, no_early_stop, nan_passes_the_comparison),
-        *(only_the_parameters_put_back, optimizer_forgotten, moments_left, learning_rates_left),
-        *(model_kept_without_a_copy, moments_kept_without_a_copy, modes_left, gradients_left, nothing_put_back),
-    ),
-    hints=(
-        "A search is training, with learning rates that end too high. What does training change in a model and an optimizer?",
-        "Before and after the search, compare `model.state_dict()` (of which you kept a copy), every module's `training`, "
-        "every parameter's `grad`, `optimizer.state_dict()`, and the loss of a fixed batch.",
-        "Train on `copy.deepcopy((model, optimizer))`, both in one call, so that the copy of the one holds the parameters of "
-        "the other; or keep deep copies of both state dicts, and of the modes. lr of batch k: lowest * (highest / lowest) ** "
-        "(k / (n - 1)), in each group times its own lr / the largest.",
-    ),
-)

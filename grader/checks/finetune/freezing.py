@@ -7,10 +7,12 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn
 from helpers import expect
 from helpers.backbones import BasicBlock
 from helpers.finetune import train_only
+
+exercise = Exercise(__name__, "4.1", train_only)
 
 
 def _residual_network(trial: Trial) -> nn.Sequential:
@@ -65,9 +67,8 @@ class _Tied(nn.Module):
         return self.head(torch.tanh(self.body(self.embed(tokens))))
 
 
+@exercise.experiment("the head alone")
 class TheHeadAlone(Experiment):
-    """Asked for the head, its parameters train, and no others, those of normalisation included."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -86,9 +87,8 @@ class TheHeadAlone(Experiment):
         }
 
 
+@exercise.experiment("whatever was before")
 class WhateverWasBefore(Experiment):
-    """What was frozen before is trainable if asked for, and what was trainable before is frozen if not."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -109,9 +109,8 @@ class WhateverWasBefore(Experiment):
         }
 
 
+@exercise.experiment("whole names")
 class WholeNames(Experiment):
-    """A name stands for one module or one parameter, not for all whose names look like it."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -140,9 +139,8 @@ class WholeNames(Experiment):
         }
 
 
+@exercise.experiment("shared weight")
 class SharedWeight(Experiment):
-    """A weight that two modules share trains if either of them is asked for."""
-
     def draw(self, trial: Trial) -> dict:
         return {"model": _Tied(trial.integer(6, 9), trial.integer(3, 5))}
 
@@ -158,9 +156,8 @@ class SharedWeight(Experiment):
         }
 
 
+@exercise.experiment("only flags change")
 class OnlyFlagsChange(Experiment):
-    """Only `requires_grad` changes: values, buffers and the mode of each module stay."""
-
     def draw(self, trial: Trial) -> dict:
         model = _residual_network(trial)
         model.bn1.eval()  # as one that was frozen before
@@ -188,9 +185,8 @@ class OnlyFlagsChange(Experiment):
         }
 
 
+@exercise.experiment("unknown name")
 class UnknownName(Experiment):
-    """A name that the model does not have is a ValueError, and nothing has changed."""
-
     def draw(self, trial: Trial) -> dict:
         model = _plain_network(trial)
         model.fc.requires_grad_(False)
@@ -283,11 +279,7 @@ def _trainable(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-@misconception(
-    "attribute of a module",
-    hint="Nothing complained, nothing trains. Look at `requires_grad` of the module's weight: what did you set, and on what?",
-    source="seen in public teaching code: model.fc.requires_grad = True",
-)
+@exercise.misconception("attribute of a module")
 def attribute_of_a_module(model, names):
     _known(model, names)
     for parameter in model.parameters():
@@ -297,11 +289,7 @@ def attribute_of_a_module(model, names):
     return _trainable(model)
 
 
-@misconception(
-    "beginning of a name",
-    hint="`blocks.1` was asked for, and `blocks.10` trains too. Where in a parameter's name does the name of its module end?",
-    source="seen in public training code: name.startswith('blocks.2') over named_parameters()",
-)
+@exercise.misconception("beginning of a name")
 def beginning_of_a_name(model, names):
     _known(model, names)
     every = list(model.named_parameters(remove_duplicate=False))
@@ -311,11 +299,7 @@ def beginning_of_a_name(model, names):
     return _trainable(model)
 
 
-@misconception(
-    "part of a name",
-    hint="Blocks that you did not name train, even inside another module. How many parameter names hold `blocks.1` somewhere?",
-    source="seen in public teaching code: if 'fc' in name, which would also hit the fc1 of a block",
-)
+@exercise.misconception("part of a name")
 def part_of_a_name(model, names):
     _known(model, names)
     every = list(model.named_parameters(remove_duplicate=False))
@@ -325,11 +309,7 @@ def part_of_a_name(model, names):
     return _trainable(model)
 
 
-@misconception(
-    "only freezing",
-    hint="A part that came frozen stays frozen, although it was asked for. What does your function do to what it keeps?",
-    source="a line of reasoning: a new model is all trainable, so it is enough to freeze the rest, until the second call",
-)
+@exercise.misconception("only freezing")
 def only_freezing(model, names):
     chosen = _chosen(model, names)
     for parameter in model.parameters():
@@ -338,32 +318,20 @@ def only_freezing(model, names):
     return _trainable(model)
 
 
-@misconception(
-    "only unfreezing",
-    hint="Nothing was frozen by it. What is `requires_grad` of every parameter in a model that has just been loaded?",
-    source="seen in public teaching code: the last five layers are set trainable in a model in which nothing was frozen",
-)
+@exercise.misconception("only unfreezing")
 def only_unfreezing(model, names):
     for parameter in _chosen(model, names):
         parameter.requires_grad_(True)
     return _trainable(model)
 
 
-@misconception(
-    "no flag set",
-    hint="Your function knows the names, and every parameter is as it was. Which of its lines changes the model?",
-    source="a line of reasoning: the optimizer moves only what it is given, so a list of names is enough",
-)
+@exercise.misconception("no flag set")
 def no_flag_set(model, names):
     chosen = _chosen(model, names)
     return [name for name, parameter in model.named_parameters() if parameter in chosen]
 
 
-@misconception(
-    "everything frozen",
-    hint="Not one parameter is left, and backward would raise. What comes last in your function, freezing or unfreezing?",
-    source="seen in public teaching code: the freezing loop runs over the new model, after its head was replaced",
-)
+@exercise.misconception("everything frozen")
 def everything_frozen(model, names):
     for parameter in _chosen(model, names):
         parameter.requires_grad = True
@@ -371,11 +339,7 @@ def everything_frozen(model, names):
     return _trainable(model)
 
 
-@misconception(
-    "normalisation left trainable",
-    hint="Weights and biases of BatchNorm still train. How does your function find what to freeze, and which layers escape?",
-    source="fastai's Learner: train_bn=True, the default, trains normalisation in frozen groups; elsewhere a filter by type",
-)
+@exercise.misconception("normalisation left trainable")
 def normalisation_left_trainable(model, names):
     chosen = _chosen(model, names)
     for module in model.modules():
@@ -385,11 +349,7 @@ def normalisation_left_trainable(model, names):
     return _trainable(model)
 
 
-@misconception(
-    "last children",
-    hint="The names play no part but for how many they are. What do you get for a part in the middle of the network?",
-    source="seen in public teaching code: for layer in list(model.children())[-n:]",
-)
+@exercise.misconception("last children")
 def last_children(model, names):
     _known(model, names)
     model.requires_grad_(False)
@@ -398,11 +358,7 @@ def last_children(model, names):
     return _trainable(model)
 
 
-@misconception(
-    "eval mode too",
-    hint="Modules changed their mode. Does a gradient depend on the mode, and does dropout depend on `requires_grad`?",
-    source="a line of reasoning: frozen means evaluating, so all goes to eval mode, the dropout before the head included",
-)
+@exercise.misconception("eval mode too")
 def eval_mode_too(model, names):
     chosen = _chosen(model.eval(), names)
     for parameter in model.parameters():
@@ -410,11 +366,7 @@ def eval_mode_too(model, names):
     return _trainable(model)
 
 
-@misconception(
-    "unknown name ignored",
-    hint="A name with a typing error passes without a word. What does your loop do with a name that no parameter matches?",
-    source="a line of reasoning: a filter over named_parameters() cannot notice what it never meets",
-)
+@exercise.misconception("unknown name ignored")
 def unknown_name_ignored(model, names):
     things = _known(model, [])
     chosen = _chosen(model, [name for name in names if name in things])
@@ -423,11 +375,7 @@ def unknown_name_ignored(model, names):
     return _trainable(model)
 
 
-@misconception(
-    "changed before the error",
-    hint="The error came, but some flags are not what they were. What had been done before the unknown name was met?",
-    source="a line of reasoning: freeze all, then unfreeze name by name and raise at the first that is not there",
-)
+@exercise.misconception("changed before the error")
 def changed_before_the_error(model, names):
     model.requires_grad_(False)
     for name in names:
@@ -435,33 +383,9 @@ def changed_before_the_error(model, names):
     return _trainable(model)
 
 
-@misconception(
-    "shared weight by its first name",
-    hint="The head's weight is the embedding's too. Under how many names does `named_parameters()` list such a parameter?",
-    source="the documentation of named_parameters: remove_duplicate=True is the default, so a tied weight has one name",
-)
+@exercise.misconception("shared weight by its first name")
 def shared_weight_by_its_first_name(model, names):
     _known(model, names)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = _in(name, *names)
     return _trainable(model)
-
-
-EXERCISE = Exercise(
-    number="4.1",
-    name="train_only",
-    reference=train_only,
-    experiments=(TheHeadAlone(), WhateverWasBefore(), WholeNames(), SharedWeight(), OnlyFlagsChange(), UnknownName()),
-    misconceptions=(
-        *(attribute_of_a_module, beginning_of_a_name, part_of_a_name, only_freezing, only_unfreezing, no_flag_set),
-        *(everything_frozen, normalisation_left_trainable, last_children, eval_mode_too, unknown_name_ignored),
-        *(changed_before_the_error, shared_weight_by_its_first_name),
-    ),
-    hints=(
-        "Is `requires_grad` a property of a model, of a module or of a parameter, and what was it before you came?",
-        "Count the trainable parameters after your function, and print their names: for a model that came half frozen, "
-        "for `blocks.1` in a network of eleven blocks, for a weight that two modules share, and for a name that is not there.",
-        "Look up every name first, among named_modules() and named_parameters(), and raise if one is missing. "
-        "Then freeze all parameters, and unfreeze those of the things you found, with requires_grad_ of modules and tensors.",
-    ),
-)

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn
 from grader.near import near
 from helpers import expect
 from helpers.finetune import parameter_groups
+
+exercise = Exercise(__name__, "4.2", parameter_groups)
 
 
 def _linear(width: int, layers: int = 1) -> nn.Sequential:
@@ -68,9 +70,8 @@ class _Groups(Experiment):
         return _seen(_listed(_answer(subject, inputs)), inputs)
 
 
+@exercise.experiment("lr per stage")
 class LrPerStage(_Groups):
-    """The learning rate of the k-th stage from the end is lr / factor**k."""
-
     points = 2
 
     def network(self, trial, width):
@@ -87,9 +88,8 @@ class LrPerStage(_Groups):
         }
 
 
+@exercise.experiment("between the names")
 class BetweenTheNames(_Groups):
-    """A stage goes on until the next begins, and what comes before the first belongs to the first."""
-
     points = 2
 
     def network(self, trial, width):
@@ -107,9 +107,8 @@ class BetweenTheNames(_Groups):
         }
 
 
+@exercise.experiment("weight decay")
 class WeightDecay(_Groups):
-    """Parameters with at most one dimension have no weight decay; all others have it."""
-
     points = 2
 
     def network(self, trial, width):
@@ -133,9 +132,8 @@ class WeightDecay(_Groups):
         return {f"weight decay of {kind}": _decay(found, inputs["weight_decay"]) for kind, found in kinds.items()}
 
 
+@exercise.experiment("frozen stage")
 class FrozenStage(_Groups):
-    """Frozen parameters are in no group, and a frozen stage still counts as a stage."""
-
     points = 2
 
     def network(self, trial, width):
@@ -152,9 +150,8 @@ class FrozenStage(_Groups):
         }
 
 
+@exercise.experiment("shared weight")
 class SharedWeight(_Groups):
-    """A weight that two modules share is in one group, that of the stage which lists it first."""
-
     def network(self, trial, width):
         return _Tied(trial.integer(6, 9), width), ("embed", "body", "head")
 
@@ -291,11 +288,7 @@ def _grouped(rates: Iterable[tuple[str, nn.Parameter, float]], weight_decay: flo
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 
-@misconception(
-    "forgotten stem",
-    hint="Some parameters are in no group, and AdamW will never move them. What comes in a network before its first block?",
-    source="seen in public teaching code: a recipe that lists layer1 to layer4 and fc; conv1 and bn1 are in no group",
-)
+@exercise.misconception("forgotten stem")
 def forgotten_stem(model, lr, factor, weight_decay, stages):
     names = [name for name, _ in model.named_parameters()]
     begin = next(i for i, name in enumerate(names) if name.startswith(stages[0] + "."))
@@ -307,11 +300,7 @@ def forgotten_stem(model, lr, factor, weight_decay, stages):
     return _grouped(rates, weight_decay)
 
 
-@misconception(
-    "only what the stages hold",
-    hint="Count the parameters in your groups, and those of the model. Which of them are inside none of the named modules?",
-    source="seen in public teaching code: a group each for conv1, layer1 to layer4 and fc; bn1 is in none",
-)
+@exercise.misconception("only what the stages hold")
 def only_what_the_stages_hold(model, lr, factor, weight_decay, stages):
     inside = tuple(stage + "." for stage in stages)
     rates = (
@@ -322,30 +311,18 @@ def only_what_the_stages_hold(model, lr, factor, weight_decay, stages):
     return _grouped(rates, weight_decay)
 
 
-@misconception(
-    "order turned round",
-    hint="The stem has the highest learning rate, the head the lowest. Which of the two is new, and has the most to learn?",
-    source="a line of reasoning: stages are listed from stem to head, and enumerate counts from the first",
-)
+@exercise.misconception("order turned round")
 def order_turned_round(model, lr, factor, weight_decay, stages):
     return _grouped(((name, p, lr / factor**stage) for name, p, stage in _staged(model, stages)), weight_decay)
 
 
-@misconception(
-    "factor times depth",
-    hint="The learning rate should fall by the same ratio at each step. Divide each stage's by the next: what do you see?",
-    source="seen in public training code: lr / 2, lr / 4, lr / 6, lr / 8 from layer4 down to layer1",
-)
+@exercise.misconception("factor times depth")
 def factor_times_depth(model, lr, factor, weight_decay, stages):
     depths = ((name, parameter, len(stages) - 1 - stage) for name, parameter, stage in _staged(model, stages))
     return _grouped(((name, parameter, lr / (factor * k if k else 1)) for name, parameter, k in depths), weight_decay)
 
 
-@misconception(
-    "beginning of a stage's name",
-    hint="`blocks.10` gets the learning rate of `blocks.1`. Where in a parameter's name does the name of its stage end?",
-    source="a line of reasoning: the first stage that the parameter's name starts with is the one, as for layer1 to layer4",
-)
+@exercise.misconception("beginning of a stage's name")
 def beginning_of_a_stages_name(model, lr, factor, weight_decay, stages):
     rates, stage = [], 0
     for name, parameter in model.named_parameters():
@@ -355,76 +332,48 @@ def beginning_of_a_stages_name(model, lr, factor, weight_decay, stages):
     return _grouped(rates, weight_decay)
 
 
-@misconception(
-    "lr_scale",
-    hint="Every parameter has the same learning rate in the optimizer. Which keys of a group does AdamW read?",
-    source="timm, pull request 2532: groups with lr_scale, which torch's optimizers and schedulers do not look at",
-)
+@exercise.misconception("lr_scale")
 def lr_scale(model, lr, factor, weight_decay, stages):
     depths = ((name, parameter, len(stages) - 1 - stage) for name, parameter, stage in _staged(model, stages))
     groups = _grouped(((name, parameter, factor**-k) for name, parameter, k in depths), weight_decay)
     return [{**group, "lr": lr, "lr_scale": group["lr"]} for group in groups]
 
 
-@misconception(
-    "head divided too",
-    hint="The ratios are right, and all of it is too low. What is the first stage from the end divided by?",
-    source="a line of reasoning: counting stages from 1; or lr /= factor before the first group and not after it",
-)
+@exercise.misconception("head divided too")
 def head_divided_too(model, lr, factor, weight_decay, stages):
     rates = ((name, p, lr / factor ** (len(stages) - stage)) for name, p, stage in _staged(model, stages))
     return _grouped(rates, weight_decay)
 
 
-@misconception(
-    "depth per parameter",
-    hint="Within one stage, weight and bias differ in their learning rates. What counts a step down in your loop?",
-    source="a line of reasoning: the learning rate is divided inside the loop over named_parameters()",
-)
+@exercise.misconception("depth per parameter")
 def depth_per_parameter(model, lr, factor, weight_decay, stages):
     trainable = list(_staged(model, stages))
     rates = ((name, parameter, lr / factor**k) for k, (name, parameter, _) in enumerate(reversed(trainable)))
     return _grouped(rates, weight_decay)
 
 
-@misconception(
-    "depth among trainable stages",
-    hint="With one stage frozen, those below it learn faster. Should freezing one stage change the rate of another?",
-    source="timm, issue 2691: with frozen parameters in a model, the depths that its groups go by are shifted",
-)
+@exercise.misconception("depth among trainable stages")
 def depth_among_trainable_stages(model, lr, factor, weight_decay, stages):
     staged = list(_staged(model, stages))
     depth = {stage: k for k, stage in enumerate(sorted({stage for _, _, stage in staged}, reverse=True))}
     return _grouped(((name, parameter, lr / factor ** depth[stage]) for name, parameter, stage in staged), weight_decay)
 
 
-@misconception(
-    "decay on everything",
-    hint="Biases and the weights of normalisation are pulled to 0 as well. What does a BatchNorm do whose weight is 0?",
-    source="torch.optim.AdamW(model.parameters(), weight_decay=...), in most teaching code",
-)
+@exercise.misconception("decay on everything")
 def decay_on_everything(model, lr, factor, weight_decay, stages):
     depths = ((name, parameter, len(stages) - 1 - stage) for name, parameter, stage in _staged(model, stages))
     rates = ((name, parameter, lr / factor**k) for name, parameter, k in depths)
     return _grouped(rates, weight_decay, spared=lambda name, parameter: False)
 
 
-@misconception(
-    "norms by the letters bn",
-    hint="One BatchNorm is called `downsample.1`. What have all parameters without decay in common, whatever their names?",
-    source="seen in public training code: no decay if 'bn' in name or 'bias' in name",
-)
+@exercise.misconception("norms by the letters bn")
 def norms_by_the_letters_bn(model, lr, factor, weight_decay, stages):
     depths = ((name, parameter, len(stages) - 1 - stage) for name, parameter, stage in _staged(model, stages))
     rates = ((name, parameter, lr / factor**k) for name, parameter, k in depths)
     return _grouped(rates, weight_decay, spared=lambda name, parameter: "bn" in name or "bias" in name)
 
 
-@misconception(
-    "frozen parameters put in",
-    hint="Some parameters of the optimizer have requires_grad=False. Does an optimizer ask for that, or only for gradients?",
-    source="seen in public teaching code: optimizers made from model.parameters() of a half-frozen model",
-)
+@exercise.misconception("frozen parameters put in")
 def frozen_parameters_put_in(model, lr, factor, weight_decay, stages):
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(True)
@@ -435,11 +384,7 @@ def frozen_parameters_put_in(model, lr, factor, weight_decay, stages):
     return _grouped(rates, weight_decay)
 
 
-@misconception(
-    "a parameter twice",
-    hint="AdamW refuses a parameter that it meets twice. By what can one tell that two names stand for the same one?",
-    source="torch's own error: some parameters appear in more than one parameter group; with tied weights, stage by stage",
-)
+@exercise.misconception("a parameter twice")
 def a_parameter_twice(model, lr, factor, weight_decay, stages):
     rates, stage = [], 0
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -447,23 +392,3 @@ def a_parameter_twice(model, lr, factor, weight_decay, stages):
         if parameter.requires_grad:
             rates.append((name, parameter, lr / factor ** (len(stages) - 1 - stage)))
     return _grouped(rates, weight_decay)
-
-
-EXERCISE = Exercise(
-    number="4.2",
-    name="parameter_groups",
-    reference=parameter_groups,
-    experiments=(LrPerStage(), BetweenTheNames(), WeightDecay(), FrozenStage(), SharedWeight()),
-    misconceptions=(
-        *(forgotten_stem, only_what_the_stages_hold, order_turned_round, factor_times_depth, beginning_of_a_stages_name),
-        *(lr_scale, head_divided_too, depth_per_parameter, depth_among_trainable_stages, decay_on_everything),
-        *(norms_by_the_letters_bn, frozen_parameters_put_in, a_parameter_twice),
-    ),
-    hints=(
-        "An optimizer moves what it was given, at the rate it was given. Is every trainable parameter there, and just once?",
-        "Make an AdamW from your groups and print, for every parameter of the model, its name, learning rate and weight decay: "
-        "for a network with layers before the first stage and between two, with a frozen stage, with a shared weight.",
-        "Go through named_parameters() once, from stem to head, and remember the number of the stage you are in. "
-        "With n stages, stage i has lr / factor**(n - 1 - i); frozen parameters are left out, and no decay goes to ndim <= 1.",
-    ),
-)

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
 from grader.near import near
 from helpers.features import drop_head, extract, linear_probe
 from helpers.finetune import probe_head
+
+exercise = Exercise(__name__, "4.4", probe_head)
 
 PROBE = "the linear probe on the features"
 OLD = "the head as it was"
@@ -70,9 +72,8 @@ class _Nested(nn.Module):
         return self.classifier[2](self.features(x))
 
 
+@exercise.experiment("linear probe")
 class LinearProbe(Experiment):
-    """The head computes what the linear probe on the features computes, with the penalty that was asked for."""
-
     points = 3
     penalties = (0.1, 0.4)
 
@@ -114,9 +115,8 @@ class LinearProbe(Experiment):
         return {"what the head computes": small, "what it computes with a larger penalty": "the same" if ignored else large}
 
 
+@exercise.experiment("in eval mode")
 class InEvalMode(Experiment):
-    """The features are those that the model computes in eval mode, whichever mode it comes in."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -133,9 +133,8 @@ class InEvalMode(Experiment):
         return {"what the head computes": _probe_or_other(raw["logits"], inputs["model"].eval(), "fc", inputs)}
 
 
+@exercise.experiment("head by name")
 class HeadByName(Experiment):
-    """The layer that becomes the probe is the one called `head`, here "classifier.2"."""
-
     def draw(self, trial: Trial) -> dict:
         inputs, labels, width = _task(trial)
         return {"model": _Nested(trial, width), "inputs": inputs, "labels": labels}
@@ -155,9 +154,8 @@ class HeadByName(Experiment):
         }
 
 
+@exercise.experiment("optimizer goes on")
 class OptimizerGoesOn(Experiment):
-    """An optimizer that was built before goes on training the head: it is the same layer, with the same parameters."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -191,9 +189,8 @@ class OptimizerGoesOn(Experiment):
         }
 
 
+@exercise.experiment("everything else")
 class EverythingElse(Experiment):
-    """Everything but the head stays as it was: parameters, buffers, requires_grad, and the mode of each module."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -231,9 +228,8 @@ class EverythingElse(Experiment):
         }
 
 
+@exercise.experiment("one output per class")
 class OneOutputPerClass(Experiment):
-    """The head keeps one output per class, also where the last class has no example."""
-
     def draw(self, trial: Trial) -> dict:
         classes = 6
         model = _Plain(trial, classes)
@@ -345,24 +341,14 @@ def _classes(model: nn.Module, head: str) -> int:
     return model.get_submodule(head).out_features
 
 
-@misconception(
-    "features in train mode",
-    hint="The model came in train mode, and so did the copy without its head. Which statistics did its BatchNorms divide by, "
-    "and which will they divide by when the head is used?",
-    source="seen in public teaching code: features computed without .eval()",
-)
+@exercise.misconception("features in train mode")
 def features_in_train_mode(model, head, inputs, labels, penalty):
     with torch.no_grad():
         features = drop_head(model, head)(inputs)
     _put(model, head, linear_probe(features, labels, _classes(model, head), penalty))
 
 
-@misconception(
-    "the model itself run in train mode",
-    hint="Your forward pass moved running statistics that fine-tuning is to start from, although nothing was trained. "
-    "In which mode does a forward pass leave buffers alone?",
-    source="seen in public teaching code: a hook catches features during an ordinary forward pass under no_grad",
-)
+@exercise.misconception("the model itself run in train mode")
 def the_model_itself_run_in_train_mode(model, head, inputs, labels, penalty):
     caught = []
     hook = model.get_submodule(head).register_forward_pre_hook(lambda layer, entered: caught.append(entered[0]))
@@ -372,105 +358,62 @@ def the_model_itself_run_in_train_mode(model, head, inputs, labels, penalty):
     _put(model, head, linear_probe(caught[0], labels, _classes(model, head), penalty))
 
 
-@misconception(
-    "bias forgotten",
-    hint="Give the probe and the head features that are all zero. What does each of them answer?",
-    source="a line of reasoning: `weight` is what one thinks of; the old bias goes on, and nothing says that it is old",
-)
+@exercise.misconception("bias forgotten")
 def bias_forgotten(model, head, inputs, labels, penalty):
     probe = linear_probe(_features(model, head, inputs), labels, _classes(model, head), penalty)
     with torch.no_grad():
         model.get_submodule(head).weight.copy_(probe.weight)
 
 
-@misconception(
-    "layer replaced",
-    hint="The model has another layer now, and the optimizer was built before. Which tensors does it hold?",
-    source="seen in public teaching code: model.fc = ... after the optimizer was built; the new head never trains",
-)
+@exercise.misconception("layer replaced")
 def layer_replaced(model, head, inputs, labels, penalty):
     probe = linear_probe(_features(model, head, inputs), labels, _classes(model, head), penalty)
     model.set_submodule(head, probe)
 
 
-@misconception(
-    "parameters replaced",
-    hint="The layer is the same, but an optimizer holds parameters, not layers. Are `id(layer.weight)` before and after equal?",
-    source="a line of reasoning: assigning to layer.weight takes any Parameter, and puts another in the place of the old",
-)
+@exercise.misconception("parameters replaced")
 def parameters_replaced(model, head, inputs, labels, penalty):
     probe = linear_probe(_features(model, head, inputs), labels, _classes(model, head), penalty)
     layer = model.get_submodule(head)
     layer.weight, layer.bias = probe.weight, probe.bias
 
 
-@misconception(
-    "probe on the logits",
-    hint="Your probe was trained on what the old head gives; the new head will be handed what enters it. "
-    "On which side of the head did you take your table?",
-    source="a line of reasoning: extraction runs the whole model, unless the head was taken off; where a network has as many "
-    "features as classes, the shapes fit",
-)
+@exercise.misconception("probe on the logits")
 def probe_on_the_logits(model, head, inputs, labels, penalty):
     _put(model, head, linear_probe(extract(model, inputs), labels, _classes(model, head), penalty))
 
 
-@misconception(
-    "probe on the inputs",
-    hint="Your probe never saw what the backbone computes. What will enter the head when the model runs?",
-    source="a line of reasoning: the probe takes any table with a row per example; the shapes fit by chance",
-)
+@exercise.misconception("probe on the inputs")
 def probe_on_the_inputs(model, head, inputs, labels, penalty):
     _put(model, head, linear_probe(inputs.flatten(1), labels, _classes(model, head), penalty))
 
 
-@misconception(
-    "nothing copied",
-    hint="Compare the head's weight before and after your function. Where did the probe that you trained go?",
-    source="a line of reasoning: a name inside a function is bound to another layer, and the model still holds the first",
-)
+@exercise.misconception("nothing copied")
 def nothing_copied(model, head, inputs, labels, penalty):
     layer = model.get_submodule(head)
     layer = linear_probe(_features(model, head, inputs), labels, layer.out_features, penalty)
 
 
-@misconception(
-    "classes counted from the labels",
-    hint="The last class has no example among these labels. How many outputs did the head have, and how many has it now?",
-    source="a line of reasoning: labels.max() + 1 is the number of classes in every large sample, and in few small ones",
-)
+@exercise.misconception("classes counted from the labels")
 def classes_counted_from_the_labels(model, head, inputs, labels, penalty):
     probe, layer = linear_probe(_features(model, head, inputs), labels, None, penalty), model.get_submodule(head)
     layer.weight.data, layer.bias.data = probe.weight.data, probe.bias.data
 
 
-@misconception(
-    "backbone left frozen",
-    hint="The second half of LP-FT trains every layer. Which parameters still require gradients after your function?",
-    source="a line of reasoning: freezing is the first line of every recipe for a probe, and nothing in it says to undo it",
-)
+@exercise.misconception("backbone left frozen")
 def backbone_left_frozen(model, head, inputs, labels, penalty):
     model.requires_grad_(False)
     probe_head(model, head, inputs, labels, penalty)
     model.get_submodule(head).requires_grad_(True)
 
 
-@misconception(
-    "left in eval mode",
-    hint="Compare each module's mode before and after. Some came in train mode and some did not: in which do they leave?",
-    source="seen in public teaching code: model.eval() as the first line of feature extraction, and fine-tuning after it",
-)
+@exercise.misconception("left in eval mode")
 def left_in_eval_mode(model, head, inputs, labels, penalty):
     model.eval()
     probe_head(model, head, inputs, labels, penalty)
 
 
-@misconception(
-    "not at the optimum",
-    hint="Take ten times as many steps: does the head still change? If not, which objective has come to rest, and is "
-    "it that of the linear probe?",
-    source="a line of reasoning: an epoch or two with the backbone frozen is a warm-up of the head, not the probe of LP-FT",
-)
+@exercise.misconception("not at the optimum")
 def not_at_the_optimum(model, head, inputs, labels, penalty):
     features, layer = _features(model, head, inputs), model.get_submodule(head)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -481,39 +424,11 @@ def not_at_the_optimum(model, head, inputs, labels, penalty):
         optimizer.step()
 
 
-@misconception(
-    "penalty ignored",
-    hint="Call your function with a penalty twenty times as large: does the head change at all?",
-    source="a line of reasoning: linear_probe has a default, and the argument is there and nothing uses it",
-)
+@exercise.misconception("penalty ignored")
 def penalty_ignored(model, head, inputs, labels, penalty):
     _put(model, head, linear_probe(_features(model, head, inputs), labels, _classes(model, head)))
 
 
-@misconception(
-    "always fc",
-    hint="A layer before the head has changed, and the head has not. Which of the two has the name that you were given?",
-    source="seen in public teaching code: model.fc, whatever the head of the network is called",
-)
+@exercise.misconception("always fc")
 def always_fc(model, head, inputs, labels, penalty):
     probe_head(model, "fc", inputs, labels, penalty)
-
-
-EXERCISE = Exercise(
-    number="4.4",
-    name="probe_head",
-    reference=probe_head,
-    experiments=(LinearProbe(), InEvalMode(), HeadByName(), OptimizerGoesOn(), EverythingElse(), OneOutputPerClass()),
-    misconceptions=(
-        *(features_in_train_mode, the_model_itself_run_in_train_mode, bias_forgotten, layer_replaced, parameters_replaced),
-        *(probe_on_the_logits, probe_on_the_inputs, nothing_copied, classes_counted_from_the_labels, backbone_left_frozen),
-        *(left_in_eval_mode, not_at_the_optimum, penalty_ignored, always_fc),
-    ),
-    hints=(
-        "What does the head have to be trained on, and what does an optimizer that already exists remember of it?",
-        "Before and after your function, compare the head's weight, its bias, and the `id` of both; the buffers, "
-        "`requires_grad` and `training` of everything else; and the head's outputs with those of the probe.",
-        "features = `extract(drop_head(model, head), inputs)`; the probe with as many classes as the head has outputs; "
-        "then the values of its weight and of its bias, copied in place into the head's, without recording a gradient.",
-    ),
-)

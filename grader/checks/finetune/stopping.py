@@ -6,19 +6,20 @@ import math
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn
 from grader.near import near
 from helpers import expect
 from helpers.finetune import EarlyStopping
+
+exercise = Exercise(__name__, "4.5", EarlyStopping)
 
 NAN = None  # how a draw spells it: a NaN in the inputs would not equal itself when they are compared afterwards
 
 State = dict[str, Tensor]
 
 
+@exercise.experiment("stops after patience")
 class StopsAfterPatience(Experiment):
-    """It says stop once the last `patience` scores brought none above the best, not earlier and not later."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -54,9 +55,8 @@ class StopsAfterPatience(Experiment):
         }
 
 
+@exercise.experiment("ties")
 class Ties(Experiment):
-    """A score equal to the best is no improvement."""
-
     def draw(self, trial: Trial) -> dict:
         patience = trial.integer(2, 4)
         fall = [90 - k for k in range(2 * patience + 2)]
@@ -71,9 +71,8 @@ class Ties(Experiment):
         return {"where scores equal the best, it stops": _moment(raw, 1, "scores below the best")}
 
 
+@exercise.experiment("nan first")
 class NanFirst(Experiment):
-    """A first score of NaN is not the best: a number after it is better."""
-
     def draw(self, trial: Trial) -> dict:
         patience = trial.integer(3, 5)
         scores = _scores(trial, [0, *range(2, patience + 4), *([1] * (2 * patience + 2))])
@@ -86,9 +85,8 @@ class NanFirst(Experiment):
         return {"NaN, then rising, then low scores: it stops": _moment(raw, inputs["patience"] + 2, "a low first score")}
 
 
+@exercise.experiment("nan later")
 class NanLater(Experiment):
-    """A NaN after the best counts as a score that is not better."""
-
     def draw(self, trial: Trial) -> dict:
         patience = trial.integer(3, 5)
         scores = _scores(trial, [0, 100, *range(50, 45 - 2 * patience, -1)])
@@ -101,9 +99,8 @@ class NanLater(Experiment):
         return {"the best, then NaN, then falling scores: it stops": _moment(raw, 1, "a lower score in place of NaN")}
 
 
+@exercise.experiment("restores the best")
 class RestoresTheBest(Experiment):
-    """`restore` puts parameters and buffers back to what they were at the best score."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -136,9 +133,8 @@ class RestoresTheBest(Experiment):
         }
 
 
+@exercise.experiment("goes on training")
 class GoesOnTraining(Experiment):
-    """After `restore` the optimizer goes on training the same parameters, and the best is still there to return to."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -299,22 +295,13 @@ class _Stopping:
         self.model.load_state_dict(self.kept)
 
 
-@misconception(
-    "restore changes nothing",
-    hint="After restore the model is as it was before. Did you keep a copy of its numbers, or the tensors that went on "
-    "training? And does restore write into the model that you were given?",
-    source="seen in public teaching code: best = model.state_dict(); its tensors share memory with the model's",
-)
+@exercise.misconception("restore changes nothing")
 class RestoreChangesNothing(_Stopping):
     def keep(self):
         return self.model.state_dict()
 
 
-@misconception(
-    "the last state kept",
-    hint="What comes back is the state of the last score, whatever that score was. When is there something new worth keeping?",
-    source="a line of reasoning: one checkpoint file, overwritten after every epoch",
-)
+@exercise.misconception("the last state kept")
 class TheLastStateKept(_Stopping):
     def step(self, score):
         stop = super().step(score)
@@ -322,12 +309,7 @@ class TheLastStateKept(_Stopping):
         return stop
 
 
-@misconception(
-    "buffers forgotten",
-    hint="The weights are those of the best score, the running statistics are not. What else does a network carry, besides "
-    "what is trained?",
-    source="a line of reasoning: best = [p.clone() for p in model.parameters()]",
-)
+@exercise.misconception("buffers forgotten")
 class BuffersForgotten(_Stopping):
     def keep(self):
         return [parameter.detach().clone() for parameter in self.model.parameters()]
@@ -338,22 +320,14 @@ class BuffersForgotten(_Stopping):
                 parameter.copy_(value)
 
 
-@misconception(
-    "one score too many",
-    hint="With a patience of 2 you wait for a third bad score. How many were not better when you say stop?",
-    source="a line of reasoning: stop when more than `patience` scores were bad, as some libraries count it",
-)
+@exercise.misconception("one score too many")
 class OneScoreTooMany(_Stopping):
     def step(self, score):
         super().step(score)
         return self.bad > self.patience
 
 
-@misconception(
-    "bad scores added up",
-    hint="It stops although a new best has just come. Which scores does patience count, all bad ones or those since the best?",
-    source="a line of reasoning: one counter, which nobody sets back",
-)
+@exercise.misconception("bad scores added up")
 class BadScoresAddedUp(_Stopping):
     def step(self, score):
         bad = self.bad
@@ -362,21 +336,13 @@ class BadScoresAddedUp(_Stopping):
         return self.bad >= self.patience
 
 
-@misconception(
-    "a tie taken as better",
-    hint="On a plateau every score equals the best. Does such a score bring anything that you did not have?",
-    source="seen in public teaching code: if score >= best",
-)
+@exercise.misconception("a tie taken as better")
 class ATieTakenAsBetter(_Stopping):
     def better(self, score):
         return score >= self.best
 
 
-@misconception(
-    "lower taken as better",
-    hint="It stops while the scores rise, and what it keeps is the worst. Is what you are given a loss or an accuracy?",
-    source="a line of reasoning: early stopping is mostly shown with a validation loss",
-)
+@exercise.misconception("lower taken as better")
 class LowerTakenAsBetter(_Stopping):
     def __init__(self, model, patience):
         super().__init__(model, patience)
@@ -386,11 +352,7 @@ class LowerTakenAsBetter(_Stopping):
         return score < self.best
 
 
-@misconception(
-    "the first score is the best, even NaN",
-    hint="The first score was NaN, and nothing has been better since. What is the answer when a number is compared with NaN?",
-    source="seen in public teaching code: if best is None or score > best",
-)
+@exercise.misconception("the first score is the best, even NaN")
 class TheFirstScoreIsTheBest(_Stopping):
     def __init__(self, model, patience):
         super().__init__(model, patience)
@@ -400,11 +362,7 @@ class TheFirstScoreIsTheBest(_Stopping):
         return self.best is None or score > self.best
 
 
-@misconception(
-    "whatever is not worse is better",
-    hint="A NaN came after the best and took its place. What does your way of comparing two scores answer when one is NaN?",
-    source="seen in public teaching code: if the score is lower, then count, else keep; every comparison with NaN is False",
-)
+@exercise.misconception("whatever is not worse is better")
 class WhateverIsNotWorseIsBetter(_Stopping):
     def step(self, score):
         if score <= self.best:
@@ -414,21 +372,13 @@ class WhateverIsNotWorseIsBetter(_Stopping):
         return self.bad >= self.patience
 
 
-@misconception(
-    "new Parameter objects",
-    hint="The model has its best weights, and the optimizer's steps no longer reach it. Which objects does the optimizer hold?",
-    source="a line of reasoning: load_state_dict(..., assign=True), or setattr, puts other Parameters in the place of the old",
-)
+@exercise.misconception("new Parameter objects")
 class NewParameterObjects(_Stopping):
     def restore(self):
         self.model.load_state_dict(copy.deepcopy(self.kept), assign=True)
 
 
-@misconception(
-    "compared with the previous score",
-    hint="Scores that go up and down far below the best never make it stop. Which score must a new one beat?",
-    source="a line of reasoning: last = score at the end of every epoch",
-)
+@exercise.misconception("compared with the previous score")
 class ComparedWithThePreviousScore(_Stopping):
     def step(self, score):
         stop = super().step(score)
@@ -436,32 +386,8 @@ class ComparedWithThePreviousScore(_Stopping):
         return stop
 
 
-@misconception(
-    "the best starts at 0",
-    hint="With minus a loss as score nothing is ever kept. Which number is below every score there can be?",
-    source="seen in public teaching code: best_acc = 0.0",
-)
+@exercise.misconception("the best starts at 0")
 class TheBestStartsAtZero(_Stopping):
     def __init__(self, model, patience):
         super().__init__(model, patience)
         self.best = 0.0
-
-
-EXERCISE = Exercise(
-    number="4.5",
-    name="EarlyStopping",
-    reference=EarlyStopping,
-    experiments=(StopsAfterPatience(), Ties(), NanFirst(), NanLater(), RestoresTheBest(), GoesOnTraining()),
-    misconceptions=(
-        *(RestoreChangesNothing, TheLastStateKept, BuffersForgotten, OneScoreTooMany, BadScoresAddedUp, ATieTakenAsBetter),
-        *(LowerTakenAsBetter, TheFirstScoreIsTheBest, WhateverIsNotWorseIsBetter, NewParameterObjects),
-        *(ComparedWithThePreviousScore, TheBestStartsAtZero),
-    ),
-    hints=(
-        "Which three things must it remember between two scores, and which of them are numbers?",
-        "Keep a state, take one optimizer step, and compare what you kept with the model, a BatchNorm's running_mean included. "
-        "Then call step with 0.5, 0.5 and NaN, and look at what it takes as the best.",
-        "The best score starts below every number; only `score > best` is an improvement, which sets the counter to 0 and "
-        "keeps a deep copy of the state dict; everything else adds 1; `restore` copies values into the tensors that are there.",
-    ),
-)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from grader.experiment import Exercise, Experiment, Trial, misconception
+from grader.experiment import Exercise, Experiment, Trial
 from grader.near import near
 from helpers.finetune import unfreeze_into
+
+exercise = Exercise(__name__, "4.3", unfreeze_into)
 
 # Every parameter here is a single number. On larger ones `parameter in list` raises, because a list compares values; on
 # these it answers, and an experiment can show what it answers.
@@ -17,9 +19,8 @@ from helpers.finetune import unfreeze_into
 NEW, DEFAULT, FIRST, SECOND = 0.02, 0.08, 0.04, 0.16  # learning rates: each another multiple of NEW
 
 
+@exercise.experiment("new ones train")
 class NewOnesTrain(Experiment):
-    """What was unfrozen trains, with the learning rate given and otherwise with the optimizer's defaults."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -50,9 +51,8 @@ class NewOnesTrain(Experiment):
         }
 
 
+@exercise.experiment("any iterable")
 class AnyIterable(Experiment):
-    """The parameters may come out of a generator, and one that comes twice trains once."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -81,9 +81,8 @@ class AnyIterable(Experiment):
         }
 
 
+@exercise.experiment("old ones go on")
 class OldOnesGoOn(Experiment):
-    """What trained before goes on as if nothing had happened: learning rates, momentum, Adam's moments."""
-
     points = 2
     kinds = ("SGD with momentum", "AdamW")
     changes: ClassVar[dict[str, dict]] = {
@@ -152,9 +151,8 @@ class OldOnesGoOn(Experiment):
         return _values(old)
 
 
+@exercise.experiment("already in the optimizer")
 class AlreadyInTheOptimizer(Experiment):
-    """What the optimizer has already is unfrozen where it is, and a call with nothing new adds no group."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -191,9 +189,8 @@ class AlreadyInTheOptimizer(Experiment):
         }
 
 
+@exercise.experiment("equal values")
 class EqualValues(Experiment):
-    """A parameter is new if it is another parameter, even if its value equals that of one already there."""
-
     def draw(self, trial: Trial) -> dict:
         # Three fresh BatchNorms: all their weights are one, all their biases zero.
         return {"norms": nn.ModuleList(nn.BatchNorm1d(1) for _ in range(3)), "slopes": 1 + trial.normal(2).abs()}
@@ -283,12 +280,7 @@ def _add(optimizer: Optimizer, new: list[Tensor], lr: float) -> None:
         optimizer.add_param_group({"params": new, "lr": lr})
 
 
-@misconception(
-    "a new optimizer",
-    hint="The optimizer you were given does not have them; another one does. What did the old one know about each parameter, "
-    "and who else holds it?",
-    source="seen in public teaching code: optimizer = Adam(model.parameters(), ...) again after each unfreezing",
-)
+@exercise.misconception("a new optimizer")
 def a_new_optimizer(optimizer, parameters, lr):
     everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     everything += _not_yet_in(optimizer, parameters := list(parameters))
@@ -297,30 +289,18 @@ def a_new_optimizer(optimizer, parameters, lr):
     return type(optimizer)(everything, lr=lr)
 
 
-@misconception(
-    "the optimizer never hears of it",
-    hint="They get gradients now, and do not move. Which parameters does an optimizer step over, and since when?",
-    source="a line of reasoning: requires_grad = True between epochs, and an optimizer built from what was trainable then",
-)
+@exercise.misconception("the optimizer never hears of it")
 def the_optimizer_never_hears_of_it(optimizer, parameters, lr):
     for parameter in parameters:
         parameter.requires_grad_(True)
 
 
-@misconception(
-    "in the optimizer, still frozen",
-    hint="The optimizer has them, and yet they stay where they are. What does it find in `.grad` of a frozen parameter?",
-    source="a line of reasoning: whoever tells the optimizer to train a parameter has said enough",
-)
+@exercise.misconception("in the optimizer, still frozen")
 def in_the_optimizer_still_frozen(optimizer, parameters, lr):
     _add(optimizer, _not_yet_in(optimizer, parameters), lr)
 
 
-@misconception(
-    "compared by value",
-    hint="The weights of a fresh BatchNorm are ones, and so are those of the next. When are two parameters the same one?",
-    source="BaseFinetuning of Lightning: any(torch.equal(p, param) ...); `p in list` raises where they have several numbers",
-)
+@exercise.misconception("compared by value")
 def compared_by_value(optimizer, parameters, lr):
     known = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     new = []
@@ -331,23 +311,14 @@ def compared_by_value(optimizer, parameters, lr):
     _add(optimizer, new, lr)
 
 
-@misconception(
-    "generator read twice",
-    hint="A list works, `module.parameters()` does not. How many times can you go through it?",
-    source="a line of reasoning: one loop for the flags and one for the group, over something that one loop uses up",
-)
+@exercise.misconception("generator read twice")
 def generator_read_twice(optimizer, parameters, lr):
     for parameter in parameters:
         parameter.requires_grad_(True)
     _add(optimizer, _not_yet_in(optimizer, parameters), lr)
 
 
-@misconception(
-    "torch's refusal swallowed",
-    hint="As soon as one of them is in the optimizer already, the new ones do not train either. What did torch say about "
-    "them, and who heard it?",
-    source="a line of reasoning: add_param_group raises on a parameter that it has, so the call gets a try around it",
-)
+@exercise.misconception("torch's refusal swallowed")
 def refusal_swallowed(optimizer, parameters, lr):
     everything = list(dict.fromkeys(parameters))
     for parameter in everything:
@@ -356,11 +327,7 @@ def refusal_swallowed(optimizer, parameters, lr):
         _add(optimizer, everything, lr)
 
 
-@misconception(
-    "one learning rate for all groups",
-    hint="The new ones have their learning rate, and so has the rest now. How large were the steps of the others before?",
-    source="seen in public teaching code: for group in optimizer.param_groups: group['lr'] = lr",
-)
+@exercise.misconception("one learning rate for all groups")
 def one_learning_rate_for_all_groups(optimizer, parameters, lr):
     parameters = list(parameters)
     for parameter in parameters:
@@ -370,11 +337,7 @@ def one_learning_rate_for_all_groups(optimizer, parameters, lr):
         group["lr"] = lr
 
 
-@misconception(
-    "moments cleared",
-    hint="The next steps of what trained before are those of a fresh optimizer. What had momentum and Adam gathered?",
-    source="seen in public code: optimizer.state = defaultdict(dict) where parameters are added",
-)
+@exercise.misconception("moments cleared")
 def moments_cleared(optimizer, parameters, lr):
     parameters = list(parameters)
     for parameter in parameters:
@@ -383,11 +346,7 @@ def moments_cleared(optimizer, parameters, lr):
     optimizer.state.clear()
 
 
-@misconception(
-    "the optimizer's default learning rate",
-    hint="They train, but not with the learning rate you were given. Which one does a group get that names none?",
-    source="seen in public teaching code: optimizer.add_param_group({'params': ...}) and nothing else",
-)
+@exercise.misconception("the optimizer's default learning rate")
 def default_learning_rate(optimizer, parameters, lr):
     parameters = list(parameters)
     for parameter in parameters:
@@ -397,11 +356,7 @@ def default_learning_rate(optimizer, parameters, lr):
         optimizer.add_param_group({"params": new})
 
 
-@misconception(
-    "only the new ones made trainable",
-    hint="One layer was in the optimizer from the start, frozen, and it still is. Who has to be trainable when you are done?",
-    source="a line of reasoning: what the optimizer has already needs nothing",
-)
+@exercise.misconception("only the new ones made trainable")
 def only_the_new_ones_made_trainable(optimizer, parameters, lr):
     new = _not_yet_in(optimizer, parameters)
     for parameter in new:
@@ -409,11 +364,7 @@ def only_the_new_ones_made_trainable(optimizer, parameters, lr):
     _add(optimizer, new, lr)
 
 
-@misconception(
-    "in the group twice",
-    hint="The same weight came twice, and its step is twice as long. What do you know about a parameter once it has come?",
-    source="pytorch/pytorch issue 40967: duplicate parameters in one group, which torch only warns of",
-)
+@exercise.misconception("in the group twice")
 def in_the_group_twice(optimizer, parameters, lr):
     known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     parameters = list(parameters)
@@ -422,33 +373,9 @@ def in_the_group_twice(optimizer, parameters, lr):
     _add(optimizer, [parameter for parameter in parameters if parameter not in known], lr)
 
 
-@misconception(
-    "an empty group",
-    hint="Print the groups after a call that brings nothing new. What will a schedule, or a saved state, make of the last one?",
-    source="a line of reasoning: add_param_group takes an empty list as well, and does not complain",
-)
+@exercise.misconception("an empty group")
 def an_empty_group(optimizer, parameters, lr):
     parameters = list(parameters)
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer.add_param_group({"params": _not_yet_in(optimizer, parameters), "lr": lr})
-
-
-EXERCISE = Exercise(
-    number="4.3",
-    name="unfreeze_into",
-    reference=unfreeze_into,
-    experiments=(NewOnesTrain(), AnyIterable(), OldOnesGoOn(), AlreadyInTheOptimizer(), EqualValues()),
-    misconceptions=(
-        *(a_new_optimizer, the_optimizer_never_hears_of_it, in_the_optimizer_still_frozen, compared_by_value),
-        *(generator_read_twice, refusal_swallowed, one_learning_rate_for_all_groups, moments_cleared),
-        *(default_learning_rate, only_the_new_ones_made_trainable, in_the_group_twice, an_empty_group),
-    ),
-    hints=(
-        "A parameter trains if two parties agree. Who gives it a gradient, and who takes the step?",
-        "Before and after your function, look at `optimizer.param_groups`: how many groups, which parameters, which `lr`. "
-        "Then call it again with the same parameters, with a generator, and with one parameter twice.",
-        "Read the iterable once; make each parameter trainable; keep those whose identity (`id`, or a set of them) is neither "
-        "in a group nor among the ones you keep; give these, if there are any, to `add_param_group` with their `lr`.",
-    ),
-)

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.checks.lora.layer import attempt, beside_base, failed, gradients, how_far, module, name_of
-from grader.experiment import Exercise, Experiment, Trial, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near
 from helpers.lora import Conv2d
+
+exercise = Exercise(__name__, "6.5", Conv2d, name="LoRAConv2d")
 
 AS_BASE = "as base, but for the weight"
 NOT_AS_BASE = "not as base"
@@ -32,9 +34,8 @@ def _inputs(trial: Trial, **arguments) -> dict:
     }
 
 
+@exercise.experiment("fresh layer")
 class FreshLayer(Experiment):
-    """A new layer computes what base computes, and has a gradient to learn from."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -75,9 +76,8 @@ class FreshLayer(Experiment):
         return expect_tensor(layer(inputs["x"]), inputs["g"].shape, f"the output for an input {tuple(inputs['x'].shape)}")
 
 
+@exercise.experiment("the update")
 class TheUpdate(Experiment):
-    """The update is added to base's weight: alpha / rank times a matrix of that rank."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -119,9 +119,8 @@ class TheUpdate(Experiment):
         return float(values.mean()) / (inputs["rank"] * NUMBER**2)
 
 
+@exercise.experiment("what trains")
 class WhatTrains(Experiment):
-    """As many numbers train as A and B have together, and nothing of base does."""
-
     def draw(self, trial: Trial) -> dict:
         return _inputs(trial)
 
@@ -170,9 +169,8 @@ class _Arguments(Experiment):
         return notes
 
 
+@exercise.experiment("stride and padding")
 class StrideAndPadding(_Arguments):
-    """Stride, padding and the size of the kernel are base's."""
-
     bases: ClassVar = {
         "stride 2": {"stride": 2},
         "stride (1, 2)": {"stride": (1, 2)},
@@ -182,15 +180,13 @@ class StrideAndPadding(_Arguments):
     }
 
 
+@exercise.experiment("dilation")
 class Dilation(_Arguments):
-    """Dilation is base's."""
-
     bases: ClassVar = {"dilation 2": {"dilation": 2}, "dilation (1, 2)": {"dilation": (1, 2)}}
 
 
+@exercise.experiment("padding modes")
 class PaddingModes(_Arguments):
-    """What base takes for the pixels around an image, the update takes as well."""
-
     points = 2
     bases: ClassVar = {
         "padding_mode 'circular'": {"padding_mode": "circular"},
@@ -200,9 +196,8 @@ class PaddingModes(_Arguments):
     }
 
 
+@exercise.experiment("groups")
 class Groups(_Arguments):
-    """With groups, every output channel sees the input channels of its own group, and the rank is that of the matrix."""
-
     points = 2
     bases: ClassVar = {"groups 2": {"groups": 2}, "groups 4, one channel each": {"groups": 4}}
 
@@ -378,65 +373,39 @@ class _Layer(nn.Module):
         return self.base(x) + self.update(x)
 
 
-@misconception(
-    "no scaling",
-    hint="Doubling alpha changes nothing. What stands before the product, and does it still do so for a convolution?",
-    source="a line of reasoning: two convolutions one after the other, added to base's output",
-)
+@exercise.misconception("no scaling")
 class NoScaling(_Layer):
     def scale(self, rank, alpha):
         return 1.0
 
 
-@misconception(
-    "alpha alone",
-    hint="Each entry of the product is a sum of rank terms. What keeps its size when the rank is doubled?",
-    source="seen in public teaching code, for linear layers: alpha * (x @ A @ B)",
-)
+@exercise.misconception("alpha alone")
 class AlphaAlone(_Layer):
     def scale(self, rank, alpha):
         return alpha
 
 
-@misconception(
-    "both start at zero",
-    hint="No gradient reaches anything that trains. The gradient of each of the two is a product with the other in it.",
-    source="a line of reasoning: a new layer must change nothing, so all of it starts at zero",
-)
+@exercise.misconception("both start at zero")
 class BothZero(_Layer):
     def matrices(self):
         a, b = super().matrices()
         return nn.Parameter(torch.zeros_like(a)), b
 
 
-@misconception(
-    "both start at random",
-    hint="A new layer already changes base's outputs. How do two new nn.Conv2d start, and what does their product have to be?",
-    source="a line of reasoning: two new nn.Conv2d, left as they come",
-)
+@exercise.misconception("both start at random")
 class BothRandom(_Layer):
     def matrices(self):
         a, b = super().matrices()
         return a, nn.Parameter(torch.randn_like(b))
 
 
-@misconception(
-    "values instead of parameters",
-    hint="The output changes with what trains, and no gradient reaches it. Was the update computed from parameters, or from "
-    "their values?",
-    source="a line of reasoning: .data or .detach(), because the weight that is added to does not train",
-)
+@exercise.misconception("values instead of parameters")
 class ValuesInsteadOfParameters(_Layer):
     def delta(self):
         return super().delta().detach()
 
 
-@misconception(
-    "a 1 x 1 A",
-    hint="The update is zero but in the middle of the kernel. How many numbers of the input go into one number of base's "
-    "output, and how many of them does A see?",
-    source="a line of reasoning: a 1 x 1 convolution down to rank channels and another up, whatever base's kernel is",
-)
+@exercise.misconception("a 1 x 1 A")
 class OneByOne(_Layer):
     def matrices(self):
         inside = self.base.weight.shape[1]
@@ -448,12 +417,7 @@ class OneByOne(_Layer):
         return F.pad(self.scaling * (self.B @ self.A)[:, :, None, None], around)
 
 
-@misconception(
-    "B with a kernel of its own",
-    hint="One kernel after the other reaches further than base's: two of 3 x 3 cover 5 x 5. Could the update be added into "
-    "base's weight?",
-    source="a line of reasoning: A and B are both convolutions like base, the first into rank channels, the second out of them",
-)
+@exercise.misconception("B with a kernel of its own")
 class KernelForB(_Layer):
     def matrices(self):
         a, _ = super().matrices()
@@ -465,53 +429,31 @@ class KernelForB(_Layer):
         return self.scaling * F.conv2d(low, self.B, padding=1, groups=base.groups)
 
 
-@misconception(
-    "flattened in another order",
-    hint="The product has the size of base's weight, but its rank as a matrix of out_channels rows is too high. Which row of "
-    "B belongs to which output channel after your view or reshape?",
-    source="a line of reasoning: A.T @ B.T has as many numbers as the weight, and view does not ask for their order",
-)
+@exercise.misconception("flattened in another order")
 class AnotherOrder(_Layer):
     def delta(self):
         return self.scaling * (self.A.T @ self.B.T).reshape(self.base.weight.shape)
 
 
-@misconception(
-    "stride forgotten",
-    hint="Only a base with a stride goes wrong. Which of your convolutions get its stride, and how many positions come out?",
-    source="a line of reasoning: F.conv2d(x, weight, padding=...), tried out on a layer with stride 1",
-)
+@exercise.misconception("stride forgotten")
 class StrideForgotten(_Layer):
     def update(self, x):
         return self.convolve(x, self.delta(), 1, self.base.dilation)
 
 
-@misconception(
-    "dilation forgotten",
-    hint="Only a base with dilation goes wrong: it looks at pixels that lie apart. At which does your update look?",
-    source="peft 0.21.2: the convolution of lora_A gets kernel size, stride and padding, and no dilation",
-)
+@exercise.misconception("dilation forgotten")
 class DilationForgotten(_Layer):
     def update(self, x):
         return self.convolve(x, self.delta(), self.base.stride, 1)
 
 
-@misconception(
-    "padding_mode forgotten",
-    hint="Only the padding_mode goes wrong: compare the outputs in the middle and at the border. What does base see around "
-    "the image, and what does your update see there?",
-    source="peft 0.21.2: the convolution of lora_A has padding_mode zeros, whatever base's is",
-)
+@exercise.misconception("padding_mode forgotten")
 class PaddingModeForgotten(_Layer):
     def padded(self, x):
         return x, self.base.padding
 
 
-@misconception(
-    "padding always a pair of numbers",
-    hint="nn.Conv2d takes a word for padding as well. What is base.padding then, and what does your code do with it?",
-    source="a line of reasoning: base.padding was (1, 1) in all the layers that were looked at",
-)
+@exercise.misconception("padding always a pair of numbers")
 class PaddingAPair(_Layer):
     def padded(self, x):
         high, wide = self.base.padding[0], self.base.padding[1]
@@ -519,12 +461,7 @@ class PaddingAPair(_Layer):
         return F.pad(x, (wide, wide, high, high), mode), 0
 
 
-@misconception(
-    "groups forgotten",
-    hint="With groups, an output channel of base sees some of the input channels, and your update sees them all. What is the "
-    "shape of base.weight?",
-    source="a line of reasoning: A is a convolution from in_channels to rank, B one from rank to out_channels",
-)
+@exercise.misconception("groups forgotten")
 class GroupsForgotten(_Layer):
     def matrices(self):
         base = self.base
@@ -537,12 +474,7 @@ class GroupsForgotten(_Layer):
         return self.scaling * F.conv2d(x, weight, None, self.base.stride, padding, self.base.dilation)
 
 
-@misconception(
-    "an error with groups",
-    hint="It raises as soon as base has groups. How many input channels does one output channel see then, and what is the "
-    "shape of base.weight?",
-    source="peft 0.21.2 raises for a convolution with groups, unless they divide the rank",
-)
+@exercise.misconception("an error with groups")
 class AnErrorWithGroups(_Layer):
     def matrices(self):
         base = self.base
@@ -550,11 +482,7 @@ class AnErrorWithGroups(_Layer):
         return nn.Parameter(a), nn.Parameter(torch.zeros(base.out_channels, self.rank))
 
 
-@misconception(
-    "biases in the adapter",
-    hint="More trains than two matrices, by a few numbers. What does an nn.Conv2d bring along, besides its weight?",
-    source="a line of reasoning: nn.Conv2d(in_channels, rank, kernel_size), with its bias",
-)
+@exercise.misconception("biases in the adapter")
 class BiasesInTheAdapter(_Layer):
     def __init__(self, base, rank, alpha):
         super().__init__(base, rank, alpha)
@@ -564,34 +492,9 @@ class BiasesInTheAdapter(_Layer):
         return super().update(x) + self.scaling * (self.B @ self.inner)[:, None, None]
 
 
-@misconception(
-    "base's bias trains",
-    hint="A parameter trains that is neither A nor B and has out_channels numbers. What of base did you freeze?",
-    source="seen in public teaching code: base.weight.requires_grad = False, and nothing about the bias",
-)
+@exercise.misconception("base's bias trains")
 class BiasTrains(_Layer):
     def __init__(self, base, rank, alpha):
         super().__init__(base, rank, alpha)
         if base.bias is not None:
             base.bias.requires_grad_(True)
-
-
-EXERCISE = Exercise(
-    number="6.5",
-    name="LoRAConv2d",
-    reference=Conv2d,
-    experiments=(FreshLayer(), TheUpdate(), WhatTrains(), StrideAndPadding(), Dilation(), PaddingModes(), Groups()),
-    misconceptions=(
-        *(NoScaling, AlphaAlone, BothZero, BothRandom, ValuesInsteadOfParameters, OneByOne, KernelForB, AnotherOrder),
-        *(StrideForgotten, DilationForgotten, PaddingModeForgotten, PaddingAPair, GroupsForgotten, AnErrorWithGroups),
-        *(BiasesInTheAdapter, BiasTrains),
-    ),
-    hints=(
-        "A convolution is a matrix that meets every patch of the image. What are the rows of that matrix, what are its "
-        "columns, and which of base's arguments decide what a patch is?",
-        "Print base.weight.shape for groups 1, 2 and in_channels. Fill what trains with random numbers, and compare your "
-        "layer with an nn.Conv2d of the same arguments whose weight is base.weight plus your update: for each argument alone.",
-        "A (rank, in_channels / groups * kh * kw), B (out_channels, rank): alpha / rank * B A, in the shape of base.weight, is "
-        "what base's own convolution gets in place of its weight. torch.func.functional_call runs a module with other weights.",
-    ),
-)

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, expect_number, misconception
+from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, expect_number
 from grader.near import near
 from helpers import expect
 from helpers.lora import cost
+
+exercise = Exercise(__name__, "6.2", cost)
 
 KEYS = ("full", "adapter", "gradient_bytes", "optimizer_bytes")
 MOMENTS = {"sgd": 0, "momentum": 1, "adamw": 2}
@@ -31,9 +33,8 @@ def _rank(trial: Trial) -> int:
     return 2 * trial.integer(1, 2) + 1  # odd: no rank is a number of bytes or of moments
 
 
+@exercise.experiment("linear layer")
 class LinearLayer(Experiment):
-    """A and B of a Linear have rank x (in + out) numbers together."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -53,9 +54,8 @@ class LinearLayer(Experiment):
         return {"numbers in A and B": f"{raw['adapter']:g} for {in_} -> {out} at rank {inputs['rank']}"}
 
 
+@exercise.experiment("convolution")
 class Convolution(Experiment):
-    """A convolution counts as the matrix (out_channels, in_channels / groups x kernel)."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -81,9 +81,8 @@ class Convolution(Experiment):
         return {"numbers in A and B": f"{raw['adapter']:g} at rank {inputs['rank']} for {inputs['layer']}"}
 
 
+@exercise.experiment("full weights")
 class FullWeights(Experiment):
-    """`full` counts the numbers of each weight, frozen or not, and of no bias."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -115,9 +114,8 @@ class FullWeights(Experiment):
         }
 
 
+@exercise.experiment("gradients")
 class Gradients(Experiment):
-    """Only A and B have gradients, each in the dtype of its layer's weight."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -148,9 +146,8 @@ class Gradients(Experiment):
         return alone | {"a float32 and a bfloat16 layer together": how}
 
 
+@exercise.experiment("optimizer state")
 class OptimizerState(Experiment):
-    """AdamW keeps two numbers for each number of A and B, momentum one, plain SGD none."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -168,9 +165,8 @@ class OptimizerState(Experiment):
         return facts | {"the same, adamw in bfloat16": _state_each(raw["half"], size=2)}
 
 
+@exercise.experiment("every weight once")
 class EveryWeightOnce(Experiment):
-    """Layers add up, and a weight that comes twice counts once."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -297,47 +293,27 @@ def _total(
     return total
 
 
-@misconception(
-    "one matrix alone",
-    hint="The update is a product of two matrices, and both train. Which sides of the weight do the shapes of A and of B meet?",
-    source="a line of reasoning: the rank is the number of new rows, so rank x in; the way back to the outputs is not counted",
-)
+@exercise.misconception("one matrix alone")
 def one_matrix_alone(layers, rank, optimizer):
     return _total(layers, rank, optimizer, adapter=lambda layer, rank: rank * layer.weight[0].numel())
 
 
-@misconception(
-    "rank times the whole weight",
-    hint="With rank 2 your adapter is larger than the weight that it spares. What are the shapes of A and B, each by itself?",
-    source="a line of reasoning: B A is a sum of `rank` matrices of the shape of the weight, none of which is ever stored",
-)
+@exercise.misconception("rank times the whole weight")
 def rank_times_the_whole_weight(layers, rank, optimizer):
     return _total(layers, rank, optimizer, adapter=lambda layer, rank: rank * layer.weight.numel())
 
 
-@misconception(
-    "as if the weight were square",
-    hint="For 768 -> 768 your count is right. What would A and B be for a layer with 768 inputs and 3,072 outputs?",
-    source="Hu et al. 2021, section 5.1: 2 x layers x d_model x rank, for square matrices of attention, taken for any layer",
-)
+@exercise.misconception("as if the weight were square")
 def as_if_square(layers, rank, optimizer):
     return _total(layers, rank, optimizer, adapter=lambda layer, rank: 2 * rank * layer.weight.shape[0])
 
 
-@misconception(
-    "kernel forgotten",
-    hint="How many numbers go into one output of a 3 x 5 convolution? A has one column for each of them.",
-    source="a line of reasoning: weight.shape[0] and weight.shape[1] are the sides of a Linear, and there they are enough",
-)
+@exercise.misconception("kernel forgotten")
 def kernel_forgotten(layers, rank, optimizer):
     return _total(layers, rank, optimizer, adapter=lambda layer, rank: rank * (layer.weight.shape[0] + layer.weight.shape[1]))
 
 
-@misconception(
-    "groups ignored",
-    hint="Print the shape of the weight of a convolution with three groups. Which of its inputs does one output see?",
-    source="peft 0.21: A of a convolution with groups reads all in_channels, as its weight does not",
-)
+@exercise.misconception("groups ignored")
 def groups_ignored(layers, rank, optimizer):
     def adapter(layer, rank):
         groups = getattr(layer, "groups", 1)
@@ -346,11 +322,7 @@ def groups_ignored(layers, rank, optimizer):
     return _total(layers, rank, optimizer, adapter=adapter)
 
 
-@misconception(
-    "channels alone",
-    hint="A Linear has one weight for each input of an output. Count those of one output of a convolution: are there as many?",
-    source="a line of reasoning: in_channels and out_channels stand in a convolution where a Linear has its features",
-)
+@exercise.misconception("channels alone")
 def channels_alone(layers, rank, optimizer):
     def adapter(layer, rank):
         return rank * (layer.weight.shape[0] + getattr(layer, "groups", 1) * layer.weight.shape[1])
@@ -358,20 +330,12 @@ def channels_alone(layers, rank, optimizer):
     return _total(layers, rank, optimizer, adapter=adapter)
 
 
-@misconception(
-    "biases counted",
-    hint="LoRA puts its update beside the weight. Is a bias replaced by anything? Count a layer without one, and compare.",
-    source="a line of reasoning: sum(p.numel() for p in layer.parameters()) is how the size of a model is counted everywhere",
-)
+@exercise.misconception("biases counted")
 def biases_counted(layers, rank, optimizer):
     return _total(layers, rank, optimizer, full=lambda layer: sum(parameter.numel() for parameter in layer.parameters()))
 
 
-@misconception(
-    "trainable parameters only",
-    hint="Freeze the layer before you count: `full` becomes 0. With what is the adapter compared, if the weight never trains?",
-    source="an issue tracker: all that requires gradients is counted, in the model and in the same model once it is frozen",
-)
+@exercise.misconception("trainable parameters only")
 def trainable_parameters_only(layers, rank, optimizer):
     def full(layer):
         return sum(parameter.numel() for parameter in layer.parameters() if parameter.requires_grad)
@@ -379,106 +343,49 @@ def trainable_parameters_only(layers, rank, optimizer):
     return _total(layers, rank, optimizer, full=full)
 
 
-@misconception(
-    "weight without its groups",
-    hint="Your `full` of a convolution with groups is larger than its weight. Which pairs of channels have none between them?",
-    source="a line of reasoning: out_channels x in_channels x kernel is how a convolution's weights are first counted",
-)
+@exercise.misconception("weight without its groups")
 def weight_without_its_groups(layers, rank, optimizer):
     return _total(layers, rank, optimizer, full=lambda layer: layer.weight.numel() * getattr(layer, "groups", 1))
 
 
-@misconception(
-    "four bytes each",
-    hint="Print the memory of a float32 and of a bfloat16 weight of one shape. Which of your numbers should differ too?",
-    source="peft: autocast_adapter_dtype=True makes adapters float32 beside bfloat16 weights; here they are as the weight",
-)
+@exercise.misconception("four bytes each")
 def four_bytes_each(layers, rank, optimizer):
     return _total(layers, rank, optimizer, size=lambda layer: 4)
 
 
-@misconception(
-    "one dtype for all",
-    hint="In a model whose parts differ in dtype the total depends on the order of the layers. Whose gradient has which dtype?",
-    source="seen in public training code: next(model.parameters()).dtype stands for the model's",
-)
+@exercise.misconception("one dtype for all")
 def one_dtype_for_all(layers, rank, optimizer):
     size = layers[0].weight.element_size()
     return _total(layers, rank, optimizer, size=lambda layer: size)
 
 
-@misconception(
-    "gradients of the full weight",
-    hint="Run backward through a layer whose weight is frozen, and look at the weight's `grad`. What is there?",
-    source="a line of reasoning: backward passes through every weight, so each would need room for its gradient",
-)
+@exercise.misconception("gradients of the full weight")
 def gradients_of_the_full_weight(layers, rank, optimizer):
     return _total(layers, rank, optimizer, trained=lambda layer, numbers: layer.weight.numel())
 
 
-@misconception(
-    "one moment for AdamW",
-    hint="Look into `optimizer.state` of an AdamW after one step. How many tensors of the parameter's shape are there?",
-    source="a line of reasoning: momentum is what an optimizer remembers; the average of the squares is overlooked",
-)
+@exercise.misconception("one moment for AdamW")
 def one_moment_for_adamw(layers, rank, optimizer):
     return _total(layers, rank, optimizer, moments=MOMENTS | {"adamw": 1})
 
 
-@misconception(
-    "state of the full weight",
-    hint="Give all parameters to an AdamW, freeze some, make a step: for which does `optimizer.state` have an entry?",
-    source="a line of reasoning: the optimizer was given model.parameters(), so it keeps its averages for all of them",
-)
+@exercise.misconception("state of the full weight")
 def state_of_the_full_weight(layers, rank, optimizer):
     return _total(layers, rank, optimizer, kept=lambda layer, numbers: layer.weight.numel())
 
 
-@misconception(
-    "moments in float32",
-    hint="Make one step of torch's AdamW on a bfloat16 parameter, and print the dtype of its averages. Which is it?",
-    source="the rule of 8 bytes per parameter for Adam, from mixed precision; torch's AdamW keeps the parameter's dtype",
-)
+@exercise.misconception("moments in float32")
 def moments_in_float32(layers, rank, optimizer):
     counts = _total(layers, rank, optimizer)
     return counts | {"optimizer_bytes": 4 * MOMENTS[optimizer] * counts["adapter"]}
 
 
-@misconception(
-    "counted twice",
-    hint="A layer that a model calls twice is there twice in your sum. How much memory does its weight take?",
-    source="issue trackers of several libraries: sizes of models in which a tied weight is counted at each of its places",
-)
+@exercise.misconception("counted twice")
 def counted_twice(layers, rank, optimizer):
     places = iter(range(len(layers)))
     return _total(layers, rank, optimizer, key=lambda layer: next(places))
 
 
-@misconception(
-    "told apart by their modules",
-    hint="Two layers can hold one weight. Tie two, and compare `id(layer)` with `id(layer.weight)`: which of them tells you?",
-    source="a line of reasoning: set(layers) removes what is listed twice; tied layers are two modules with one parameter",
-)
+@exercise.misconception("told apart by their modules")
 def told_apart_by_modules(layers, rank, optimizer):
     return _total(layers, rank, optimizer, key=id)
-
-
-EXERCISE = Exercise(
-    number="6.2",
-    name="cost",
-    reference=cost,
-    experiments=(LinearLayer(), Convolution(), FullWeights(), Gradients(), OptimizerState(), EveryWeightOnce()),
-    misconceptions=(
-        *(one_matrix_alone, rank_times_the_whole_weight, as_if_square, kernel_forgotten, groups_ignored, channels_alone),
-        *(biases_counted, trainable_parameters_only, weight_without_its_groups),
-        *(four_bytes_each, one_dtype_for_all, gradients_of_the_full_weight),
-        *(one_moment_for_adamw, state_of_the_full_weight, moments_in_float32, counted_twice, told_apart_by_modules),
-    ),
-    hints=(
-        "What shapes do A and B have if B @ A is to have the shape of the weight, and what shape has a convolution's weight?",
-        "Print `layer.weight.shape` of a Linear and of a convolution with groups, `element_size()` of a float32 and of a "
-        "bfloat16 tensor, and the tensors in `optimizer.state` after one step of SGD, of SGD with momentum and of AdamW.",
-        "For each different weight, flattened to (out, rest): out x rest in full, rank x (out + rest) in the adapter, times "
-        "element_size() of the weight for the gradients, and times 0, 1 or 2 of that for the optimizer.",
-    ),
-)

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn
 from helpers import expect
 from helpers.lora import replace
+
+exercise = Exercise(__name__, "6.3", replace)
 
 WORDS = "query", "key", "value", "dense", "gate"
 
@@ -25,9 +27,8 @@ class _Made(nn.Module):
         return self.base(x)
 
 
+@exercise.experiment("whole components")
 class WholeComponents(Experiment):
-    """A target names the layers whose names are the target, or end in it, in whole components."""
-
     points = 3
 
     def draw(self, trial: Trial) -> dict:
@@ -71,9 +72,8 @@ class WholeComponents(Experiment):
         )
 
 
+@exercise.experiment("any layer anywhere")
 class AnyLayerAnywhere(Experiment):
-    """A layer of any kind is replaced where it is, however deep, and everything else stays the same object."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -124,9 +124,8 @@ class AnyLayerAnywhere(Experiment):
         return _refused({"a layer of the model itself": first, "layers inside other modules": second})
 
 
+@exercise.experiment("once")
 class Once(Experiment):
-    """A layer that several targets name is replaced once, and what is inside a new layer is not searched."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -151,9 +150,8 @@ class Once(Experiment):
         }
 
 
+@exercise.experiment("shared layer")
 class SharedLayer(Experiment):
-    """A layer that the model holds under several names gets one new layer, at all its places."""
-
     def draw(self, trial: Trial) -> dict:
         (word,) = _words(trial, 1)
         names = {"both": [f"encoder.{word}", f"decoder.{word}"]}
@@ -191,9 +189,8 @@ class SharedLayer(Experiment):
         )
 
 
+@exercise.experiment("nothing of that name")
 class NothingOfThatName(Experiment):
-    """A target that names nothing is a ValueError that says which, before anything has changed."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -214,9 +211,8 @@ class NothingOfThatName(Experiment):
         }
 
 
+@exercise.experiment("the list returned")
 class TheListReturned(Experiment):
-    """The list holds the name of each layer that was replaced, in the order of `named_modules()`."""
-
     def draw(self, trial: Trial) -> dict:
         one, two, three = _words(trial, 3)
         names = [f"{place}.{word}" for place in ("first", "second") for word in (one, two, three)]
@@ -358,56 +354,32 @@ def _put_all(model: nn.Module, found: dict[str, nn.Module], make: Callable) -> l
     return list(found)
 
 
-@misconception(
-    "part of a name",
-    hint="With the target `query`, a `query_norm` was replaced too. Which names of a model hold the word `query` somewhere?",
-    source="seen in public LoRA code: if any(key in name for key in targets); `proj` then hits a patch embedding",
-)
+@exercise.misconception("part of a name")
 def part_of_a_name(model, targets, make):
     return _put_all(model, _found(model, targets, lambda name, target: target in name), make)
 
 
-@misconception(
-    "end of the letters",
-    hint="`subquery` ends in `query`, and `10.query` in `0.query`. Where in a name may a target begin?",
-    source="a line of reasoning: name.endswith(target), where PEFT compares with f'.{target}'",
-)
+@exercise.misconception("end of the letters")
 def end_of_the_letters(model, targets, make):
     return _put_all(model, _found(model, targets, str.endswith), make)
 
 
-@misconception(
-    "a dot that stands for any sign",
-    hint="The target `0.query` found `0_query`. What does a dot mean in a regular expression?",
-    source="a line of reasoning: targets put into a regular expression as they are, which PEFT does with a single string",
-)
+@exercise.misconception("a dot that stands for any sign")
 def a_dot_that_stands_for_any_sign(model, targets, make):
     return _put_all(model, _found(model, targets, lambda name, target: re.search(rf"(^|\.){target}$", name)), make)
 
 
-@misconception(
-    "last component only",
-    hint="Only targets of one component found anything. Of which part of a name do you ask whether it is a target?",
-    source="seen in public LoRA code: name.split('.')[-1] in targets",
-)
+@exercise.misconception("last component only")
 def last_component_only(model, targets, make):
     return _put_all(model, _found(model, targets, lambda name, target: name.rpartition(".")[2] == target), make)
 
 
-@misconception(
-    "whole names only",
-    hint="A target found something only where it is the layer's whole name. What is `query` to `encoder.0.query`?",
-    source="a line of reasoning: dict(model.named_modules())[target], as for freezing by name",
-)
+@exercise.misconception("whole names only")
 def whole_names_only(model, targets, make):
     return _put_all(model, _found(model, targets, str.__eq__), make)
 
 
-@misconception(
-    "direct children only",
-    hint="What lies inside another module was not found. How far down does `named_children()` go?",
-    source="seen in public teaching code: named_children() of the model, as replacing `fc` needs no more",
-)
+@exercise.misconception("direct children only")
 def direct_children_only(model, targets, make):
     for target in targets:
         if target not in model._modules:
@@ -418,11 +390,7 @@ def direct_children_only(model, targets, make):
     return names
 
 
-@misconception(
-    "an attribute with dots",
-    hint="The names are right, and deep inside the old layers still stand. What did you set, and on which module is it now?",
-    source="seen in public LoRA code: for name, module in model.named_modules(): ... setattr(model, name, new)",
-)
+@exercise.misconception("an attribute with dots")
 def an_attribute_with_dots(model, targets, make):
     found = _found(model, targets)
     for name, layer in found.items():
@@ -430,22 +398,14 @@ def an_attribute_with_dots(model, targets, make):
     return list(found)
 
 
-@misconception(
-    "only nn.Linear",
-    hint="A convolution that was named is still there. Who decides what kinds of layers can be replaced, you or `make`?",
-    source="the LoRA paper adapts the attention's linear layers; seen in public LoRA code: isinstance(module, nn.Linear)",
-)
+@exercise.misconception("only nn.Linear")
 def only_linear(model, targets, make):
     return _put_all(
         model, {name: layer for name, layer in _found(model, targets).items() if isinstance(layer, nn.Linear)}, make
     )
 
 
-@misconception(
-    "one target after another",
-    hint="A new layer was replaced again, or what is inside it. Print `named_modules()` after your first target: what is new?",
-    source="a line of reasoning: the loop over targets outside, the search in the model inside",
-)
+@exercise.misconception("one target after another")
 def one_target_after_another(model, targets, make):
     _found(model, targets)
     names = []
@@ -455,32 +415,20 @@ def one_target_after_another(model, targets, make):
     return sorted(names, key=order.index)
 
 
-@misconception(
-    "listed for every match",
-    hint="A name is in your list twice. How often does your loop pass a layer that two targets name?",
-    source="a line of reasoning: for name ...: for target ...: if it matches, append",
-)
+@exercise.misconception("listed for every match")
 def listed_for_every_match(model, targets, make):
     found = _found(model, targets)
     _put_all(model, found, make)
     return [name for name in found for target in targets if _ends(name, target)] or list(found)
 
 
-@misconception(
-    "in the order of the targets",
-    hint="All names are there. Whose order are they in, the model's or that of what you were given?",
-    source="a line of reasoning: the loop over targets comes first",
-)
+@exercise.misconception("in the order of the targets")
 def in_the_order_of_the_targets(model, targets, make):
     names = _put_all(model, _found(model, targets), make)
     return sorted(names, key=lambda name: [_ends(name, target) for target in targets], reverse=True)
 
 
-@misconception(
-    "a shared layer by its first name",
-    hint="In one place the old layer still stands. How many names does `named_modules()` give for a layer that has two?",
-    source="the documentation of named_modules: duplicates are returned only once by default",
-)
+@exercise.misconception("a shared layer by its first name")
 def a_shared_layer_by_its_first_name(model, targets, make):
     first = [name for name, _ in model.named_modules()]
     for target in targets:
@@ -492,11 +440,7 @@ def a_shared_layer_by_its_first_name(model, targets, make):
     return names
 
 
-@misconception(
-    "a new layer for every name",
-    hint="Two places shared a layer, and now each has its own. What becomes of weights that were one when they are trained?",
-    source="a line of reasoning: a loop over all names, with make inside it",
-)
+@exercise.misconception("a new layer for every name")
 def a_new_layer_for_every_name(model, targets, make):
     found = _found(model, targets)
     names = [name for name, _ in _every(model) if any(_ends(name, target) for target in targets)]
@@ -505,11 +449,7 @@ def a_new_layer_for_every_name(model, targets, make):
     return list(found)
 
 
-@misconception(
-    "a shared layer only where its name matches",
-    hint="Under a name that no target ends, the old layer still stands. What did the two places hold before?",
-    source="a line of reasoning: names are what is matched, so names are what is replaced",
-)
+@exercise.misconception("a shared layer only where its name matches")
 def a_shared_layer_only_where_its_name_matches(model, targets, make):
     found = _found(model, targets)
     new = {layer: make(layer) for layer in found.values()}
@@ -519,11 +459,7 @@ def a_shared_layer_only_where_its_name_matches(model, targets, make):
     return list(found)
 
 
-@misconception(
-    "listed under all its names",
-    hint="One layer was replaced, and two names are in your list. How often does `named_modules()` list such a layer?",
-    source="the documentation of named_modules: remove_duplicate=False, which finds a shared layer, gives all its names",
-)
+@exercise.misconception("listed under all its names")
 def listed_under_all_its_names(model, targets, make):
     layers = list(_found(model, targets).values())
     names = [name for name, module in _every(model) if module in layers]
@@ -532,21 +468,13 @@ def listed_under_all_its_names(model, targets, make):
     return names
 
 
-@misconception(
-    "nothing found, nothing said",
-    hint="A target with a typing error passes without a word. What trains after LoRA was put nowhere?",
-    source="a line of reasoning: a filter over named_modules() cannot notice what it never meets",
-)
+@exercise.misconception("nothing found, nothing said")
 def nothing_found_nothing_said(model, targets, make):
     known = [target for target in targets if any(_ends(name, target) for name, _ in _every(model))]
     return _put_all(model, _found(model, known), make)
 
 
-@misconception(
-    "an error only if nothing was found",
-    hint="With one good target beside it, a misspelt one goes unnoticed. Of what do you ask whether it is empty?",
-    source="PEFT 0.21 raises if no module matches the target_modules; one that matches nothing among others passes",
-)
+@exercise.misconception("an error only if nothing was found")
 def an_error_only_if_nothing_was_found(model, targets, make):
     known = [target for target in targets if any(_ends(name, target) for name, _ in _every(model))]
     if not known:
@@ -554,11 +482,7 @@ def an_error_only_if_nothing_was_found(model, targets, make):
     return _put_all(model, _found(model, known), make)
 
 
-@misconception(
-    "changed before the error",
-    hint="The error came, and some layers had been replaced by then. When can you know that a target names nothing?",
-    source="a line of reasoning: look a target up, replace, go on to the next",
-)
+@exercise.misconception("changed before the error")
 def changed_before_the_error(model, targets, make):
     every, done = _every(model), []
     for target in targets:
@@ -571,28 +495,3 @@ def changed_before_the_error(model, targets, make):
                 done.append(layer)
     first = {layer: name for name, layer in reversed(every)}
     return [name for name, layer in every if layer in done and first[layer] == name]
-
-
-EXERCISE = Exercise(
-    number="6.3",
-    name="replace",
-    reference=replace,
-    experiments=(
-        *(WholeComponents(), AnyLayerAnywhere(), Once()),
-        *(SharedLayer(), NothingOfThatName(), TheListReturned()),
-    ),
-    misconceptions=(
-        *(part_of_a_name, end_of_the_letters, a_dot_that_stands_for_any_sign, last_component_only, whole_names_only),
-        *(direct_children_only, an_attribute_with_dots, only_linear, one_target_after_another, listed_for_every_match),
-        *(in_the_order_of_the_targets, a_shared_layer_by_its_first_name, a_new_layer_for_every_name),
-        *(a_shared_layer_only_where_its_name_matches, listed_under_all_its_names),
-        *(nothing_found_nothing_said, an_error_only_if_nothing_was_found, changed_before_the_error),
-    ),
-    hints=(
-        "A layer's name has components. Which of them belong to the module that holds it, and what is the last?",
-        "Print list(model.named_modules()) before and after: for a target that is the end of another word, for two targets "
-        "that name one layer, for a layer that the model holds under two names, and for a target that is misspelt.",
-        "First collect all names, with remove_duplicate=False, and raise if a target is the end of none; only then change "
-        "anything. Make one new layer for each old one; get_submodule gives the module that holds it, setattr puts the new in.",
-    ),
-)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
 from grader.near import near
 from helpers import expect
 from helpers.lora import Linear
+
+exercise = Exercise(__name__, "6.1", Linear, name="LoRALinear")
 
 SOMETHING_ELSE = "something else"
 AN_ERROR = "an error"
@@ -38,9 +40,8 @@ def _base(trial: Trial, bias: bool = True) -> dict:
     }
 
 
+@exercise.experiment("fresh layer")
 class FreshLayer(Experiment):
-    """A new layer computes what base computes, and has a gradient to learn from."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -72,9 +73,8 @@ class FreshLayer(Experiment):
             return {"its outputs are": how_far(raw["y"], inputs["base"](inputs["x"]))}
 
 
+@exercise.experiment("the update")
 class TheUpdate(Experiment):
-    """What is added to base's weight is alpha / rank times B A."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -100,9 +100,8 @@ class TheUpdate(Experiment):
         return {"the factor": f"{number:.3g} with rank {inputs['rank']} and alpha {inputs['alpha']}"}
 
 
+@exercise.experiment("gradients")
 class Gradients(Experiment):
-    """Gradients reach A, B and, through base and update, whatever comes before the layer."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -135,9 +134,8 @@ class Gradients(Experiment):
         }
 
 
+@exercise.experiment("what trains")
 class WhatTrains(Experiment):
-    """A of shape (rank, in_features) and B of shape (out_features, rank) are trainable parameters, and nothing else is."""
-
     def draw(self, trial: Trial) -> dict:
         return _base(trial)
 
@@ -164,9 +162,8 @@ class WhatTrains(Experiment):
         }
 
 
+@exercise.experiment("base itself")
 class BaseItself(Experiment):
-    """The layer works with base itself, not with a copy, and leaves its weight as it is."""
-
     def draw(self, trial: Trial) -> dict:
         inputs = _base(trial)
         return inputs | {"new": trial.normal(*inputs["base"].weight.shape)}
@@ -195,9 +192,8 @@ class BaseItself(Experiment):
         }
 
 
+@exercise.experiment("takes what base takes")
 class TakesWhatBaseTakes(Experiment):
-    """It takes inputs of any number of dimensions, and is of base's dtype and on base's device."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -419,74 +415,45 @@ class _Layer(nn.Module):
         return self.base(x) + self.update(x)
 
 
-@misconception(
-    "no scaling",
-    hint="Doubling alpha changes nothing. Where does your forward use alpha and rank?",
-    source="seen in public teaching code: base(x) + x @ A.T @ B.T; or the factor multiplied into a B that starts at zero",
-)
+@exercise.misconception("no scaling")
 class NoScaling(_Layer):
     def scale(self, rank, alpha):
         return 1.0
 
 
-@misconception(
-    "alpha alone",
-    hint="With twice the rank the update has twice as many terms. What keeps its size?",
-    source="seen in public teaching code: alpha * (x @ A @ B)",
-)
+@exercise.misconception("alpha alone")
 class AlphaAlone(_Layer):
     def scale(self, rank, alpha):
         return alpha
 
 
-@misconception(
-    "1 / rank alone",
-    hint="The rank is divided by, and alpha plays no part. Which of the layer's outputs would change if alpha were doubled?",
-    source="a line of reasoning: the mean over the rank's terms, with alpha taken for a learning rate",
-)
+@exercise.misconception("1 / rank alone")
 class OneOverRank(_Layer):
     def scale(self, rank, alpha):
         return 1 / rank
 
 
-@misconception(
-    "rank / alpha",
-    hint="A larger alpha gives a smaller update. Which of the two is above the line?",
-    source="a line of reasoning: the two numbers of the quotient, the other way round",
-)
+@exercise.misconception("rank / alpha")
 class RankOverAlpha(_Layer):
     def scale(self, rank, alpha):
         return rank / alpha
 
 
-@misconception(
-    "both start at zero",
-    hint="Nothing will ever train. The gradient of B is a product with A in it, that of A one with B: what are they now?",
-    source="remarks in public code: with both at zero nothing trains, found out by trial and error",
-)
+@exercise.misconception("both start at zero")
 class BothZero(_Layer):
     def matrices(self, rank):
         a, b = super().matrices(rank)
         return nn.Parameter(torch.zeros_like(a)), b
 
 
-@misconception(
-    "both start at random",
-    hint="B A is not zero, so a new layer spoils what base has learnt. Which of the two may be zero, if gradients are to "
-    "reach the other?",
-    source="a line of reasoning: two nn.Linear(bias=False), both left as nn.Linear makes them",
-)
+@exercise.misconception("both start at random")
 class BothRandom(_Layer):
     def matrices(self, rank):
         a, b = super().matrices(rank)
         return a, nn.Parameter(torch.randn_like(b))
 
 
-@misconception(
-    "base's bias trains",
-    hint="Count the trainable parameters of your layer. Which of them is neither A nor B, and has out_features numbers?",
-    source="seen in public teaching code: self.base.weight.requires_grad = False, and nothing about the bias",
-)
+@exercise.misconception("base's bias trains")
 class BiasTrains(_Layer):
     def __init__(self, base, rank, alpha):
         super().__init__(base, rank, alpha)
@@ -494,34 +461,20 @@ class BiasTrains(_Layer):
             base.bias.requires_grad_(True)
 
 
-@misconception(
-    "base trains too",
-    hint="An optimizer over your layer's parameters would move base's weight. How many numbers does your layer train, and "
-    "how many do A and B have?",
-    source="a line of reasoning: A and B are new, so it is they that train; nobody froze what was there before",
-)
+@exercise.misconception("base trains too")
 class BaseTrains(_Layer):
     def __init__(self, base, rank, alpha):
         super().__init__(base, rank, alpha)
         self.requires_grad_(True)
 
 
-@misconception(
-    "values instead of parameters",
-    hint="The output changes with A and B, and no gradient reaches them. What is it that you multiply by: the parameters, or "
-    "their values?",
-    source="a line of reasoning: .data or .detach(), to keep base's weight out of the graph",
-)
+@exercise.misconception("values instead of parameters")
 class ValuesInsteadOfParameters(_Layer):
     def update(self, x):
         return self.scaling * (x @ self.A.data.T @ self.B.data.T)
 
 
-@misconception(
-    "the update under no_grad",
-    hint="No gradient reaches A or B, nor passes the update on its way down. Over which lines does your no_grad reach?",
-    source="a line of reasoning: the no_grad that was meant for base holds the sum of both",
-)
+@exercise.misconception("the update under no_grad")
 class UpdateUnderNoGrad(_Layer):
     def forward(self, x):
         y = self.base(x)
@@ -530,12 +483,7 @@ class UpdateUnderNoGrad(_Layer):
         return y + update
 
 
-@misconception(
-    "base under no_grad",
-    hint="A and B learn, but what comes before the layer gets only a part of its gradient. Does frozen mean that gradients "
-    "cannot pass?",
-    source="a line of reasoning: base does not train, so its forward needs no graph",
-)
+@exercise.misconception("base under no_grad")
 class BaseUnderNoGrad(_Layer):
     def forward(self, x):
         with torch.no_grad():
@@ -543,12 +491,7 @@ class BaseUnderNoGrad(_Layer):
         return y + self.update(x)
 
 
-@misconception(
-    "not registered",
-    hint="parameters() of your layer does not list A and B, so neither an optimizer nor .to() finds them. What does a module "
-    "notice when you assign to an attribute?",
-    source="a line of reasoning: self.A = torch.zeros(..., requires_grad=True), which has gradients",
-)
+@exercise.misconception("not registered")
 class NotRegistered(_Layer):
     def __init__(self, base, rank, alpha):
         nn.Module.__init__(self)
@@ -556,32 +499,20 @@ class NotRegistered(_Layer):
         self.A, self.B = (parameter.detach().requires_grad_(True) for parameter in self.matrices(rank))
 
 
-@misconception(
-    "the sum is scaled",
-    hint="With A and B zero the layer is not base. What does alpha / rank multiply?",
-    source="a line of reasoning: the factor in front of a bracket that begins one term too early",
-)
+@exercise.misconception("the sum is scaled")
 class TheSumIsScaled(_Layer):
     def forward(self, x):
         return self.scaling * (self.base(x) + x @ self.A.T @ self.B.T)
 
 
-@misconception(
-    "added twice",
-    hint="The update is twice what it should be. Into how many places do you add it?",
-    source="peft and loralib keep a merged flag against it: base.weight holds the update, and forward adds it again",
-)
+@exercise.misconception("added twice")
 class AddedTwice(_Layer):
     def forward(self, x):
         weight = self.base.weight + self.scaling * self.B @ self.A
         return F.linear(x, weight, self.base.bias) + self.update(x)
 
 
-@misconception(
-    "biases in the adapter",
-    hint="More trains than two matrices. What does an nn.Linear bring along, besides its weight?",
-    source="a line of reasoning: nn.Linear(in_features, rank) for A, with its bias, which the paper's A and B do not have",
-)
+@exercise.misconception("biases in the adapter")
 class BiasesInTheAdapter(_Layer):
     def __init__(self, base, rank, alpha):
         super().__init__(base, rank, alpha)
@@ -591,13 +522,8 @@ class BiasesInTheAdapter(_Layer):
         return self.scaling * ((x @ self.A.T + self.inner) @ self.B.T)
 
 
-@misconception(
-    "a random bias in B",
-    hint="A new layer adds the same vector to every output. Which part of an nn.Linear is still at random when its weight "
-    "is zero?",
-    source="a line of reasoning: nn.init.zeros_(self.B.weight), with nn.Linear's own bias left as it is",
-)
-class ARandomBias(BiasesInTheAdapter.subject):
+@exercise.misconception("a random bias in B")
+class ARandomBias(BiasesInTheAdapter):
     def __init__(self, base, rank, alpha):
         super().__init__(base, rank, alpha)
         self.outer = nn.Parameter(torch.randn_like(base.weight[:, 0]))
@@ -606,87 +532,39 @@ class ARandomBias(BiasesInTheAdapter.subject):
         return super().update(x) + self.scaling * self.outer
 
 
-@misconception(
-    "base copied",
-    hint="Numbers written into base later do not arrive. How many large weights are in memory now, and which does your "
-    "layer use?",
-    source="loralib's layers are new ones, into which the pre-trained numbers are loaded",
-)
+@exercise.misconception("base copied")
 class BaseCopied(_Layer):
     def __init__(self, base, rank, alpha):
         super().__init__(copy.deepcopy(base), rank, alpha)
 
 
-@misconception(
-    "added into base.weight",
-    hint="base.weight is another after each call, and what was added stays. Who takes it out again, and what does autograd "
-    "see of it?",
-    source="loralib's layers do this on eval(), with a flag; without one, every call adds the update once more",
-)
+@exercise.misconception("added into base.weight")
 class AddedIntoBase(_Layer):
     def forward(self, x):
         self.base.weight.data += self.scaling * (self.B @ self.A).detach()
         return self.base(x)
 
 
-@misconception(
-    "float32 on the CPU",
-    hint="A and B were made without looking at base. What do torch.zeros and nn.Linear take if nothing is said?",
-    source="seen in public teaching code: torch.zeros(out_features, rank), which fails for a model on a GPU or in bfloat16",
-)
+@exercise.misconception("float32 on the CPU")
 class Float32OnTheCPU(_Layer):
     def matrices(self, rank):
         a, b = torch.randn(rank, self.base.in_features), torch.zeros(self.base.out_features, rank)
         return nn.Parameter(a), nn.Parameter(b)
 
 
-@misconception(
-    "float32 on base's device",
-    hint="On the device of base, but float32 whatever base is. What else does a tensor have, besides shape and device?",
-    source="seen in public teaching code: torch.zeros(...).to(device), and nothing about the dtype",
-)
+@exercise.misconception("float32 on base's device")
 class Float32(_Layer):
     def matrices(self, rank):
         return tuple(nn.Parameter(p.detach().float()) for p in super().matrices(rank))
 
 
-@misconception(
-    "samples in rows only",
-    hint="One vector, or a batch of sequences, does not get through. Which axis of the input do A's columns belong to, and "
-    "who cares about the axes before it?",
-    source="a line of reasoning: (B @ A @ x.T).T, written with the paper's column vectors in mind",
-)
+@exercise.misconception("samples in rows only")
 class SamplesInRowsOnly(_Layer):
     def update(self, x):
         return self.scaling * torch.mm(x, self.A.T).mm(self.B.T)
 
 
-@misconception(
-    "reshaped, not transposed",
-    hint="The shapes fit, the numbers are in other places. Take A = [[1, 2, 3], [4, 5, 6]]: what does your line make of it?",
-    source="a line of reasoning: view(in_features, rank), because the matrix product asked for that shape",
-)
+@exercise.misconception("reshaped, not transposed")
 class ReshapedNotTransposed(_Layer):
     def update(self, x):
         return self.scaling * (x @ self.A.view(self.A.T.shape) @ self.B.T)
-
-
-EXERCISE = Exercise(
-    number="6.1",
-    name="LoRALinear",
-    reference=Linear,
-    experiments=(FreshLayer(), TheUpdate(), Gradients(), WhatTrains(), BaseItself(), TakesWhatBaseTakes()),
-    misconceptions=(
-        *(NoScaling, AlphaAlone, OneOverRank, RankOverAlpha, BothZero, BothRandom, BiasTrains, BaseTrains),
-        *(ValuesInsteadOfParameters, UpdateUnderNoGrad, BaseUnderNoGrad, NotRegistered, TheSumIsScaled, AddedTwice),
-        *(BiasesInTheAdapter, ARandomBias, BaseCopied, AddedIntoBase, Float32OnTheCPU, Float32, SamplesInRowsOnly),
-        ReshapedNotTransposed,
-    ),
-    hints=(
-        "What is B A for a new layer, and what are the gradients of A and of B then, each a product with the other in it?",
-        "Make a layer, and print the name, shape, dtype and `requires_grad` of each of its parameters. Compare its output with "
-        "base's. Then fill A and B with ones and compare again, then with twice the alpha, and with an input of three axes.",
-        "y = base(x) + alpha / rank * (x A^T) B^T, where x may have any axes before its last. Freeze all of base. One of A and "
-        "B starts at zero, the other at random; both are nn.Parameter, made with the device and dtype of base.weight.",
-    ),
-)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn
 from grader.near import near
 from helpers import expect, lora
+
+exercise = Exercise(__name__, "6.4", lora.merged)
 
 SCALING = 3  # alpha / rank: a delta that is scaled again is three times as large
 
@@ -54,9 +56,8 @@ class _Language(nn.Module):
         return self.layers[1](torch.tanh(self.layers[0](self.embed(tokens))))
 
 
+@exercise.experiment("inside the block")
 class InsideTheBlock(Experiment):
-    """Inside the block the base layer alone computes W + delta, and so does the LoRA layer."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -77,9 +78,8 @@ class InsideTheBlock(Experiment):
         }
 
 
+@exercise.experiment("after the block")
 class AfterTheBlock(Experiment):
-    """After the block no layer is merged, also if the block ended with an error, which is not lost."""
-
     points = 3
 
     def draw(self, trial: Trial) -> dict:
@@ -111,9 +111,8 @@ class AfterTheBlock(Experiment):
         return facts | {"what came out of a block with an error": raw["error"]["came"]}
 
 
+@exercise.experiment("old bits")
 class OldBits(Experiment):
-    """Every base weight is the Parameter it was, bit for bit and frozen, in bfloat16 too."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -144,9 +143,8 @@ class OldBits(Experiment):
         }
 
 
+@exercise.experiment("not twice")
 class NotTwice(Experiment):
-    """A model of which any layer is merged already is refused, and stays as it is."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -180,9 +178,8 @@ class NotTwice(Experiment):
         }
 
 
+@exercise.experiment("tied weight")
 class TiedWeight(Experiment):
-    """A base weight that another module uses too is refused; one that merely has the same values is not."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -200,9 +197,8 @@ class TiedWeight(Experiment):
         }
 
 
+@exercise.experiment("nothing to merge")
 class NothingToMerge(Experiment):
-    """A model without LoRA layers is a ValueError."""
-
     def draw(self, trial: Trial) -> dict:
         return {"model": nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))}
 
@@ -327,11 +323,7 @@ def _restore(layer: lora.Linear, old: Tensor) -> None:
     layer.merged = False
 
 
-@misconception(
-    "delta subtracted again",
-    hint="In bfloat16 the weights came back with other bits. Add 1 to 0.001 in bfloat16 and take it away again: what is left?",
-    source="PEFT 0.21 and loralib 0.1.2 unmerge by subtraction",
-)
+@exercise.misconception("delta subtracted again")
 @contextmanager
 def delta_subtracted_again(model):
     layers = _check(model)
@@ -344,11 +336,7 @@ def delta_subtracted_again(model):
             _restore(layer, layer.base.weight.data.sub_(layer.delta().detach()))
 
 
-@misconception(
-    "flag never set",
-    hint="The base layer is right, and the LoRA layer counts the update twice. How does it know what is in the weight already?",
-    source="a line of reasoning: the weight is what matters; a checkpoint saved while merged counts twice in the same way",
-)
+@exercise.misconception("flag never set")
 @contextmanager
 def flag_never_set(model):
     layers = _check(model)
@@ -362,11 +350,7 @@ def flag_never_set(model):
             _restore(layer, weight)
 
 
-@misconception(
-    "flag left set",
-    hint="The weights are the old ones, and the layers leave their update out. What do they take themselves for?",
-    source="a line of reasoning: undo what was done to the weight, and forget what was said about it",
-)
+@exercise.misconception("flag left set")
 @contextmanager
 def flag_left_set(model):
     layers = _check(model)
@@ -378,11 +362,7 @@ def flag_left_set(model):
             layer.base.weight.data = weight
 
 
-@misconception(
-    "never undone",
-    hint="After the block all is as it was inside. Which line of yours runs when the block has ended?",
-    source="a line of reasoning: merging is made for deployment, where nobody goes back",
-)
+@exercise.misconception("never undone")
 @contextmanager
 def never_undone(model):
     for layer in _check(model):
@@ -390,11 +370,7 @@ def never_undone(model):
     yield
 
 
-@misconception(
-    "not undone after an error",
-    hint="A block that fails leaves the model merged. Where does Python go on when an error comes out of your `yield`?",
-    source="the documentation of contextlib: without try and finally the code after the yield is not run",
-)
+@exercise.misconception("not undone after an error")
 @contextmanager
 def not_undone_after_an_error(model):
     layers = _check(model)
@@ -404,11 +380,7 @@ def not_undone_after_an_error(model):
         _restore(layer, weight)
 
 
-@misconception(
-    "only errors caught",
-    hint="Interrupt a cell in the middle of the block and look. Is a KeyboardInterrupt an Exception?",
-    source="the documentation of exceptions: KeyboardInterrupt is no Exception, so that `except Exception` lets it pass",
-)
+@exercise.misconception("only errors caught")
 @contextmanager
 def only_errors_caught(model):
     layers = _check(model)
@@ -427,11 +399,7 @@ def only_errors_caught(model):
         undo()
 
 
-@misconception(
-    "error swallowed",
-    hint="The block failed, and nobody was told. What becomes of an exception that you catch?",
-    source="the documentation of __exit__: a true return value stops the exception",
-)
+@exercise.misconception("error swallowed")
 @contextmanager
 def error_swallowed(model):
     layers = _check(model)
@@ -444,11 +412,7 @@ def error_swallowed(model):
         _restore(layer, weight)
 
 
-@misconception(
-    "scaled again",
-    hint="The update counts alpha / rank times too much. What is in `delta()` already?",
-    source="a line of reasoning: weight += (B @ A) * scaling is how loralib merges, and delta() takes the place of B @ A",
-)
+@exercise.misconception("scaled again")
 @contextmanager
 def scaled_again(model):
     layers = _check(model)
@@ -460,11 +424,7 @@ def scaled_again(model):
             _restore(layer, weight)
 
 
-@misconception(
-    "one delta for all",
-    hint="One layer is right, and the others have got its update. How many updates does a model with three LoRA layers have?",
-    source="a line of reasoning: delta taken out of the loop, as it does not change",
-)
+@exercise.misconception("one delta for all")
 @contextmanager
 def one_delta_for_all(model):
     layers = _check(model)
@@ -478,11 +438,7 @@ def one_delta_for_all(model):
             _restore(layer, weight)
 
 
-@misconception(
-    "one weight kept",
-    hint="After the block all layers have the same weight. How many old weights does your code hold at its `yield`?",
-    source="a line of reasoning: one name, bound again in every turn of the loop",
-)
+@exercise.misconception("one weight kept")
 @contextmanager
 def one_weight_kept(model):
     layers = _check(model)
@@ -495,11 +451,7 @@ def one_weight_kept(model):
             _restore(layer, old.clone())
 
 
-@misconception(
-    "merged twice",
-    hint="A model that was merged already was accepted. What does its weight hold by then, and what if delta is added again?",
-    source="seen in public LoRA code: a merge that keeps no flag, so that a second call adds the update again",
-)
+@exercise.misconception("merged twice")
 @contextmanager
 def merged_twice(model):
     layers = _layers(model)
@@ -514,11 +466,7 @@ def merged_twice(model):
             _restore(layer, weight)
 
 
-@misconception(
-    "refusal that unmerges",
-    hint="The inner block was refused, and the outer was no longer merged. What runs when your own error is raised?",
-    source="a line of reasoning: everything goes into the try, the questions too",
-)
+@exercise.misconception("refusal that unmerges")
 @contextmanager
 def refusal_that_unmerges(model):
     layers = _layers(model)
@@ -537,11 +485,7 @@ def refusal_that_unmerges(model):
                 _restore(layer, weight)
 
 
-@misconception(
-    "changed before the error",
-    hint="The error came, and some layers had been merged by then. What must be known before the first weight changes?",
-    source="a line of reasoning: one loop that asks and merges, layer by layer",
-)
+@exercise.misconception("changed before the error")
 @contextmanager
 def changed_before_the_error(model):
     layers, old = _layers(model), []
@@ -558,11 +502,7 @@ def changed_before_the_error(model):
             _restore(layer, weight)
 
 
-@misconception(
-    "tied weight merged",
-    hint="The head was merged, and the embedding has the same weight. What does the embedding compute inside the block?",
-    source="PEFT 0.21 merges a tied head, and the embedding changes with it",
-)
+@exercise.misconception("tied weight merged")
 @contextmanager
 def tied_weight_merged(model):
     layers = _layers(model)
@@ -577,11 +517,7 @@ def tied_weight_merged(model):
             _restore(layer, weight)
 
 
-@misconception(
-    "equal taken for tied",
-    hint="Two weights with equal values were taken for one. If one of them changes, does the other?",
-    source="seen in a training library: parameters compared by value when they are added to an optimizer",
-)
+@exercise.misconception("equal taken for tied")
 @contextmanager
 def equal_taken_for_tied(model):
     layers = _check(model)
@@ -596,11 +532,7 @@ def equal_taken_for_tied(model):
             _restore(layer, weight)
 
 
-@misconception(
-    "the dtype of delta",
-    hint="In the block the weights of a bfloat16 model are float32. Which dtype has a sum of the two?",
-    source="PyTorch's documentation on type promotion; a layer then refuses the inputs it took before",
-)
+@exercise.misconception("the dtype of delta")
 @contextmanager
 def the_dtype_of_delta(model):
     layers = _check(model)
@@ -614,11 +546,7 @@ def the_dtype_of_delta(model):
             _restore(layer, weight)
 
 
-@misconception(
-    "a new Parameter afterwards",
-    hint="The values are the old ones, the Parameter is not, and it wants a gradient. Who else holds the one that was there?",
-    source="a line of reasoning: nn.Parameter(old) on the way back, which needs a gradient by default",
-)
+@exercise.misconception("a new Parameter afterwards")
 @contextmanager
 def a_new_parameter_afterwards(model):
     layers = _check(model)
@@ -631,11 +559,7 @@ def a_new_parameter_afterwards(model):
             layer.merged = False
 
 
-@misconception(
-    "the addition recorded",
-    hint="The weight needs a gradient now, though it is frozen. What does autograd make of an addition of something trainable?",
-    source="a line of reasoning: the weight is frozen, so add_ outside no_grad does no harm; it raises nothing",
-)
+@exercise.misconception("the addition recorded")
 @contextmanager
 def the_addition_recorded(model):
     layers = _check(model)
@@ -651,11 +575,7 @@ def the_addition_recorded(model):
             _restore(layer, weight)
 
 
-@misconception(
-    "no gradients in the block",
-    hint="Inside the block nothing records gradients any more. Where does your no_grad end, before the `yield` or after it?",
-    source="a line of reasoning: with torch.no_grad() around all of the function, its yield included",
-)
+@exercise.misconception("no gradients in the block")
 @contextmanager
 def no_gradients_in_the_block(model):
     layers = _check(model)
@@ -668,11 +588,7 @@ def no_gradients_in_the_block(model):
                 _restore(layer, weight)
 
 
-@misconception(
-    "nothing merged, nothing said",
-    hint="A model without LoRA layers passes. What will be deployed by somebody who forgot to put them in?",
-    source="a line of reasoning: a loop over no layers does nothing and complains of nothing",
-)
+@exercise.misconception("nothing merged, nothing said")
 @contextmanager
 def nothing_merged_nothing_said(model):
     layers = _layers(model)
@@ -682,30 +598,3 @@ def nothing_merged_nothing_said(model):
     finally:
         for layer, weight in zip(layers, old, strict=True):
             _restore(layer, weight)
-
-
-EXERCISE = Exercise(
-    number="6.4",
-    name="merged",
-    reference=lora.merged,
-    experiments=(InsideTheBlock(), AfterTheBlock(), OldBits(), NotTwice(), TiedWeight(), NothingToMerge()),
-    misconceptions=(
-        *(delta_subtracted_again, flag_never_set, flag_left_set, never_undone, not_undone_after_an_error),
-        *(only_errors_caught, error_swallowed, scaled_again, one_delta_for_all, one_weight_kept, merged_twice),
-        *(refusal_that_unmerges, changed_before_the_error, tied_weight_merged, equal_taken_for_tied),
-        *(
-            the_dtype_of_delta,
-            a_new_parameter_afterwards,
-            the_addition_recorded,
-            no_gradients_in_the_block,
-            nothing_merged_nothing_said,
-        ),
-    ),
-    hints=(
-        "What do you have to know when the block ends that can no longer be computed by then?",
-        "Compare torch.equal of a base weight before and after in bfloat16. Then end the block with an error, open one "
-        "inside another, and merge a head whose weight is the embedding's: what does the embedding give?",
-        "Look at all layers before you change one: flags, and for each base weight how many modules of the model hold that "
-        "very Parameter. Keep a clone of each weight, add delta under no_grad, and put the clones back in a `finally`.",
-    ),
-)

@@ -17,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, misconception
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn
 from grader.near import near
 from helpers import expect
 from helpers.adapters import AdapterFile
+
+exercise = Exercise(__name__, "6.6", AdapterFile)
 
 State = dict[str, Tensor]
 SAVED, AS_BEFORE = "those saved", "as they were before"
@@ -82,9 +84,8 @@ def _another(model: nn.Module) -> nn.Module:
     return other
 
 
+@exercise.experiment("comes back")
 class ComesBack(Experiment):
-    """Loaded into another copy of the model, the file makes it compute what the trained model computes."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -118,9 +119,8 @@ class ComesBack(Experiment):
         }
 
 
+@exercise.experiment("only what trains")
 class OnlyWhatTrains(Experiment):
-    """The file holds what was trained, each tensor once and as it is, and nothing else."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -157,9 +157,8 @@ class OnlyWhatTrains(Experiment):
         return {"the file": kind} | facts | {"another copy gets it back": back}
 
 
+@exercise.experiment("names that differ")
 class NamesThatDiffer(Experiment):
-    """A tensor too many or too few is a ValueError that names it, and the model is as it was."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -191,9 +190,8 @@ class NamesThatDiffer(Experiment):
         }
 
 
+@exercise.experiment("shapes that differ")
 class ShapesThatDiffer(Experiment):
-    """An adapter of another rank is a ValueError that names it, and the model is as it was."""
-
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -216,9 +214,8 @@ class ShapesThatDiffer(Experiment):
         return {"rank 1 in the file, more in the model, in the last layer": raw["shape"]["message"]}
 
 
+@exercise.experiment("goes on training")
 class GoesOnTraining(Experiment):
-    """An optimizer that was built before `load` goes on training the model."""
-
     def draw(self, trial: Trial) -> dict:
         trained = _network(trial)
         return {"trained": trained, "other": _another(trained)}
@@ -248,9 +245,8 @@ class GoesOnTraining(Experiment):
         }
 
 
+@exercise.experiment("the models own")
 class TheModelsOwn(Experiment):
-    """A frozen copy in another dtype gets the numbers, and keeps its dtype and its flags."""
-
     def draw(self, trial: Trial) -> dict:
         trained = _network(trial)
         return {"trained": trained, "other": _another(trained).double().requires_grad_(False)}
@@ -275,9 +271,8 @@ class TheModelsOwn(Experiment):
         }
 
 
+@exercise.experiment("failed save")
 class FailedSave(Experiment):
-    """A save that fails half-way raises, and leaves the old file."""
-
     def draw(self, trial: Trial) -> dict:
         first = _network(trial)
         return {"first": first, "second": _another(first), "other": _another(first)}
@@ -508,12 +503,7 @@ class _File:
             own[name].copy_(tensors[name])
 
 
-@misconception(
-    "the whole model saved",
-    hint="The file is as large as that of the whole model. Print the names of what it holds: which of these tensors did "
-    "training change?",
-    source="the README of a public LoRA package: save your model as usual, torch.save(model.state_dict(), path)",
-)
+@exercise.misconception("the whole model saved")
 class TheWholeModelSaved(_File):
     def save(self, model):
         self.write({name: tensor.clone() for name, tensor in model.state_dict().items()})
@@ -522,11 +512,7 @@ class TheWholeModelSaved(_File):
         return dict(model.named_parameters(remove_duplicate=False))
 
 
-@misconception(
-    "the head forgotten",
-    hint="The adapters come back, the head does not, and was trained as well. By what does your code recognise what trains?",
-    source="loralib's lora_state_dict: with bias='none', its default, it keeps the names with lora_ in them, and no head",
-)
+@exercise.misconception("the head forgotten")
 class TheHeadForgotten(_File):
     def chosen(self, model):
         return {name: tensor for name, tensor in super().chosen(model).items() if name.endswith((".A", ".B"))}
@@ -535,12 +521,7 @@ class TheHeadForgotten(_File):
         super().compare_names(model, {name: tensor for name, tensor in tensors.items() if name.endswith((".A", ".B"))})
 
 
-@misconception(
-    "names without their layer",
-    hint="All layers have the adapter of the last one after load. How many tensors are called A, and how many of them are in "
-    "the file?",
-    source="a line of reasoning: a loop over the adapters that stores each under its own short name",
-)
+@exercise.misconception("names without their layer")
 class NamesWithoutTheirLayer(_File):
     def chosen(self, model):
         return {name.split(".")[-1]: parameter for name, parameter in super().chosen(model).items()}
@@ -564,23 +545,13 @@ def _unfrozen(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if "stem" not in name and ".base." not in name]
 
 
-@misconception(
-    "load_state_dict with strict=False, and nothing else",
-    hint="A name that is only in the file or only in the model passes without a word. What does `load_state_dict` return, and "
-    "who looks at it?",
-    source="loralib's README: model.load_state_dict(torch.load('ckpt_lora.pt'), strict=False)",
-)
+@exercise.misconception("load_state_dict with strict=False, and nothing else")
 class StrictFalse(_File):
     def load(self, model):
         model.load_state_dict(load_file(self.path), strict=False)
 
 
-@misconception(
-    "shapes left to load_state_dict",
-    hint="Another rank raises a RuntimeError, and by then the first layer has its new numbers. When does `load_state_dict` "
-    "raise, before the first copy or after the last?",
-    source="the code of load_state_dict: a shape that differs is put on a list, which is raised after everything was copied",
-)
+@exercise.misconception("shapes left to load_state_dict")
 class ShapesLeftToLoadStateDict(_File):
     def load(self, model):
         tensors = load_file(self.path)
@@ -588,21 +559,13 @@ class ShapesLeftToLoadStateDict(_File):
         model.load_state_dict(tensors, strict=False)
 
 
-@misconception(
-    "names not compared",
-    hint="A file that fits only in part is loaded in part, silently. Which names are in one of the two and not in the other?",
-    source="a line of reasoning: if name in tensors, as a guard against a KeyError",
-)
+@exercise.misconception("names not compared")
 class NamesNotCompared(_File):
     def compare_names(self, model, tensors):
         pass
 
 
-@misconception(
-    "a tensor too many goes unnoticed",
-    hint="The file holds a tensor that the model has no place for, and nobody says so. In which direction do you compare?",
-    source="a line of reasoning: a loop over the model's parameters never meets what only the file has",
-)
+@exercise.misconception("a tensor too many goes unnoticed")
 class ATensorTooMany(_File):
     def compare_names(self, model, tensors):
         for name in self.chosen(model):
@@ -610,11 +573,7 @@ class ATensorTooMany(_File):
                 raise ValueError(f"not in the file: {name}")
 
 
-@misconception(
-    "a tensor too few goes unnoticed",
-    hint="Something that trains kept its random start, and nobody says so. In which direction do you compare?",
-    source="a line of reasoning: a loop over the file's tensors never meets what only the model has",
-)
+@exercise.misconception("a tensor too few goes unnoticed")
 class ATensorTooFew(_File):
     def compare_names(self, model, tensors):
         for name in tensors:
@@ -622,21 +581,13 @@ class ATensorTooFew(_File):
                 raise ValueError(f"not in the model: {name}")
 
 
-@misconception(
-    "shapes not compared",
-    hint="A file of rank 1 went into a model of a higher rank. What does copy_ do with a (1, n) tensor and a (3, n) parameter?",
-    source="the documentation of Tensor.copy_: the source must be broadcastable with the tensor",
-)
+@exercise.misconception("shapes not compared")
 class ShapesNotCompared(_File):
     def compare_shapes(self, model, tensors):
         pass
 
 
-@misconception(
-    "changed before the error",
-    hint="The error came, and the model is neither what it was nor what the file says. How much had been copied by then?",
-    source="the code of load_state_dict: it copies module by module, collects what is wrong, and raises at the end",
-)
+@exercise.misconception("changed before the error")
 class ChangedBeforeTheError(_File):
     @torch.no_grad()
     def load(self, model):
@@ -648,12 +599,7 @@ class ChangedBeforeTheError(_File):
         self.compare_shapes(model, tensors)
 
 
-@misconception(
-    "shapes compared while copying",
-    hint="Another rank in the last layer is noticed when the first layer has its new numbers. What could be known before "
-    "the first copy?",
-    source="a line of reasoning: names are compared first, and each shape when its turn comes",
-)
+@exercise.misconception("shapes compared while copying")
 class ShapesComparedWhileCopying(_File):
     @torch.no_grad()
     def load(self, model):
@@ -665,11 +611,7 @@ class ShapesComparedWhileCopying(_File):
                 parameter.copy_(tensors[name])
 
 
-@misconception(
-    "new Parameter objects",
-    hint="The numbers are right, and the optimizer's next step does not reach the model. Which objects does it hold?",
-    source="a line of reasoning: setattr with a new nn.Parameter, or load_state_dict(..., assign=True)",
-)
+@exercise.misconception("new Parameter objects")
 class NewParameterObjects(_File):
     def put(self, model, tensors):
         for name, tensor in tensors.items():
@@ -681,32 +623,20 @@ class NewParameterObjects(_File):
                         setattr(parent, child, new)
 
 
-@misconception(
-    "the file's dtype taken over",
-    hint="A float64 model has float32 adapters after load. Whose dtype do you want, and what does an assignment to `.data` do?",
-    source="a line of reasoning: parameter.data = tensor keeps the Parameter object, and replaces all else",
-)
+@exercise.misconception("the file's dtype taken over")
 class TheFilesDtype(_File):
     def put(self, model, tensors):
         for name, tensor in tensors.items():
             model.get_parameter(name).data = tensor
 
 
-@misconception(
-    "only into what trains",
-    hint="A copy that is frozen because it only serves cannot load the file. Does a parameter's flag say whether it is there?",
-    source="a line of reasoning: the same filter in load as in save",
-)
+@exercise.misconception("only into what trains")
 class OnlyIntoWhatTrains(_File):
     def own(self, model):
         return self.chosen(model)
 
 
-@misconception(
-    "a shared weight saved twice",
-    hint="One weight stands in the file under two names. Under how many does `state_dict` list it, and `named_parameters`?",
-    source="safetensors' issue tracker: save_file refuses tensors that share memory, and a clone of each gets past it",
-)
+@exercise.misconception("a shared weight saved twice")
 class ASharedWeightTwice(_File):
     def own(self, model):
         return dict(model.named_parameters(remove_duplicate=False))
@@ -715,21 +645,13 @@ class ASharedWeightTwice(_File):
         return {name: parameter.clone() for name, parameter in self.own(model).items() if parameter.requires_grad}
 
 
-@misconception(
-    "everything in float32",
-    hint="A float64 parameter comes back rounded. What is the dtype of each tensor in the file, and who chose it?",
-    source="a line of reasoning: .float(), because numpy has no bfloat16",
-)
+@exercise.misconception("everything in float32")
 class EverythingInFloat32(_File):
     def save(self, model):
         self.write({name: tensor.detach().float().contiguous() for name, tensor in self.chosen(model).items()})
 
 
-@misconception(
-    "a pickle in place of safetensors",
-    hint="The file is a pickle. What may happen when somebody else loads it, and which function of safetensors writes tensors?",
-    source="loralib's README: torch.save(lora.lora_state_dict(model), checkpoint_path)",
-)
+@exercise.misconception("a pickle in place of safetensors")
 class APickle(_File):
     def write(self, tensors):
         draft = self.path.with_name(self.path.name + ".part")
@@ -743,36 +665,7 @@ class APickle(_File):
         self.put(model, tensors)
 
 
-@misconception(
-    "written over the old file",
-    hint="The disk was full half-way through, and now there is neither the new file nor the old. Where did you write?",
-    source="a line of reasoning: saving to the same path again replaces the file, if nothing goes wrong",
-)
+@exercise.misconception("written over the old file")
 class WrittenOverTheOldFile(_File):
     def write(self, tensors):
         save_file(tensors, self.path)
-
-
-EXERCISE = Exercise(
-    number="6.6",
-    name="AdapterFile",
-    reference=AdapterFile,
-    experiments=(
-        *(ComesBack(), OnlyWhatTrains(), NamesThatDiffer(), ShapesThatDiffer()),
-        *(GoesOnTraining(), TheModelsOwn(), FailedSave()),
-    ),
-    misconceptions=(
-        *(TheWholeModelSaved, TheHeadForgotten, NamesWithoutTheirLayer, StrictFalse),
-        *(ShapesLeftToLoadStateDict, NamesNotCompared, ATensorTooMany),
-        *(ATensorTooFew, ShapesNotCompared, ChangedBeforeTheError, ShapesComparedWhileCopying, NewParameterObjects),
-        *(TheFilesDtype, OnlyIntoWhatTrains, ASharedWeightTwice, EverythingInFloat32, APickle, WrittenOverTheOldFile),
-    ),
-    hints=(
-        "Which tensors did training change, and what about a parameter says so? Which of them would another copy of the "
-        "pre-trained model not have?",
-        "Save from a model, then load into one whose head has no bias, and into one whose last layer has another rank. Print "
-        "what was raised, and compare every parameter with what it was. Then look at the file's names with load_file.",
-        "Save {name: parameter} of `named_parameters()` where `requires_grad`, with save_file under another name, then rename. "
-        "To load: compare both sets of names, then all shapes, and only then copy_ each tensor into its parameter.",
-    ),
-)

@@ -162,14 +162,14 @@ def all_with_a_graph_and_the_biased_variance(x, layer):
     return _finish(x, layer, mean, var)
 
 
-RIGHT = [
+CORRECT = [
     *(flattened_to_rows, channel_by_channel, folded_into_scale_and_shift, by_its_own_state),
     *(the_layer_itself, the_function_behind_the_layer),
 ]
-AGAIN = {
+REWRITTEN = {
     "each sample on its own": as_layer_norm_does,
 }
-BOTH = [
+COMBINED = [
     ({"biased running variance", "momentum the other way round"}, biased_and_backwards),
     ({"unbiased variance normalises", "momentum the other way round"}, unbiased_and_backwards),
     ({"batch statistics in eval mode", "biased running variance"}, batch_statistics_always_and_biased_stored),

@@ -266,15 +266,15 @@ def momentum_zero_and_forgotten(model):
     return back
 
 
-RIGHT = [
+CORRECT = [
     *(another_class_for_each, eval_before_every_forward, constants_in_forward, Replace),
     *(watched_from_the_top, train_with_a_memory),
 ]
-AGAIN = {
+REWRITTEN = {
     "requires_grad=False alone": parameters_of_the_norms,
     "statistics that stand still": statistics_not_tracked,
 }
-BOTH = [
+COMBINED = [
     ({"affine still trains", "BatchNorm2d only"}, affine_of_images_only),
     ({"found by name", "undo unfreezes everything"}, by_name_and_all_flags_true),
     ({"eval() once", "undo unfreezes everything"}, eval_once_and_all_flags_true),

@@ -190,15 +190,15 @@ def old_gradients_and_still(layer, x):
     return answer
 
 
-RIGHT = [
+CORRECT = [
     *(in_place_and_put_back, other_stored_statistics, GradientsBetweenRows(), by_formula, functional),
     against_eval_mode,
 ]
-AGAIN = {
+REWRITTEN = {
     "the mode read off": mode_of_the_copy,
     "settings read off": what_torch_goes_by,
 }
-BOTH = [
+COMBINED = [
     ({"requires_grad read off", "left as the test leaves it"}, flags_and_nothing_put_back),
     ({"requires_grad read off", "measured in the mode it was found in"}, settings_as_it_came),
     ({"still taken for used", "an old gradient taken for a new one"}, old_gradients_and_still),

@@ -162,12 +162,12 @@ def state_dict_without_clones(model, action):
     return [name for name, tensor in model.state_dict().items() if not _same(before[name], tensor)]
 
 
-RIGHT = [against_a_copy_of_the_model, by_fingerprint, in_numpy, Watch(), module_by_module, saved_to_memory]
-AGAIN = {
+CORRECT = [against_a_copy_of_the_model, by_fingerprint, in_numpy, Watch(), module_by_module, saved_to_memory]
+REWRITTEN = {
     "parameters only": list_of_parameters,
     "running mean and variance only": statistics_by_attribute,
 }
-BOTH = [
+COMBINED = [
     ({"state dict only", "order of the state dict", "NaN differs from itself"}, naive_state_dict),
     ({"totals compared", "NaN differs from itself"}, sums),
     ({"nearly equal is equal", "NaN differs from itself"}, naive_allclose),

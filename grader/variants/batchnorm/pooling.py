@@ -121,12 +121,12 @@ def float32_squares_divided_by_n(batches):
     return total / n, squares / n - (total / n) ** 2
 
 
-RIGHT = [
+CORRECT = [
     *(sums_in_float64, deviations_from_the_first_value, welford, summaries_first_and_then_all_at_once),
     *(in_numpy, float32_all_the_way),
 ]
-AGAIN = {}
-BOTH = [
+REWRITTEN = {}
+COMBINED = [
     ({"mean of the batches' means", "spread between batches lost"}, both_averaged),
     ({"divided by n", "all batches kept"}, textbook_with_n_and_all_in_memory),
     ({"difference of two large numbers", "divided by n"}, float32_squares_divided_by_n),

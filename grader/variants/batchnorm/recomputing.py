@@ -248,12 +248,12 @@ def momentum_one_and_dropout_on(model, batches):
             model(batch)
 
 
-RIGHT = [
+CORRECT = [
     *(hooks_that_add_up, read_off_with_momentum_one, on_a_copy, one_layer_at_a_time_with_cat),
     *(forward_replaced_for_a_while, without_running_buffers),
 ]
-AGAIN = {}
-BOTH = [
+REWRITTEN = {}
+COMBINED = [
     (
         {"mean of the batches' statistics", "momentum left changed", "all in eval mode at the end"},
         as_for_averaged_weights_and_then_eval,

@@ -214,14 +214,14 @@ def by_element_and_broadcast(model, exported, inputs, batch_sizes):
     return worst
 
 
-RIGHT = [running_worst, of_a_copy, inside_a_context, Report()]
-AGAIN = {
+CORRECT = [running_worst, of_a_copy, inside_a_context, Report()]
+REWRITTEN = {
     "each element by itself": ratio_with_epsilon,
     "not relative": as_a_tolerance_would,
     "an average": norms,
     "differences with their sign": largest_then_absolute,
 }
-BOTH = [
+COMBINED = [
     ({"not relative", "left in eval mode"}, absolute_and_in_eval_mode),
     ({"an average", "the refusal passed on"}, mean_and_no_refusal),
     ({"each element by itself", "shapes that broadcast"}, by_element_and_broadcast),

@@ -68,9 +68,9 @@ def never_back_in_train_mode(model, example, path):
     saved_afterwards(model, example, path)
 
 
-RIGHT = [of_a_copy, saved_afterwards, ThroughAProgram()]
-AGAIN = {"left in eval mode": never_back_in_train_mode}
-BOTH = [
+CORRECT = [of_a_copy, saved_afterwards, ThroughAProgram()]
+REWRITTEN = {"left in eval mode": never_back_in_train_mode}
+COMBINED = [
     (
         {
             "the example's batch size only",

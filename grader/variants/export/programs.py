@@ -78,12 +78,12 @@ def dynamic_and_left(model, example):
     return export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},))
 
 
-RIGHT = [on_a_copy, modes_by_name, WithShapesCollection(), expanded]
-AGAIN = {
+CORRECT = [on_a_copy, modes_by_name, WithShapesCollection(), expanded]
+REWRITTEN = {
     "left in eval mode": switched_for_good,
     "not restored after an error": flags_put_back_last,
 }
-BOTH = [
+COMBINED = [
     ({"the example's batch size only", "train mode exported"}, the_first_page_of_the_tutorial),
     ({"one row refused", "left in eval mode"}, dynamic_and_left),
 ]

@@ -122,9 +122,9 @@ def mean_of_every_call(functions, rounds, clock):
     return {name: mean(column) for name, column in times.items()}
 
 
-RIGHT = [two_loops, a_table, in_random_order, one_reading_between_two, stopwatches]
-AGAIN = {}
-BOTH = [
+CORRECT = [two_loops, a_table, in_random_order, one_reading_between_two, stopwatches]
+REWRITTEN = {}
+COMBINED = [
     ({"one after the other", "the mean"}, the_usual_loop),
     ({"no warm-up", "the shortest"}, shortest_without_warm_up),
     ({"warm-up timed too", "the mean"}, mean_of_every_call),

@@ -71,9 +71,9 @@ def script_as_it_is(model, example):
     return torch.jit.script(model)
 
 
-RIGHT = [on_a_copy, modes_in_a_list, ByCallbacks(), frozen_constants]
-AGAIN = {}
-BOTH = [
+CORRECT = [on_a_copy, modes_in_a_list, ByCallbacks(), frozen_constants]
+REWRITTEN = {}
+COMBINED = [
     ({"always traced", "left in eval mode"}, the_usual_three_lines),
     ({"always scripted", "train mode exported"}, script_as_it_is),
 ]

@@ -223,14 +223,14 @@ def printed_both(folder, compute, backbone, images, settings):
     return _store(folder / name[:16] / "features.npy", lambda: compute(backbone, images, **settings))
 
 
-RIGHT = [by_torch_save, by_numpy, by_looking_at_every_file, by_one_text_file, by_a_database, InSubfolders()]
-AGAIN = {
+CORRECT = [by_torch_save, by_numpy, by_looking_at_every_file, by_one_text_file, by_a_database, InSubfolders()]
+REWRITTEN = {
     "buffers not in the key": named_parameters_only,
     "weights as they are printed in the key": printed_weights,
     "more than contents in the key": named_by_a_pickle,
     "a key for one kernel": NamedByHash(),
 }
-BOTH = [
+COMBINED = [
     ({"buffers not in the key", "settings not in the key"}, parameters_and_images),
     ({"damaged file believed", "file made before the features"}, opened_first),
     ({"weights as they are printed in the key", "images as they are printed in the key"}, printed_both),

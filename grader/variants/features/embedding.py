@@ -171,14 +171,14 @@ def one_batch(encoder, tokenizer, texts, batch_size):
     return into_a_table(encoder, tokenizer, texts, len(texts))
 
 
-RIGHT = [into_a_table, one_at_a_time, Embedder(), tokenized_once, pairs_sorted_back]
-AGAIN = {
+CORRECT = [into_a_table, one_at_a_time, Embedder(), tokenized_once, pairs_sorted_back]
+REWRITTEN = {
     "everything at once": one_batch,
     "order not put back": longest_first_and_never_back,
     "put back with the wrong permutation": twice_forward,
     "batches in the order of the texts": as_they_come,
 }
-BOTH = [
+COMBINED = [
     ({"mask not given to the encoder", "batches in the order of the texts"}, unmasked_and_unsorted),
     ({"order not put back", "not normalised"}, sorted_and_not_normalised),
     ({"mask not given to the encoder", "padding pooled"}, no_mask_anywhere),

@@ -94,11 +94,11 @@ def at_once_and_put_back_with_train(backbone, images, batch_size):
     return features
 
 
-RIGHT = [on_a_copy, into_a_table, one_at_a_time, on_a_pickled_copy, Extractor()]
-AGAIN = {
+CORRECT = [on_a_copy, into_a_table, one_at_a_time, on_a_pickled_copy, Extractor()]
+REWRITTEN = {
     "train mode during extraction": still_training,
 }
-BOTH = [
+COMBINED = [
     ({"train mode during extraction", "last batch dropped"}, train_mode_and_short),
     ({"graph kept", "left in eval mode"}, graph_and_eval_for_good),
     ({"everything at once", "put back with train()"}, at_once_and_put_back_with_train),

@@ -131,13 +131,13 @@ def last_layer_in_place(model, name):
     return model
 
 
-RIGHT = [with_a_pre_hook, by_torchvision, by_cutting_the_graph, put_back_afterwards, UpToTheHead, head_that_passes_on]
-AGAIN = {
+CORRECT = [with_a_pre_hook, by_torchvision, by_cutting_the_graph, put_back_afterwards, UpToTheHead, head_that_passes_on]
+REWRITTEN = {
     "output of the head": what_the_model_gives,
     "whole classifier removed": classifier_made_empty,
     "always fc": wrapped_after_fc,
 }
-BOTH = [
+COMBINED = [
     ({"head removed in place", "model put into eval mode"}, in_place_and_eval),
     ({"whole classifier removed", "model put into eval mode"}, whole_classifier_of_a_model_in_eval_mode),
     ({"head removed in place", "always fc"}, fc_in_place),

@@ -75,13 +75,13 @@ def first_that_counts(hidden, attention_mask):
     return torch.stack([states[0] if own.any() else states.new_zeros(len(states[0])) for states, own in rows])
 
 
-RIGHT = [text_by_text, by_where, in_numpy, by_lengths, in_place_on_a_copy, Pool()]
-AGAIN = {
+CORRECT = [text_by_text, by_where, in_numpy, by_lengths, in_place_on_a_copy, Pool()]
+REWRITTEN = {
     "first token in place of the mean": first_that_counts,
     "divided by the padded length": mean_of_zeroed,
     "not divided": added_up,
 }
-BOTH = [
+COMBINED = [
     ({"padding multiplied by zero", "divided by zero"}, weights_from_the_mask),
     ({"padding multiplied by zero", "divided by the padded length"}, product_and_padded_length),
     ({"mask ignored", "not divided"}, sum_of_all),

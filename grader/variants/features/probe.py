@@ -117,13 +117,13 @@ def seen_classes_and_decay_for_all(features, labels, classes, penalty):
     return _descend(features, labels, len(labels.unique()), F.cross_entropy, penalty, penalty)
 
 
-RIGHT = [by_gradient_descent, by_hand, until_the_gradient_is_small, by_scikit_learn, by_adam]
-AGAIN = {
+CORRECT = [by_gradient_descent, by_hand, until_the_gradient_is_small, by_scikit_learn, by_adam]
+REWRITTEN = {
     "penalty on the bias too": decay_for_all,
     "penalty not halved": decay_twice,
     "sum in place of mean": penalty_of_one_example,
 }
-BOTH = [
+COMBINED = [
     ({"penalty not halved", "penalty on the bias too"}, decay_twice_for_all),
     ({"softmax before cross-entropy", "penalty not halved"}, double_softmax_decay_twice),
     ({"classes counted from the labels", "penalty on the bias too"}, seen_classes_and_decay_for_all),

@@ -213,15 +213,15 @@ def so_many_words(vocabulary, texts, max_length):
     return by_regular_expressions(vocabulary, [" ".join(text.split()[: max_length - 2]) for text in texts], 10**6)
 
 
-RIGHT = [by_regular_expressions, by_recursion, into_arrays, Tokenizer()]
-AGAIN = {
+CORRECT = [by_regular_expressions, by_recursion, into_arrays, Tokenizer()]
+REWRITTEN = {
     "words counted in place of tokens": so_many_words,
     "mask all ones": ones_of_that_shape,
     "mask from numbers that are not 0": where_there_is_a_number,
     "padding taken to be number 0": filled_with_zeros,
     "shortest piece first": shortest_by_growing,
 }
-BOTH = [
+COMBINED = [
     ({"[SEP] cut off", "mask all ones"}, sep_and_mask),
     ({"padded to max_length", "padded with number 0"}, in_a_table_of_zeros),
     ({"## forgotten", "padded to max_length"}, no_mark_and_max_length),

@@ -158,13 +158,13 @@ def logits_not_normalised_in_eval_mode(weights, model, images, k):
         return _top(weights, model.eval()(torch.stack(batch)), k)
 
 
-RIGHT = [one_image_at_a_time, in_numpy_on_a_copy, through_pillow, BySize(), typed_after_the_presets_sizes]
-AGAIN = {
+CORRECT = [one_image_at_a_time, in_numpy_on_a_copy, through_pillow, BySize(), typed_after_the_presets_sizes]
+REWRITTEN = {
     "ImageNet's mean and std": numbers_from_memory,
     "least likely": first_of_the_sorted,
     "not normalised": divided_by_255,
 }
-BOTH = [
+COMBINED = [
     ({"ImageNet's mean and std", "other sizes than the preset's"}, all_by_hand),
     ({"logits for probabilities", "train mode"}, logits_in_train_mode),
     ({"softmax over the images", "categories in alphabetical order"}, sorted_names_over_the_images),

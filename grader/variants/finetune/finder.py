@@ -318,10 +318,10 @@ def modes_and_gradients_left(model, optimizer, batches, lowest, highest):
     return result
 
 
-RIGHT = [
+CORRECT = [
     *(state_dicts_in_a_finally, a_schedule_on_copies, written_to_memory, tensor_by_tensor, OptimizerOfItsOwn),
 ]
-AGAIN = {
+REWRITTEN = {
     "learning rates in equal steps": steps_of_one_size,
     "from highest to lowest": falling,
     "loss noted after the step": measured_once_more,
@@ -333,7 +333,7 @@ AGAIN = {
     "model kept without a copy": copied_one_level_deep,
     "moments kept without a copy": optimizer_copied_one_level_deep,
 }
-BOTH = [
+COMBINED = [
     ({"optimizer forgotten", "modes left", "gradients left"}, model_kept_and_nothing_else),
     ({"model kept without a copy", "moments kept without a copy"}, both_kept_without_a_copy),
     ({"learning rates in equal steps", "no early stop"}, equal_steps_to_the_last_batch),

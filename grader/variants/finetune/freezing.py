@@ -191,14 +191,14 @@ def unfreezing_without_a_check(model, names):
     return names
 
 
-RIGHT = [looked_up_then_switched, by_identity, by_pattern, down_the_tree, PutBackIfNotFound(), by_every_name_it_has]
-AGAIN = {
+CORRECT = [looked_up_then_switched, by_identity, by_pattern, down_the_tree, PutBackIfNotFound(), by_every_name_it_has]
+REWRITTEN = {
     "beginning of a name": first_letters,
     "part of a name": found_anywhere,
     "only unfreezing": nothing_frozen_first,
     "no flag set": flags_of_the_state_dict,
 }
-BOTH = [
+COMBINED = [
     ({"beginning of a name", "shared weight by its first name", "unknown name ignored"}, the_usual_loop),
     ({"only freezing", "eval mode too"}, freezing_and_evaluating),
     ({"attribute of a module", "unknown name ignored"}, module_attribute_and_no_check),

@@ -176,12 +176,12 @@ def one_lr_for_all(model, lr, factor, weight_decay, stages):
     return [{"params": model.parameters(), "lr": lr, "weight_decay": weight_decay}]
 
 
-RIGHT = [stage_by_stage, one_group_each, from_the_head_down, ByModules(), with_itertools, built_up_in_an_optimizer]
-AGAIN = {
+CORRECT = [stage_by_stage, one_group_each, from_the_head_down, ByModules(), with_itertools, built_up_in_an_optimizer]
+REWRITTEN = {
     "forgotten stem": starts_at_the_first_name,
     "only what the stages hold": named_modules_alone,
 }
-BOTH = [
+COMBINED = [
     ({"forgotten stem", "decay on everything"}, stem_forgotten_and_decay_for_all),
     ({"order turned round", "only what the stages hold"}, from_the_stem_and_only_named),
     ({"head divided too", "norms by the letters bn"}, head_divided_and_names),

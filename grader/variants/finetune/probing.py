@@ -151,16 +151,16 @@ def fc_replaced(model, head, inputs, labels, penalty):
     model.fc = linear_probe(extract(drop_head(model, "fc"), inputs), labels, model.fc.out_features, penalty)
 
 
-RIGHT = [
+CORRECT = [
     *(by_copying_values, with_a_hook, trained_in_place, by_gradient_descent, by_scikit_learn, identity_for_a_moment),
 ]
-AGAIN = {
+REWRITTEN = {
     "features in train mode": batches_in_train_mode,
     "the model itself run in train mode": no_grad_in_place_of_eval,
     "layer replaced": put_in_its_place,
     "parameters replaced": assigned_by_load_state_dict,
 }
-BOTH = [
+COMBINED = [
     ({"layer replaced", "classes counted from the labels"}, replaced_with_fewer_outputs),
     ({"layer replaced", "left in eval mode"}, replaced_and_left_in_eval_mode),
     ({"features in train mode", "penalty ignored"}, train_mode_and_no_penalty),

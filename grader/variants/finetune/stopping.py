@@ -224,12 +224,12 @@ class NoneAndLive:
         self.model.load_state_dict(self.state)
 
 
-RIGHT = [Counting, History, in_a_closure, Remembering, AsVectors, AsGenerator]
-AGAIN = {
+CORRECT = [Counting, History, in_a_closure, Remembering, AsVectors, AsGenerator]
+REWRITTEN = {
     "bad scores added up": NeverSetBack,
     "the first score is the best, even NaN": HighestOfAll,
 }
-BOTH = [
+COMBINED = [
     ({"a tie taken as better", "one score too many"}, TieAndOneMore),
     ({"buffers forgotten", "new Parameter objects"}, ParametersReplaced),
     ({"the last state kept", "bad scores added up"}, LastAndTotal),

@@ -155,14 +155,14 @@ def cleared_and_an_empty_group(optimizer, parameters, lr):
     optimizer.state.clear()
 
 
-RIGHT = [
+CORRECT = [
     *(a_set_of_parameters, a_group_for_each, written_into_the_groups, Unfreezer(), through_the_default, one_after_the_other),
 ]
-AGAIN = {
+REWRITTEN = {
     "a new optimizer": another_of_its_class,
     "the optimizer never hears of it": built_and_forgotten,
 }
-BOTH = [
+COMBINED = [
     ({"one learning rate for all groups", "moments cleared"}, cleared_and_overwritten),
     ({"the optimizer's default learning rate", "in the group twice"}, default_lr_and_twice),
     ({"compared by value", "one learning rate for all groups"}, by_value_and_one_lr),

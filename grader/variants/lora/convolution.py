@@ -186,14 +186,14 @@ class RandomAndUngrouped(AllChannels):
         self.B.reset_parameters()
 
 
-RIGHT = [OtherWeight, Parametrized, GroupsAsSamples, Patches, Twin]
-AGAIN = {
+CORRECT = [OtherWeight, Parametrized, GroupsAsSamples, Patches, Twin]
+REWRITTEN = {
     "no scaling": LeftOut,
     "alpha alone": OnlyAlpha,
     "both start at zero": AllZero,
     "values instead of parameters": UnderNoGrad,
 }
-BOTH = [
+COMBINED = [
     ({"dilation forgotten", "padding_mode forgotten"}, NeitherDilationNorMode),
     ({"no scaling", "stride forgotten"}, NoStrideNoScale),
     ({"both start at random", "groups forgotten"}, RandomAndUngrouped),

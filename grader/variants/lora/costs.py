@@ -210,8 +210,8 @@ def nothing_is_frozen(layers, rank, optimizer):
     return by_dtype(layers, rank, optimizer) | {"gradient_bytes": size, "optimizer_bytes": size * _states(optimizer)}
 
 
-RIGHT = [by_kind_of_layer, really_trained, thin_layers_on_meta, Tallied(), folded, by_dtype]
-AGAIN = {
+CORRECT = [by_kind_of_layer, really_trained, thin_layers_on_meta, Tallied(), folded, by_dtype]
+REWRITTEN = {
     "kernel forgotten": by_the_first_two_dimensions,
     "groups ignored": every_channel_reads_all,
     "channels alone": features_or_channels,
@@ -220,7 +220,7 @@ AGAIN = {
     "counted twice": each_time_it_comes,
     "told apart by their modules": a_set_of_layers,
 }
-BOTH = [
+COMBINED = [
     ({"channels alone", "biases counted"}, channels_and_biases),
     ({"one matrix alone", "four bytes each"}, one_matrix_at_four_bytes),
     ({"one moment for AdamW", "counted twice"}, one_moment_each_time),

@@ -240,8 +240,8 @@ def last_names_in_their_order(model, targets, make):
     return names
 
 
-RIGHT = [looked_up_first, by_components, down_the_tree, by_pattern, ParentsAndBackwards()]
-AGAIN = {
+CORRECT = [looked_up_first, by_components, down_the_tree, by_pattern, ParentsAndBackwards()]
+REWRITTEN = {
     "part of a name": found_anywhere,
     "end of the letters": last_letters,
     "a new layer for every name": made_at_every_place,
@@ -249,7 +249,7 @@ AGAIN = {
     "nothing found, nothing said": filtered,
     "an error only if nothing was found": nothing_at_all,
 }
-BOTH = [
+COMBINED = [
     (
         {"part of a name", "only nn.Linear", "a new layer for every name"}
         | {"nothing found, nothing said", "listed under all its names"},

@@ -264,8 +264,8 @@ class ZeroAndDetachedBase(NothingRandom):
         return self.base(x).detach() + self.scaling * self.up(self.down(x))
 
 
-RIGHT = [TwoLinears, OneWeight, Subscripts, Parametrized, Hooked, Subclass]
-AGAIN = {
+CORRECT = [TwoLinears, OneWeight, Subscripts, Parametrized, Hooked, Subclass]
+REWRITTEN = {
     "no scaling": FactorInTheStart,
     "alpha alone": OnlyAlpha,
     "1 / rank alone": Mean,
@@ -278,7 +278,7 @@ AGAIN = {
     "float32 on the CPU": PlainLinears,
     "float32 on base's device": DeviceAlone,
 }
-BOTH = [
+COMBINED = [
     ({"no scaling", "both start at zero"}, AllZeroNoScale),
     ({"alpha alone", "both start at random", "float32 on the CPU"}, UsualTutorial),
     ({"base copied", "base's bias trains"}, CopiedAndBias),

@@ -257,14 +257,14 @@ def no_grad_around_a_subtraction(model):
                 layer.merged = False
 
 
-RIGHT = [another_parameter_inside, AManager, a_stack_of_callbacks, the_helpers_own_methods, undone_by_itself_if_refused]
-AGAIN = {
+CORRECT = [another_parameter_inside, AManager, a_stack_of_callbacks, the_helpers_own_methods, undone_by_itself_if_refused]
+REWRITTEN = {
     "not undone after an error": OnlyIfItWentWell,
     "only errors caught": ErrorsButNotInterrupts,
     "a new Parameter afterwards": new_ones_both_ways,
     "the addition recorded": in_place_and_in_the_graph,
 }
-BOTH = [
+COMBINED = [
     (
         {"delta subtracted again", "not undone after an error", "merged twice"}
         | {"tied weight merged", "nothing merged, nothing said"},

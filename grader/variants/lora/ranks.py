@@ -84,9 +84,9 @@ def weight_and_kernels(before, after, share):
     return int((energy.cumsum(0) < share * energy.sum()).sum()) + 1
 
 
-RIGHT = [added_up, in_numpy, from_the_gram_matrix, by_what_is_left, Tails(), one_direction_at_a_time]
-AGAIN = {}
-BOTH = [
+CORRECT = [added_up, in_numpy, from_the_gram_matrix, by_what_is_left, Tails(), one_direction_at_a_time]
+REWRITTEN = {}
+COMBINED = [
     ({"not squared", "position for a number"}, singular_values_from_a_position),
     ({"kernel by kernel", "half precision as it comes"}, shaped_and_half),
     ({"the weight instead of its update", "kernel by kernel"}, weight_and_kernels),

@@ -260,15 +260,15 @@ class NeitherWay(OneByOne):
                 parameter.data.copy_(tensors[name])
 
 
-RIGHT = [OneByOne, ByLoadStateDict, in_a_closure, AsVector, PutBack]
-AGAIN = {
+CORRECT = [OneByOne, ByLoadStateDict, in_a_closure, AsVector, PutBack]
+REWRITTEN = {
     "the whole model saved": All,
     "shapes left to load_state_dict": ModelsStateUpdated,
     "changed before the error": RaisesAtTheEnd,
     "shapes compared while copying": CopyComplains,
     "a shared weight saved twice": EveryName,
 }
-BOTH = [
+COMBINED = [
     ({"new Parameter objects", "the file's dtype taken over"}, AssignedAsItIs),
     ({"the whole model saved", "written over the old file"}, EverythingAtOnce),
     ({"everything in float32", "written over the old file"}, HalfAndOver),

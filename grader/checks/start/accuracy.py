@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from grader.experiment import Exercise, Experiment, Trial, expect_number, misconception
+from grader.experiment import Exercise, Experiment, Trial, expect_number
 from grader.near import near
 from helpers.training import accuracy
+
+exercise = Exercise(__name__, "0.1", accuracy)
 
 
 class _Counting(Experiment):
@@ -52,16 +54,14 @@ QUANTITIES = {
 }
 
 
+@exercise.experiment("right rows count")
 class RightRowsCount(_Counting):
-    """The result grows with the rows whose largest logit is at the label, and with nothing else."""
-
     def facts(self, raw, inputs):
         return {"the result is in proportion to": self.find(raw, inputs)[0]}
 
 
+@exercise.experiment("is afraction")
 class IsAFraction(_Counting):
-    """The result is a fraction: 1.0 stands for all rows."""
-
     def facts(self, raw, inputs):
         factor = self.find(raw, inputs)[1]
         if factor is None:
@@ -70,73 +70,32 @@ class IsAFraction(_Counting):
         return {"what stands for all rows": next((w for f, w in words.items() if near(factor / f, 1)), "another number")}
 
 
-@misconception(
-    "percentage",
-    hint="The result is 100 times what was asked for. Which range does the statement give?",
-    source="a line of reasoning: accuracies are spoken of in per cent and stored as fractions",
-)
+@exercise.misconception("percentage")
 def percentage(logits, labels):
     return (logits.argmax(dim=1) == labels).float().mean() * 100
 
 
-@misconception(
-    "count",
-    hint="The result grows with the number of rows. What would it say of a batch twice as long?",
-    source="a line of reasoning: training loops add up hits and divide at the end of the epoch, or forget to",
-)
+@exercise.misconception("count")
 def count(logits, labels):
     return (logits.argmax(dim=1) == labels).float().sum()
 
 
-@misconception(
-    "divided by all logits",
-    hint="The hits are divided by too much. How many decisions are there in a batch: one per row, or one per logit?",
-    source="a line of reasoning: `numel` of the logits counts rows times classes",
-)
+@exercise.misconception("divided by all logits")
 def divided_by_all_logits(logits, labels):
     return (logits.argmax(dim=1) == labels).sum() / logits.numel()
 
 
-@misconception(
-    "confidence",
-    hint="The result changes when the logits are sharpened and the winners stay. Is it sure, or is it right?",
-    source="a line of reasoning: confidence stays high where accuracy falls, so one does not stand in for the other",
-)
+@exercise.misconception("confidence")
 def confidence(logits, labels):
     return logits.softmax(dim=1).max(dim=1).values.mean()
 
 
-@misconception(
-    "probability of the label",
-    hint="A row that is barely right and one that is clearly right count differently here. Should they?",
-    source="a line of reasoning: the likelihood of the label is what the loss is made of, not what accuracy counts",
-)
+@exercise.misconception("probability of the label")
 def probability_of_the_label(logits, labels):
     return logits.softmax(dim=1)[torch.arange(len(labels)), labels].mean()
 
 
-@misconception(
-    "mean over classes",
-    hint="Rare classes weigh as much as common ones here. Does the statement ask for a mean over rows, or over classes?",
-    source="a line of reasoning: balanced accuracy is another number wherever classes differ in size",
-)
+@exercise.misconception("mean over classes")
 def mean_over_classes(logits, labels):
     hits = (logits.argmax(dim=1) == labels).float()
     return torch.stack([hits[labels == c].mean() for c in labels.unique()]).mean()
-
-
-EXERCISES = (
-    Exercise(
-        number="0.1",
-        name="accuracy",
-        reference=accuracy,
-        experiments=(RightRowsCount(), IsAFraction()),
-        misconceptions=(percentage, count, divided_by_all_logits, confidence, probability_of_the_label, mean_over_classes),
-        hints=(
-            "Each row of logits stands for one decision. Which of its entries does the network decide for?",
-            "Take three rows that you can check by hand, two right and one wrong, and look at what each step gives.",
-            "accuracy = (number of rows whose largest entry is at the label) / (number of rows); "
-            "`argmax` finds the place of the largest.",
-        ),
-    ),
-)

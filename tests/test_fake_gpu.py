@@ -1,4 +1,4 @@
-"""The pretended GPU refuses what a real one refuses, and otherwise computes what the CPU computes."""
+"""The fake GPU refuses what a real one refuses, and otherwise computes what the CPU computes."""
 
 import copy
 
@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from grader.pretend import NotOnTheCPU, TwoDevices, Unsupported, fetch, pretending
+from grader.fake_gpu import NotOnTheCPU, TwoDevices, Unsupported, fake_gpu, fetch
 
 
 @pytest.fixture
 def x():
-    """Numbers (4, 3) on the pretended GPU."""
-    with pretending():
+    """Numbers (4, 3) on the fake GPU."""
+    with fake_gpu():
         yield torch.arange(12.0).view(4, 3).to("cuda")
 
 
@@ -34,7 +34,7 @@ def test_whoever_asks_for_a_gpu_is_told_of_one(x):
 
 def test_outside_there_is_no_gpu_more_than_before():
     before = torch.cuda.is_available()
-    with pretending():
+    with fake_gpu():
         pass
     assert torch.cuda.is_available() == before and torch.ones(1).device.type == "cpu"
 
@@ -138,7 +138,7 @@ def test_training_gives_the_numbers_of_the_cpu():
             optimizer.step()
         return [fetch(value) for value in copy.deepcopy(net).to("cpu").state_dict().values()]
 
-    with pretending():
+    with fake_gpu():
         there = train("cuda")
     for one, other in zip(train("cpu"), there, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -154,7 +154,7 @@ def test_a_module_and_its_copy_are_there(x):
 
 
 def test_torchscript_is_stopped_before_it_kills_the_process(x):
-    with pytest.raises(Unsupported, match=r"^TorchScript kills the process when it meets tensors that only pretend.$"):
+    with pytest.raises(Unsupported, match=r"^TorchScript kills the process when it meets tensors of the fake GPU.$"):
         torch.jit.trace(nn.Linear(3, 2).cuda(), x)
 
 

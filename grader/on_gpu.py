@@ -1,27 +1,27 @@
 """Whether a solution that passed works on a GPU too: what a check adds below its verdict, and what costs no points.
 
 On a machine with a GPU the learner's code runs there. Without one it runs with tensors that only say they are on one
-(`grader.pretend`), which finds most of what a GPU would refuse. Grading must not depend on the grader's machine, so
+(`grader.fake_gpu`), which finds most of what a GPU would refuse. Grading must not depend on the grader's machine, so
 nothing of this changes points or outcome, and nothing of it is looked at while grading.
 """
 
 from grader.experiment import Exercise, Experiment, Subject, equal
 from grader.observe import observe
-from grader.setting import GPU, PRETENDED, Setting
+from grader.setting import FAKE_GPU, GPU, Setting
 from grader.verdict import Table
 
 
-def look(exercise: Exercise, thing: Subject, table: Table, seed: int) -> list[tuple[str, str]]:
+def try_on_gpu(exercise: Exercise, thing: Subject, table: Table, seed: int) -> list[tuple[str, str]]:
     """What is to be said of a solution that passed on the CPU, as (label, sentence).
 
-    One experiment is run, the exercise's last of those that a pretended GPU can run: it finds each of the right solutions
+    One experiment is run, the exercise's last of those that a fake GPU can run: it finds each of the right solutions
     that are known to work on the CPU only, and takes a fraction of the time of all. In autocast it is run if the
     exercise's statement asks for it, on the GPU if there is one, else on the CPU.
     """
-    gpu = GPU if GPU.there else PRETENDED
-    tried = [experiment for experiment in exercise.experiments if experiment.pretends] or exercise.experiments
+    gpu = GPU if GPU.there else FAKE_GPU
+    tried = [experiment for experiment in exercise.experiments if experiment.on_fake_gpu] or exercise.experiments
     last = tried[-1]
-    if gpu == PRETENDED and not last.pretends:
+    if gpu == FAKE_GPU and not last.on_fake_gpu:
         return []
     problem, lines = _problem(exercise, last, thing, table, seed, gpu), []
     if problem:
@@ -47,13 +47,13 @@ def _problem(
 
 
 def _difference(exercise: Exercise, experiment: Experiment, subject: Subject, table: Table, seed: int, setting: Setting) -> str:
-    """What differs there from float32 on the CPU. Of the pretended GPU only what a real one would refuse counts."""
+    """What differs there from float32 on the CPU. Of the fake GPU only what a real one would refuse counts."""
     seen = observe(experiment, subject, seed, exercise.number, setting)
     if seen.problem is not None:
-        told = setting != PRETENDED or seen.problem.kind == "refused"
+        told = setting != FAKE_GPU or seen.problem.kind == "refused"
         return seen.problem.message.rstrip(".") if told else ""
-    if setting == PRETENDED:
+    if setting == FAKE_GPU:
         return ""
-    expected = table[experiment.name]["reference"]
+    expected = table[experiment.key]["reference"]
     differs = (fact for fact in expected if not equal(expected[fact], seen.facts.get(fact)))
     return next((f"{fact}: {seen.facts.get(fact)}. In float32 on the CPU: {expected[fact]}" for fact in differs), "")

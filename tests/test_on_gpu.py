@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from grader import CheckFailed, check, elsewhere
+from grader import CheckFailed, check, on_gpu
 from grader.checks import TOPICS, exercises
-from grader.elsewhere import look
 from grader.experiment import equal
-from grader.golden import load
+from grader.golden import table_of
 from grader.golden.records import right_solutions
 from grader.observe import observe
-from grader.setting import GPU, PRETENDED
+from grader.on_gpu import try_on_gpu
+from grader.setting import FAKE_GPU, GPU
 
-ALL = [(topic, exercise) for topic in TOPICS.values() for exercise in exercises(topic).values()]
-EXERCISES = [pytest.param(topic, exercise, id=exercise.number) for topic, exercise in ALL]
+ALL = [exercise for topic in TOPICS.values() for exercise in exercises(topic).values()]
+EXERCISES = [pytest.param(exercise, id=exercise.number) for exercise in ALL]
 # Right solutions that a GPU would refuse, and why: the only ones of which a check may say so.
 NUMPY = "can't convert cuda:0 device type tensor to numpy"
 MADE_THERE = "on the CPU, and its inputs are on the GPU"  # a tensor or a module made without naming a device
@@ -58,25 +58,25 @@ CPU_ONLY = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("topic", "exercise"), EXERCISES)
-def test_a_reference_shows_its_facts_on_a_gpu_too(topic, exercise):
-    setting = GPU if GPU.there else PRETENDED
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_a_reference_shows_its_facts_on_a_gpu_too(exercise):
+    setting = GPU if GPU.there else FAKE_GPU
     for experiment in exercise.experiments:
-        if setting == PRETENDED and not experiment.pretends:
+        if setting == FAKE_GPU and not experiment.on_fake_gpu:
             continue
-        expected = load(topic)[exercise.number][experiment.name]["reference"]
+        expected = table_of(exercise)[experiment.key]["reference"]
         seen = observe(experiment, exercise.reference, 0, exercise.number, setting)
         assert seen.problem is None
         assert [fact for fact in expected if not equal(expected[fact], seen.facts.get(fact))] == []
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(GPU.there, reason="about the pretended GPU")
-@pytest.mark.parametrize(("topic", "exercise"), EXERCISES)
-def test_all_that_a_gpu_would_refuse_and_nothing_else_is_said_to_be_for_the_cpu_only(topic, exercise):
-    table, told = load(topic)[exercise.number], {}
-    for who, subject in right_solutions(topic, exercise).items():
-        if lines := look(exercise, subject, table, 0):
+@pytest.mark.skipif(GPU.there, reason="about the fake GPU")
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_all_that_a_gpu_would_refuse_and_nothing_else_is_said_to_be_for_the_cpu_only(exercise):
+    table, told = table_of(exercise), {}
+    for who, subject in right_solutions(exercise).items():
+        if lines := try_on_gpu(exercise, subject, table, 0):
             ((label, told[who]),) = lines
             assert label == "on a GPU"
     assert told.keys() == {who for number, who in CPU_ONLY if number == exercise.number}
@@ -180,15 +180,15 @@ def test_grading_does_not_look_at_it(capsys, monkeypatch):
 
 
 def test_what_did_not_pass_is_not_looked_at(capsys, monkeypatch):
-    wrong = {m.name: m.subject for m in exercises("features")["2.2"].misconceptions}
-    monkeypatch.setattr(elsewhere, "look", lambda *_: pytest.fail("it was looked at"))
+    wrong = {m.key: m.subject for m in exercises("features")["2.2"].misconceptions}
+    monkeypatch.setattr(on_gpu, "try_on_gpu", lambda *_: pytest.fail("it was looked at"))
     with pytest.raises(CheckFailed):
         check("2.2", wrong["everything at once"])
 
 
 def test_the_verdict_is_there_before_it_is_looked_at(capsys, monkeypatch):
     shown = []
-    monkeypatch.setattr(elsewhere, "look", lambda *_: shown.append(capsys.readouterr().out) or [])
+    monkeypatch.setattr(on_gpu, "try_on_gpu", lambda *_: shown.append(capsys.readouterr().out) or [])
     check("2.2", extract)
     assert shown[0].count("passed") == 5
 
@@ -196,15 +196,15 @@ def test_the_verdict_is_there_before_it_is_looked_at(capsys, monkeypatch):
 def test_where_the_reference_fails_too_nothing_is_said(monkeypatch):
     """Then it is the check or the machine."""
     exercise = replace(exercises("features")["2.2"], reference=extract, autocast=False)
-    table = load("features")["2.2"]
-    assert look(exercise, extract, table, 0) == []
-    monkeypatch.setattr(elsewhere, "GPU", PRETENDED)
-    monkeypatch.setattr(elsewhere, "PRETENDED", GPU)  # so that every problem there counts
-    assert look(exercise, extract, table, 0) == []
+    table = table_of(exercises("features")["2.2"])
+    assert try_on_gpu(exercise, extract, table, 0) == []
+    monkeypatch.setattr(on_gpu, "GPU", FAKE_GPU)
+    monkeypatch.setattr(on_gpu, "FAKE_GPU", GPU)  # so that every problem there counts
+    assert try_on_gpu(exercise, extract, table, 0) == []
 
 
 def test_on_a_gpu_it_says_so(capsys, monkeypatch):
-    """With a pretended GPU in the real one's place, where there is none."""
-    monkeypatch.setattr(elsewhere, "GPU", GPU if GPU.there else PRETENDED)
+    """With a fake GPU in the real one's place, where there is none."""
+    monkeypatch.setattr(on_gpu, "GPU", GPU if GPU.there else FAKE_GPU)
     check("0.1", lambda logits, labels: (logits.argmax(dim=1) == labels).float().mean().item())
     assert told(capsys).count("on a GPU it works there too.") == 1

@@ -1,9 +1,9 @@
-"""A GPU that is only pretended: tensors that say they are on "cuda" while their numbers stay on the CPU.
+"""A fake GPU: tensors that say they are on "cuda" while their numbers stay on the CPU.
 
 Real code runs on it and gives real numbers, so that whatever a GPU would refuse is found on a machine without one:
 a tensor that was made on the CPU and meets one of the GPU, and `.numpy()`.
 
-    with pretending():
+    with fake_gpu():
         x = torch.ones(3).to("cuda")        # x.device is cuda:0
         x + torch.ones(3)                   # TwoDevices
         x.numpy()                           # NotOnTheCPU
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
-DEVICE = torch.device("cuda", 0)  # what is pretended
+DEVICE = torch.device("cuda", 0)  # what its tensors say
 _BELOW = torch.device("meta")  # what torch sees
 _aten = torch.ops.aten
 _COPIES = {_aten.copy_.default, _aten._to_copy.default, _aten._foreach_copy_.default}
@@ -50,14 +50,14 @@ class NotOnTheCPU(Refused, TypeError):
 
 
 class Unsupported(Exception):
-    """What the pretence cannot do; a real GPU may."""
+    """What the fake GPU cannot do; a real GPU may."""
 
 
-class _Pretended(Tensor):
-    """A tensor on the pretended GPU; `inner` holds its numbers on the CPU."""
+class _Fake(Tensor):
+    """A tensor on the fake GPU; `inner` holds its numbers on the CPU."""
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "_Pretended":
+    def __new__(cls, inner: Tensor) -> "_Fake":
         return Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=_BELOW
         )
@@ -78,7 +78,7 @@ class _Pretended(Tensor):
         out = func(*_inside(args), **_inside(kwargs), **({} if target is None else {"device": "cpu"}))
         if target is not None and torch.device(target) != _BELOW:  # a copy to the CPU
             return out
-        if func is _aten.copy_.default and not isinstance(args[0], _Pretended):
+        if func is _aten.copy_.default and not isinstance(args[0], _Fake):
             return args[0]
         if not _gives_an_input_back(func):
             return _wrapped(out)
@@ -87,11 +87,11 @@ class _Pretended(Tensor):
 
 
 class _Put(torch.autograd.Function):
-    """A move to the pretended GPU through which gradients come back."""
+    """A move to the fake GPU through which gradients come back."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return _Pretended(x.detach().clone())
+        return _Fake(x.detach().clone())
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class _Fetch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        return _Pretended(gradient)
+        return _Fake(gradient)
 
 
 class _Calls(TorchFunctionMode):
@@ -120,7 +120,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name, x = getattr(func, "__name__", ""), args[0] if args else None
-        there = isinstance(x, _Pretended)
+        there = isinstance(x, _Fake)
         made_there = name != "to" and _is(kwargs.get("device"), "cuda")  # even if it is made like one on "meta"
         if _is(kwargs.get("device"), "meta") or (isinstance(x, Tensor) and x.is_meta and not there and not made_there):
             with self._factories.asleep():  # the real "meta": a subject may use it too
@@ -153,7 +153,7 @@ class _Calls(TorchFunctionMode):
         if name == "to" and isinstance(x, Tensor):
             return _to(func, x, args[1:], kwargs)
         if _is(kwargs.get("device"), "cuda"):
-            if any(isinstance(leaf, _Pretended) for leaf in _tensors((args, kwargs))):  # zeros_like(x, device=...)
+            if any(isinstance(leaf, _Fake) for leaf in _tensors((args, kwargs))):  # zeros_like(x, device=...)
                 return func(*args, **kwargs | {"device": None})
             requires_grad = kwargs.pop("requires_grad", False)
             return put(func(*args, **kwargs | {"device": "cpu"})).requires_grad_(requires_grad)
@@ -163,7 +163,7 @@ class _Calls(TorchFunctionMode):
 class _Factories(TorchDispatchMode):
     """Catches the tensors that torch's own C++ makes, for which there is no call to catch.
 
-    What it makes like a pretended tensor, as for `x[0] = 1.0` or in `one_hot`, would be on "meta", where there are no numbers.
+    What it makes like such a tensor, as for `x[0] = 1.0` or in `one_hot`, would be on "meta", where there are no numbers.
     """
 
     def __init__(self) -> None:
@@ -195,7 +195,7 @@ _ATTRIBUTES = {
 
 
 @contextmanager
-def pretending() -> Iterator[None]:
+def fake_gpu() -> Iterator[None]:
     """Inside the `with`, "cuda" can be named wherever a device can, and who asks torch for a GPU is told that there is one.
 
     torch's own modules are not told that there is a GPU: they would call its driver.
@@ -212,22 +212,22 @@ def pretending() -> Iterator[None]:
 
 
 def put(x: Tensor) -> Tensor:
-    """A copy on the pretended GPU; a parameter stays one, and gradients reach what `x` was computed from.
+    """A copy on the fake GPU; a parameter stays one, and gradients reach what `x` was computed from.
 
     What is not on the CPU stays where it is.
     """
-    if isinstance(x, _Pretended) or x.device.type != "cpu":
+    if isinstance(x, _Fake) or x.device.type != "cpu":
         return x
     if isinstance(x, nn.Parameter):
-        return nn.Parameter(_Pretended(x.detach().clone()), x.requires_grad)
+        return nn.Parameter(_Fake(x.detach().clone()), x.requires_grad)
     if x.requires_grad:
-        return _Pretended(x.detach().clone()).requires_grad_(True) if x.is_leaf else _Put.apply(x)
-    return _Pretended(x.clone())
+        return _Fake(x.detach().clone()).requires_grad_(True) if x.is_leaf else _Put.apply(x)
+    return _Fake(x.clone())
 
 
 def fetch(x: Tensor) -> Tensor:
     """What `x` holds, on the CPU, detached; a tensor of the CPU as it is."""
-    return x.inner.detach() if isinstance(x, _Pretended) else x
+    return x.inner.detach() if isinstance(x, _Fake) else x
 
 
 def _to(func, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -235,7 +235,7 @@ def _to(func, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
     like = next((a for a in (*args, kwargs.get("other")) if isinstance(a, Tensor)), None)
     target = kwargs.get("device")
     if like is not None:
-        target = DEVICE if isinstance(like, _Pretended) else like.device
+        target = DEVICE if isinstance(like, _Fake) else like.device
     else:
         target = next((a for a in args if isinstance(a, str | int | torch.device) and not isinstance(a, bool)), target)
     dtype = kwargs.get("dtype") if like is None else like.dtype
@@ -244,7 +244,7 @@ def _to(func, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         return func(x, *args, **kwargs)
     if _is(target, "cuda"):
         return put(x).to(dtype)
-    if isinstance(x, _Pretended):
+    if isinstance(x, _Fake):
         x = _Fetch.apply(x)
     return func(x, target, dtype)
 
@@ -272,21 +272,21 @@ def _refuse_generator(there: bool, generator: torch.Generator | None) -> None:
 
 def _refuse_two_devices(func, args: tuple, kwargs: dict) -> None:
     leaves = _tensors((args, kwargs))
-    others = [leaf for leaf in leaves if not isinstance(leaf, _Pretended)]
+    others = [leaf for leaf in leaves if not isinstance(leaf, _Fake)]
     if any(leaf.device == _BELOW for leaf in others):
         raise Unsupported(f"{func} got a tensor without numbers, which torch made by itself.")
-    if not any(leaf.ndim for leaf in others) or func in _COPIES or (func in _INDICES and isinstance(leaves[0], _Pretended)):
+    if not any(leaf.ndim for leaf in others) or func in _COPIES or (func in _INDICES and isinstance(leaves[0], _Fake)):
         return
     raise TwoDevices(f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE} and cpu!")
 
 
 def _inside(tree: Any) -> Any:
-    """Arguments with what the pretended tensors hold in place of them."""
-    return _mapped(tree, lambda x: x.inner if isinstance(x, _Pretended) else x)
+    """Arguments with what the tensors of the fake GPU hold in place of them."""
+    return _mapped(tree, lambda x: x.inner if isinstance(x, _Fake) else x)
 
 
 def _wrapped(tree: Any) -> Any:
-    return _mapped(tree, _Pretended)
+    return _mapped(tree, _Fake)
 
 
 def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -313,7 +313,7 @@ def _gives_an_input_back(func: Callable) -> bool:
 
 
 def _unsupported(*_: object, **__: object) -> None:
-    raise Unsupported("TorchScript kills the process when it meets tensors that only pretend.")
+    raise Unsupported("TorchScript kills the process when it meets tensors of the fake GPU.")
 
 
 # How code asks for a GPU, and the answer.

@@ -52,25 +52,19 @@ def count_of_label_probabilities(logits, labels):
     return F.softmax(logits, -1).gather(1, labels[:, None]).sum()
 
 
-RIGHT = {"0.1": [by_loop, by_topk, by_margin]}
-AGAIN = {
-    "0.1": {
-        "percentage": percentage_again,
-        "confidence": confidence_again,
-        "count": count_again,
-        "probability of the label": probability_again,
-    }
+CORRECT = [by_loop, by_topk, by_margin]
+REWRITTEN = {
+    "percentage": percentage_again,
+    "confidence": confidence_again,
+    "count": count_again,
+    "probability of the label": probability_again,
 }
-BOTH = {
-    "0.1": [
-        ({"percentage", "confidence"}, percentage_of_confidence),
-        ({"count", "probability of the label"}, count_of_label_probabilities),
-    ]
-}
+COMBINED = [
+    ({"percentage", "confidence"}, percentage_of_confidence),
+    ({"count", "probability of the label"}, count_of_label_probabilities),
+]
 EQUIVALENT = {
-    "0.1": {
-        "winners = logits.argmax(dim=1) -> winners = logits.argmax(dim=-1)": "of two axes, the last is the second",
-        "return (winners == labels).float().mean().item() -> "
-        "return (winners == labels).float().mean()": "a tensor with one number in it will do",
-    }
+    "winners = logits.argmax(dim=1) -> winners = logits.argmax(dim=-1)": "of two axes, the last is the second",
+    "return (winners == labels).float().mean().item() -> "
+    "return (winners == labels).float().mean()": "a tensor with one number in it will do",
 }
