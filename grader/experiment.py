@@ -183,6 +183,12 @@ class Exercise:
         return {"reference": self.reference} | {wrong.key: wrong.subject for wrong in self.misconceptions}
 
 
+def wrong_return(wanted: str, value: object) -> WrongReturn:
+    """The exception to raise where a subject returned something else: "freeze must return a function", what came instead."""
+    question = " Is there a return?" if value is None else ""
+    return WrongReturn(f"{wanted}, got {expect.describe(value)}.{question}")
+
+
 def expect_tensor(value: object, shape: tuple[int | str, ...], what: str) -> Tensor:
     """Pass on a tensor of that shape, or say what came instead; a string in `shape` stands for any size."""
     try:
@@ -197,8 +203,7 @@ def expect_number(value: object, what: str) -> float:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
     if isinstance(value, str | bytes | bool | Tensor) or not (_is_number(value) or hasattr(value, "__float__")):
-        question = " Is there a return?" if value is None else ""
-        raise WrongReturn(f"{what} must be a number, got {expect.describe(value)}.{question}")
+        raise wrong_return(f"{what} must be a number", value)
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:

@@ -1,6 +1,6 @@
 """The one comparison that facts are made with: whether two results are the same but for rounding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,28 +26,35 @@ def rounded_to(precision: str, times: float = 1.0) -> Iterator[None]:
         _tolerance = before
 
 
-def near(one: Tensor | float | Sequence, other: Tensor | float | Sequence, scale: float | None = None) -> bool:
-    """Whether `one` is `other` but for rounding: `distance(one, other, scale)` is at most the tolerance."""
-    return distance(one, other, scale) <= _tolerance
+def near(result: Tensor | float | Sequence, expected: Tensor | float | Sequence, scale: float | None = None) -> bool:
+    """Whether a result is as expected but for rounding: `distance(result, expected, scale)` is at most the tolerance."""
+    return distance(result, expected, scale) <= _tolerance
 
 
-def distance(one: Tensor | float | Sequence, other: Tensor | float | Sequence, scale: float | None = None) -> float:
-    """The largest difference, max |one - other| / scale, computed in float64 on the CPU.
+def distance(result: Tensor | float | Sequence, expected: Tensor | float | Sequence, scale: float | None = None) -> float:
+    """The largest difference, max |result - expected| / scale, computed in float64 on the CPU.
 
     Args:
-        one: numbers of any shape and dtype.
-        other: numbers of the same shape, or a single number to compare all of `one` with.
-        scale: what counts as 1, above 0. Left out, it is the largest |other|, or 1 where all of them are smaller.
+        result: numbers of any shape and dtype.
+        expected: numbers of the same shape, or a single number to compare all of `result` with.
+        scale: what counts as 1, above 0. Left out, it is the largest |expected|, or 1 where all of them are smaller.
 
     Returns:
         0 or more; infinity if the shapes differ or anything is NaN.
     """
-    one, other = (torch.as_tensor(value, dtype=torch.float64, device="cpu").detach() for value in (one, other))
-    if other.ndim and one.shape != other.shape:
+    result, expected = (torch.as_tensor(value, dtype=torch.float64, device="cpu").detach() for value in (result, expected))
+    if expected.ndim and result.shape != expected.shape:
         return float("inf")
-    if one.numel() == 0:
+    if result.numel() == 0:
         return 0.0
     if scale is None:
-        scale = max(1.0, float(other.abs().max()))
-    far = float((one - other).abs().max()) / scale
+        scale = max(1.0, float(expected.abs().max()))
+    far = float((result - expected).abs().max()) / scale
     return far if far == far else float("inf")
+
+
+def which(
+    result: Tensor | float | Sequence, known: Mapping[str, Tensor | float | Sequence], otherwise: str = "different"
+) -> str:
+    """The first name in `known` whose value the result is near to; `otherwise` if there is none."""
+    return next((name for name, value in known.items() if near(result, value)), otherwise)

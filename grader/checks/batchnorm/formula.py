@@ -192,7 +192,7 @@ class WeightAndBias(Experiment):
             for shifted, b in acts.items():
                 if near(y, plain * (w(weight) if w else 1) + (b(bias) if b else 0)):
                     found = [scaled, shifted]
-        same = "those of weight 1 and bias 0" if near(bare, plain) else "others"
+        same = "those of weight 1 and bias 0" if near(bare, plain) else "different"
         return {"weight acts on": found[0], "bias acts on": found[1], "outputs with affine=False": same}
 
 

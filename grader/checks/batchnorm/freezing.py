@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn
+from grader.experiment import Exercise, Experiment, Trial, wrong_return
 from grader.near import near
-from helpers import expect
 from helpers.batchnorm import freeze
 
 exercise = Exercise(__name__, "5.4", freeze)
@@ -295,8 +294,7 @@ def _frozen(subject, model: nn.Module) -> Callable[[], object]:
     """Freeze the model and pass on the function that undoes it, or a sentence about what came in its place."""
     undo = subject(model)
     if isinstance(undo, nn.Module) or not callable(undo):
-        question = " Is there a return?" if undo is None else ""
-        raise WrongReturn(f"freeze must return a function without arguments, got {expect.describe(undo)}.{question}")
+        raise wrong_return("freeze must return a function without arguments", undo)
     return undo
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.checks.features.counting import SharedList
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
 from helpers import expect
 from helpers.batchnorm import what_is_frozen
 
@@ -244,8 +244,7 @@ def _same(one: list, other: list) -> bool:
 def _answer(value: object) -> dict[str, bool]:
     """The answer as three bools, or a sentence about its form."""
     if not isinstance(value, dict):
-        question = " Is there a return?" if value is None else ""
-        raise WrongReturn(f"the answer must be a dict with {', '.join(_KEYS)}, got {expect.describe(value)}.{question}")
+        raise wrong_return(f"the answer must be a dict with {', '.join(_KEYS)}", value)
     if set(value) != set(_KEYS):
         raise WrongReturn(f"the answer must have the keys {', '.join(_KEYS)}, got {', '.join(map(str, value)) or 'none'}.")
     answer = {}

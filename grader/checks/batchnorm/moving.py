@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
 from helpers import expect
 from helpers.batchnorm import moved
 
@@ -236,8 +236,7 @@ class OnceAndForGood(Experiment):
 def _names(value: object) -> list[str]:
     """The answer as a list of strings, or a sentence about its form."""
     if isinstance(value, str | dict | set | frozenset | Tensor) or not isinstance(value, Iterable):
-        question = " Is there a return?" if value is None else ""
-        raise WrongReturn(f"the names must be a list of strings, got {expect.describe(value)}.{question}")
+        raise wrong_return("the names must be a list of strings", value)
     names = list(value)
     for name in names:
         if not isinstance(name, str):

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from grader.checks.batchnorm.cuts import known_means, known_variances, rows_of, uneven, which, which_far
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
-from helpers import expect
+from grader.experiment import Exercise, Experiment, Trial, expect_tensor, wrong_return
 from helpers.batchnorm import pooled_statistics
 
 exercise = Exercise(__name__, "5.5", pooled_statistics)
@@ -104,8 +103,7 @@ class NothingKept(Experiment):
 def _pooled(subject, batches, drawn: list[Tensor]) -> dict[str, Tensor]:
     pair = subject(batches)
     if not isinstance(pair, tuple | list | Tensor) or len(pair) != 2:
-        question = " Is there a return?" if pair is None else ""
-        raise WrongReturn(f"pooled_statistics must return mean and var, got {expect.describe(pair)}.{question}")
+        raise wrong_return("pooled_statistics must return mean and var", pair)
     channels = drawn[0].shape[1]
     return {
         name: expect_tensor(values, (channels,), name).detach().clone()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grader.experiment import Experiment, Trial, expect_tensor
 from grader.near import near
 
-MODEL, OTHERS = "the model's in eval mode", "others"
+MODEL, OTHERS = "the model's in eval mode", "different"
 SIZES = 1, 4, 8
 BATCHES = "batch sizes at which it runs, of 1, 4 and 8"
 MODES = "modes of the modules afterwards"

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from grader.checks.export import parity
-from grader.experiment import Exercise, Trial, WrongReturn
-from helpers import expect
+from grader.experiment import Exercise, Trial, wrong_return
 from helpers.export import to_program
 
 exercise = Exercise(__name__, "8.3", to_program)
@@ -146,8 +145,7 @@ def _outputs(subject, inputs: dict) -> parity.Outputs:
 
 def _checked(program: object) -> torch.export.ExportedProgram:
     if not isinstance(program, torch.export.ExportedProgram):
-        question = " Is there a return?" if program is None else ""
-        raise WrongReturn(f"to_program must return a torch.export.ExportedProgram, got {expect.describe(program)}.{question}")
+        raise wrong_return("to_program must return a torch.export.ExportedProgram", program)
     return program
 
 

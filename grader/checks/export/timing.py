@@ -82,7 +82,7 @@ class Median(Experiment):
         for name, times in inputs.items():
             figure = _which(raw[name], _summaries(times))
             if figure not in ("the median", NOT_GIVEN) and raw[name]["calls"] >= 2 * len(times):
-                figure = "others"  # of other calls, so that its likeness to one of these figures says nothing
+                figure = "different"  # of other calls, so that its likeness to one of these figures says nothing
             facts[f"{name} number of times, one of them far too long"] = figure
         return facts
 
@@ -184,7 +184,7 @@ def _which(raw: dict, known: dict[str, list[float]]) -> str:
         for word, others in known.items()
         if all(near(one, other, scale=other) for one, other in zip(raw["seconds"], others, strict=True))
     )
-    return next(found, "others")
+    return next(found, "different")
 
 
 def _order(calls: str, rounds: int) -> str:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from grader.checks.export import parity
-from grader.experiment import Exercise, Trial, WrongReturn
-from helpers import expect
+from grader.experiment import Exercise, Trial, wrong_return
 from helpers.export import to_torchscript
 
 exercise = Exercise(__name__, "8.2", to_torchscript)
@@ -232,8 +231,7 @@ def _script_module(subject, model: nn.Module, example: Tensor) -> torch.jit.Scri
 
 def _checked(exported: object) -> torch.jit.ScriptModule:
     if not isinstance(exported, torch.jit.ScriptModule):
-        question = " Is there a return?" if exported is None else ""
-        raise WrongReturn(f"to_torchscript must return a torch.jit.ScriptModule, got {expect.describe(exported)}.{question}")
+        raise wrong_return("to_torchscript must return a torch.jit.ScriptModule", exported)
     return exported
 
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
+from grader.experiment import Exercise, Experiment, Trial, expect_tensor, wrong_return
 from grader.near import near
-from helpers import expect
 from helpers.features import drop_head
 
 exercise = Exercise(__name__, "2.1", drop_head)
@@ -193,7 +192,7 @@ class EveryCall(Experiment):
         first, second = raw["first"], raw["second"]
         return {
             "features of a second batch": "those of the first batch" if near(second, first) else "its own",
-            "features of the first batch, computed again": "the same" if near(raw["again"], first) else "others",
+            "features of the first batch, computed again": "the same" if near(raw["again"], first) else "different",
             "features of a single image": _which(
                 raw["one"], {"its row in the batch": second[:1], "those of the first batch": first}
             ),
@@ -203,8 +202,7 @@ class EveryCall(Experiment):
 def _backbone(subject, model: nn.Module, name: str):
     backbone = subject(model, name)
     if not callable(backbone):
-        question = " Is there a return?" if backbone is None else ""
-        raise WrongReturn(f"drop_head must return a module or a function, got {expect.describe(backbone)}.{question}")
+        raise wrong_return("drop_head must return a module or a function", backbone)
     return backbone
 
 

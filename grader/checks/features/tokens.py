@@ -5,8 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
-from helpers import expect
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, wrong_return
 from helpers.text import tokenize
 
 exercise = Exercise(__name__, "2.6", tokenize)
@@ -27,10 +26,7 @@ def _numbered(trial: Trial, *pieces: str) -> dict[str, int]:
 def _run(subject, vocabulary: dict[str, int], texts: list[str], max_length: int) -> dict[str, Tensor]:
     batch = subject(dict(vocabulary), list(texts), max_length)
     if not isinstance(batch, Mapping):
-        question = " Is there a return?" if batch is None else ""
-        raise WrongReturn(
-            f"tokenize must return a dict of input_ids and attention_mask, got {expect.describe(batch)}.{question}"
-        )
+        raise wrong_return("tokenize must return a dict of input_ids and attention_mask", batch)
     for name in ("input_ids", "attention_mask"):
         if name not in batch:
             raise WrongReturn(f"tokenize must return a dict with {name!r} in it, got the keys {sorted(map(str, batch))}.")
@@ -181,7 +177,7 @@ class FitsMaxLength(Experiment):
         return {
             "tokens of a text that is too long": sizes.get(len(cut), between),
             "the last of them": "[SEP]" if cut[-1:] == ["[SEP]"] else "another",
-            "its pieces that are kept": "the first" if kept == long[: len(kept)] else "others",
+            "its pieces that are kept": "the first" if kept == long[: len(kept)] else "different",
             "texts that fit": "[CLS], all pieces, [SEP]" if whole else "something else",
         }
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number, wrong_return
 from grader.near import near
 from helpers import expect
 from helpers.backbones import classify
@@ -153,7 +153,7 @@ class NamesOfTheOutputs(Experiment):
             "categories in their order, whatever the outputs": categories,
         }
         matching = (name for name, names in known.items() if all(row == names for row in seen))
-        return {"the names, from the largest output to the smallest": next(matching, "others")}
+        return {"the names, from the largest output to the smallest": next(matching, "different")}
 
 
 @exercise.experiment("likeliest first")
@@ -175,7 +175,7 @@ class LikeliestFirst(Experiment):
         listed = [set(names) for names in raw["some"]["names"]]
         ranked = [_sorted_names(names, numbers) for names, numbers in _rows(raw["all"])]
         likeliest, least = ([set(names[part]) for names in ranked] for part in (slice(k), slice(-k, None)))
-        which = "the likeliest" if listed == likeliest else "the least likely" if listed == least else "others"
+        which = "the likeliest" if listed == likeliest else "the least likely" if listed == least else "different"
         return {
             "the categories listed": which,
             "their numbers": "falling" if falling else "rising" if rising else "neither falling nor rising",
@@ -218,7 +218,7 @@ class ByItself(Experiment):
 
     def facts(self, raw, inputs):
         one, two = (_by_category(raw[call])[1] for call in ("one", "two"))
-        return {"the numbers of one image in other company": "the same" if _close(one, two) else "others"}
+        return {"the numbers of one image in other company": "the same" if _close(one, two) else "different"}
 
 
 @exercise.experiment("left as found")
@@ -271,8 +271,7 @@ def _seen(subject, weights, model: nn.Module, images: list[Tensor], k: int) -> d
 def _listed(value: object, length: int, what: str) -> list:
     """Anything that can be listed and has that length, or what came in its place."""
     if isinstance(value, str | dict | Tensor) or not isinstance(value, Iterable):
-        question = " Is there a return?" if value is None else ""
-        raise WrongReturn(f"{what} must be a list or tuple, got {expect.describe(value)}.{question}")
+        raise wrong_return(f"{what} must be a list or tuple", value)
     items = list(value)
     if len(items) != length:
         raise WrongReturn(f"{what} must be a list or tuple of {length}, got {len(items)}.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, expect_number
+from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, expect_number, wrong_return
 from grader.near import near
 from helpers import expect
 from helpers.finetune import find_lr
@@ -47,7 +47,7 @@ class LearningRates(Experiment):
             "falling by one factor, from highest to lowest": geometric[::-1],
             "growing by one factor, short of highest": [self.lowest * ratio ** (k / n) for k in range(n)],
         }
-        found = next((name for name, lrs in schedules.items() if _alike(raw["lrs"], lrs)), "others")
+        found = next((name for name, lrs in schedules.items() if _alike(raw["lrs"], lrs)), "different")
         return {"learning rates": found, "learning rates of the groups": self.find_groups(raw, inputs, geometric)}
 
     def find_groups(self, raw: dict, inputs: dict, geometric: list[float]) -> Fact:
@@ -258,7 +258,7 @@ class OptimizerAsItWas(_Traces):
             same = near(raw[name]["step"], step)
             facts |= {
                 f"the loss on one batch, with {name}": raw[name]["loss"],
-                f"the learning rates of {name}": "as they were" if _alike(raw[name]["lrs"], self.own) else "others",
+                f"the learning rates of {name}": "as they were" if _alike(raw[name]["lrs"], self.own) else "different",
                 f"the next step of {name}, apart from those": "as it would have been" if same else "another",
             }
         return facts
@@ -284,8 +284,7 @@ def _call(subject, model, optimizer, batches, lowest, highest) -> tuple[list[flo
     """What the subject returns, as two lists of floats."""
     returned = subject(model, optimizer, batches, lowest, highest)
     if not isinstance(returned, tuple | list) or len(returned) != 2:
-        question = " Is there a return?" if returned is None else ""
-        raise WrongReturn(f"find_lr must return two lists, (lrs, losses), got {expect.describe(returned)}.{question}")
+        raise wrong_return("find_lr must return two lists, (lrs, losses)", returned)
     lists = []
     for name, values in zip(("lrs", "losses"), returned, strict=True):
         if isinstance(values, str | dict) or not hasattr(values, "__iter__"):
@@ -326,7 +325,7 @@ def _losses(
 
 def _which(losses: list[float], ways: dict[str, Callable[[], list[float]]]) -> str:
     """The first of the ways of training that gives these losses."""
-    return next((name for name, compute in ways.items() if _alike(losses, compute())), "others")
+    return next((name for name, compute in ways.items() if _alike(losses, compute())), "different")
 
 
 def _alike(some: list[float], others: list[float] | tuple[float, ...]) -> bool:

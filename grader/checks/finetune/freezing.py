@@ -7,7 +7,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
 from helpers import expect
 from helpers.backbones import BasicBlock
 from helpers.finetune import train_only
@@ -124,7 +124,7 @@ class WholeNames(Experiment):
     def facts(self, raw, inputs):
         returned = None  # whatever it is, the parameters that train are not the right ones
         if raw["trainable"] == {name: _in(name, "fc.bias", "blocks.1") for name in raw["trainable"]}:
-            returned = "others"
+            returned = "different"
             wanted = [name for name in raw["order"] if raw["trainable"][name]]
             if sorted(raw["names"]) == sorted(wanted):
                 order = "in their order" if raw["names"] == wanted else "in another order"
@@ -218,8 +218,7 @@ def _flags(model: nn.Module) -> dict:
 
 def _names(value: object) -> list[str]:
     if isinstance(value, str | set | frozenset | Tensor) or not isinstance(value, Iterable):
-        question = " Is there a return?" if value is None else ""
-        raise WrongReturn(f"train_only must return a list of names, got {expect.describe(value)}.{question}")
+        raise wrong_return("train_only must return a list of names", value)
     names = list(value)
     for name in names:
         if not isinstance(name, str):

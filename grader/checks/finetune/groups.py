@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn
+from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, wrong_return
 from grader.near import near
 from helpers import expect
 from helpers.finetune import parameter_groups
@@ -202,8 +202,7 @@ def _seen(groups: list[dict], inputs: dict) -> dict:
 def _listed(value: object) -> list[dict]:
     """The groups, with their parameters in a list each, whatever was returned them in."""
     if isinstance(value, str | dict | Tensor) or not isinstance(value, Iterable):
-        question = " Is there a return?" if value is None else ""
-        raise WrongReturn(f"parameter_groups must return a list of dicts, got {expect.describe(value)}.{question}")
+        raise wrong_return("parameter_groups must return a list of dicts", value)
     groups = []
     for group in value:
         if not isinstance(group, dict) or "params" not in group:

@@ -150,7 +150,7 @@ class HeadByName(Experiment):
         kept = near(raw["features"], model.features(inputs["inputs"]))
         return {
             "what `classifier.2` computes": _probe_or_other(raw["logits"], model, "classifier.2", inputs),
-            "the features that enter it": "as before" if kept else "others",
+            "the features that enter it": "as before" if kept else "different",
         }
 
 

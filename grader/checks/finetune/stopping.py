@@ -215,7 +215,7 @@ def _parameters(model: nn.Module) -> list[str]:
 def _which(state: State, known: dict[str, State], names: list[str]) -> str:
     """The first of the known states that these tensors of `state` are from."""
     same = (label for label, other in known.items() if all(name in state and near(state[name], other[name]) for name in names))
-    return f"those of {found}" if (found := next(same, None)) else "others"
+    return f"those of {found}" if (found := next(same, None)) else "different"
 
 
 def _stopper(subject, model: nn.Module, patience: int):

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, expect_number
+from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, expect_number, wrong_return
 from grader.near import near
-from helpers import expect
 from helpers.lora import cost
 
 exercise = Exercise(__name__, "6.2", cost)
@@ -208,8 +207,7 @@ def _counted(subject, layers: list[nn.Module], rank: int, optimizer: str = "adam
     """The four numbers that a subject returns."""
     value = subject(list(layers), rank, optimizer)
     if not isinstance(value, Mapping):
-        question = " Is there a return?" if value is None else ""
-        raise WrongReturn(f"cost must return a dict, got {expect.describe(value)}.{question}")
+        raise wrong_return("cost must return a dict", value)
     if missing := [key for key in KEYS if key not in value]:
         raise WrongReturn(f"cost must return a dict with the keys {list(KEYS)}, {missing} not among those that came.")
     return {key: expect_number(value[key], f"cost(...)['{key}']") for key in KEYS}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
 from helpers import expect
 from helpers.lora import replace
 
@@ -104,7 +104,7 @@ class AnyLayerAnywhere(Experiment):
             "places": places,
             "refused": refused,
             "order": "as it was" if after == list(places) else "another",
-            "settings": "as they were" if _settings(before) == settings else "others",
+            "settings": "as they were" if _settings(before) == settings else "different",
         }
 
     def facts(self, raw, inputs):
@@ -234,7 +234,7 @@ class TheListReturned(Experiment):
         shared = {(): "none", (first,): "the first", (second,): "the second", (first, second): "both"}
         return {
             "names of the layers that were replaced": order if names else "the list is empty",
-            "a layer with two names: the names listed": shared.get(tuple(raw["shared"]["names"]), "others"),
+            "a layer with two names: the names listed": shared.get(tuple(raw["shared"]["names"]), "different"),
         }
 
 
@@ -317,8 +317,7 @@ def _how(places: dict[str, str], names: Iterable[str]) -> str:
 
 def _names(value: object) -> list[str]:
     if isinstance(value, str | set | frozenset | Tensor) or not isinstance(value, Iterable):
-        question = " Is there a return?" if value is None else ""
-        raise WrongReturn(f"replace must return a list of names, got {expect.describe(value)}.{question}")
+        raise wrong_return("replace must return a list of names", value)
     names = list(value)
     for name in names:
         if not isinstance(name, str):

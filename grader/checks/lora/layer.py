@@ -187,7 +187,7 @@ class BaseItself(Experiment):
         return {
             "base.weight, once the layer was used, is": "as before" if torch.equal(raw["weight"], base.weight) else "changed",
             "with new numbers in base.weight the outputs follow": next(
-                (name for name, how in like.items() if how != "others"), "neither the new nor the old"
+                (name for name, how in like.items() if how != "different"), "neither the new nor the old"
             ),
         }
 
@@ -281,7 +281,7 @@ def beside_base(y: Tensor, base_y: Tensor) -> str:
     channels = (y - base_y).transpose(0, 1).flatten(1)
     if near(channels - channels[:, :1], 0, scale=max(1.0, float(base_y.abs().max()))):
         return "base's and a constant"
-    return "others" if ratio(y, base_y) is None else "base's times a number"
+    return "different" if ratio(y, base_y) is None else "base's times a number"
 
 
 def how_far(y: Tensor, base_y: Tensor) -> str:

@@ -103,7 +103,7 @@ class AfterTheBlock(Experiment):
         return raw
 
     def facts(self, raw, inputs):
-        facts = {"in the block: base weights": "others" if all(raw[how]["merged"] for how in raw) else "as before"}
+        facts = {"in the block: base weights": "different" if all(raw[how]["merged"] for how in raw) else "as before"}
         for how, when in (("end", "after the block"), ("error", "after an error"), ("interrupt", "after an interrupt")):
             fresh = {"model": inputs[how], "x": inputs["x"]}
             facts[f"{when}: what delta added to `layer.base(x)`"] = _updates(raw[how]["base"], fresh)
@@ -134,9 +134,9 @@ class OldBits(Experiment):
         }
 
     def facts(self, raw, inputs):
-        objects = "the Parameters that were there" if raw["same"] else "others"
+        objects = "the Parameters that were there" if raw["same"] else "different"
         return {
-            "in the block: base weights": "others" if raw["merged"] else "as before",
+            "in the block: base weights": "different" if raw["merged"] else "as before",
             "in the block: dtype of the base weights": " and ".join(raw["dtypes"]),
             "afterwards: base weights whose bits differ": "none" if raw["bits"] == _bits(inputs["model"]) else "some",
             "afterwards: base weights": objects if raw["frozen"] or not raw["same"] else f"{objects}, but they need a gradient",
@@ -167,7 +167,7 @@ class NotTwice(Experiment):
             if raw["nested"] == "nothing":
                 return None
             same = all(_updates(one[key], inputs) == _updates(other[key], inputs) for key in one)
-            return "as before" if same else "others"
+            return "as before" if same else "different"
 
         return {
             "a block inside a block: raised": raw["nested"],

@@ -115,7 +115,7 @@ class ComesBack(Experiment):
             ),
             "A and B of the last layer after load": _which(raw["state"], known, "blocks.1."),
             "weight and bias of the head after load": _which(raw["state"], known, "head."),
-            "outputs after load": "those of the trained model" if near(raw["outputs"], wanted) else "others",
+            "outputs after load": "those of the trained model" if near(raw["outputs"], wanted) else "different",
         }
 
 
@@ -339,7 +339,7 @@ def _equal(one: State, other: State) -> bool:
     )
 
 
-def _which(state: State, known: dict[str, State], part: str, otherwise: str = "others") -> str:
+def _which(state: State, known: dict[str, State], part: str, otherwise: str = "different") -> str:
     """The first of the known states that the tensors of one part are from."""
     for label, other in known.items():
         names = [name for name in other if name.startswith(part)]
@@ -362,7 +362,7 @@ def _held(path: Path) -> dict[str, str] | str:
 def _dtypes(held: dict[str, str], model: nn.Module) -> str:
     own = {name: str(parameter.dtype) for name, parameter in model.named_parameters(remove_duplicate=False)}
     same = all(dtype == own[name] for name, dtype in held.items() if name in own)
-    return "those of the model" if same else "others"
+    return "those of the model" if same else "different"
 
 
 @contextmanager
