@@ -29,7 +29,6 @@ CPU_ONLY = {
     ("2.3", "until_the_gradient_is_small"): MADE_THERE,
     ("2.4", "InSubfolders"): NUMPY,
     ("2.4", "by_a_database"): NUMPY,
-    ("2.4", "by_numpy"): NUMPY,
     ("2.5", "in_numpy_on_a_copy"): NUMPY,
     ("2.5", "through_pillow"): MADE_THERE,
     ("2.7", "Pool"): MADE_THERE,

@@ -8,6 +8,7 @@ import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -96,25 +97,27 @@ def _changeable(backbone: nn.Sequential) -> list[Tensor]:
     return [*backbone.parameters(), backbone[-1].running_mean, backbone[-1].running_var]
 
 
-def _copies(inputs: dict) -> dict:
-    return {
-        "backbone": copy.deepcopy(inputs["backbone"]),
-        "images": inputs["images"].clone(),
-        "settings": dict(inputs["settings"]),
-    }
-
-
-@exercise.experiment("computed once")
-class ComputedOnce(Experiment):
-    points = 2
+class _OneTask(Experiment):
+    """Draws one task, and asks a subject for its features several times, always with the same folder."""
 
     def draw(self, trial: Trial) -> dict:
         return _task(trial)
 
     def measure(self, subject, inputs):
         with TemporaryDirectory() as folder:
-            ask = _Ask(subject, folder)
-            return {"first": ask(**inputs), "second": ask(**_copies(inputs))}
+            return self.ask_for(_Ask(subject, folder), inputs)
+
+    def ask_for(self, ask: _Ask, inputs: dict) -> dict:
+        """The answers, as raw results."""
+        raise NotImplementedError
+
+
+@exercise.experiment("computed once")
+class ComputedOnce(_OneTask):
+    points = 2
+
+    def ask_for(self, ask, inputs):
+        return {"first": ask(**inputs), "second": ask(**copy.deepcopy(inputs))}
 
     def facts(self, raw, inputs):
         wanted = _features(**inputs)
@@ -126,49 +129,42 @@ class ComputedOnce(Experiment):
 
 
 @exercise.experiment("every result stays")
-class EveryResultStays(Experiment):
+class EveryResultStays(_OneTask):
     def draw(self, trial: Trial) -> dict:
-        one = _task(trial)
-        other = one | {"backbone": _backbone(trial, one["backbone"][-1].num_features)}
-        return {"tasks": [one, other, one, other]}
+        task = _task(trial)
+        tuned = task | {"backbone": _backbone(trial, task["backbone"][-1].num_features)}
+        return {"tasks": [task, tuned, task, tuned]}
 
-    def measure(self, subject, inputs):
-        with TemporaryDirectory() as folder:
-            ask = _Ask(subject, folder)
-            return {"answers": [ask(**task) for task in inputs["tasks"]]}
+    def ask_for(self, ask, inputs):
+        return {"answers": [ask(**task) for task in inputs["tasks"]]}
 
     def facts(self, raw, inputs):
         words = [_word(answer, _features(**task)) for answer, task in zip(raw["answers"], inputs["tasks"], strict=True)]
         return {"calls with one backbone, another, the first, the other": words}
 
 
-class _Notices(Experiment):
-    """Asks twice for the same, and then once for each of some variations, all with the same folder.
+class _Notices(_OneTask):
+    """Asks twice for the same, and then once for each of some variations.
 
     Only a cache that reads can fail to notice, so without a second call that reads nothing is observed here.
     The variations are new to the subject, and so small that features from a file could pass for the right ones.
     """
 
-    def draw(self, trial: Trial) -> dict:
-        return _task(trial)
-
     def variations(self, inputs: dict) -> Iterator[tuple[str, dict]]:
         """What is varied, in words, and the inputs; changes in place last until the next variation."""
         raise NotImplementedError
 
-    def measure(self, subject, inputs):
-        with TemporaryDirectory() as folder:
-            ask = _Ask(subject, folder)
-            return {
-                "reads": [ask(**inputs)["computed"], ask(**inputs)["computed"]] == [1, 0],
-                "answers": [ask(**varied) for _, varied in self.variations(inputs)],
-            }
+    def ask_for(self, ask, inputs):
+        return {
+            "reads": [ask(**inputs)["computed"], ask(**inputs)["computed"]] == [1, 0],
+            "answers": [ask(**varied) for _, varied in self.variations(inputs)],
+        }
 
     def facts(self, raw, inputs):
         words: dict[str, set[str]] = {}
         for answer, (what, varied) in zip(raw["answers"], self.variations(inputs), strict=True):
             words.setdefault(what, set()).add(_word(answer, _features(**varied)) if answer["computed"] else "reads")
-        return {what: _together(found) if raw["reads"] else None for what, found in words.items()}
+        return {what: _together(answers) if raw["reads"] else None for what, answers in words.items()}
 
 
 @exercise.experiment("notices other weights")
@@ -210,18 +206,13 @@ class NoticesOtherSettings(_Notices):
 
 
 @exercise.experiment("damaged file")
-class DamagedFile(Experiment):
-    def draw(self, trial: Trial) -> dict:
-        return _task(trial)
-
-    def measure(self, subject, inputs):
+class DamagedFile(_OneTask):
+    def ask_for(self, ask, inputs):
         answers = []
-        with TemporaryDirectory() as folder:
-            ask = _Ask(subject, folder)
-            ask(**inputs)
-            for share in (0.5, 0.0):
-                _cut(ask.folder, share)
-                answers.append([ask(**inputs, catch=Exception), ask(**inputs, catch=Exception)])
+        ask(**inputs)
+        for share in (0.5, 0.0):
+            _cut(ask.folder, share)
+            answers.append([ask(**inputs, catch=Exception), ask(**inputs, catch=Exception)])
         return {"answers": answers}
 
     def facts(self, raw, inputs):
@@ -247,15 +238,10 @@ class DamagedFile(Experiment):
 
 
 @exercise.experiment("interrupted computation")
-class InterruptedComputation(Experiment):
-    def draw(self, trial: Trial) -> dict:
-        return _task(trial)
-
-    def measure(self, subject, inputs):
-        with TemporaryDirectory() as folder:
-            ask = _Ask(subject, folder)
-            first = ask(**inputs, fails=True, catch=(_OutOfMemory, WrongReturn))
-            return {"first": first, "second": ask(**inputs, catch=Exception)}
+class InterruptedComputation(_OneTask):
+    def ask_for(self, ask, inputs):
+        first = ask(**inputs, fails=True, catch=(_OutOfMemory, WrongReturn))
+        return {"first": first, "second": ask(**inputs, catch=Exception)}
 
     def facts(self, raw, inputs):
         reached = (raw["first"]["raised"] or "").startswith(_OutOfMemory.__name__)
@@ -270,20 +256,16 @@ class InterruptedComputation(Experiment):
 
 
 @exercise.experiment("only the folder remembers")
-class OnlyTheFolderRemembers(Experiment):
-    def draw(self, trial: Trial) -> dict:
-        return _task(trial)
-
-    def measure(self, subject, inputs):
-        with TemporaryDirectory() as folder, TemporaryDirectory() as other:
-            ask = _Ask(subject, folder)
-            ask(**inputs)
-            with _next_kernel(subject):
-                kernel = ask(**_copies(inputs))
-            shutil.rmtree(folder)
-            ask.folder.mkdir()
-            emptied = ask(**inputs)
-            ask.folder = Path(other)
+class OnlyTheFolderRemembers(_OneTask):
+    def ask_for(self, ask, inputs):
+        ask(**inputs)
+        with _next_kernel(ask.subject):
+            kernel = ask(**copy.deepcopy(inputs))
+        shutil.rmtree(ask.folder)
+        ask.folder.mkdir()
+        emptied = ask(**inputs)
+        with TemporaryDirectory() as folder:
+            ask.folder = Path(folder)
             return {"kernel": kernel, "without files": [emptied, ask(**inputs)]}
 
     def facts(self, raw, inputs):
@@ -317,38 +299,33 @@ def _cut(folder: Path, share: float) -> None:
 @contextmanager
 def _next_kernel(subject: Subject) -> Iterator[None]:
     """Give the subject's `hash` other numbers for texts and bytes, as Python's own has in every new process."""
+    subject = subject.func if isinstance(subject, partial) else subject
     call = subject if inspect.isroutine(subject) else type(subject).__call__
     names = getattr(inspect.unwrap(call), "__globals__", {})
     if "hash" in names:
         yield
         return
-    names["hash"] = _hash_of_another_process
+    names["hash"] = lambda thing: builtins.hash(thing) ^ _holds_text(thing)
     try:
         yield
     finally:
         names.pop("hash", None)
 
 
-def _hash_of_another_process(thing: object) -> int:
-    return builtins.hash(thing) ^ (1 if _holds_text(thing) else 0)
-
-
 def _holds_text(thing: object) -> bool:
     return isinstance(thing, str | bytes) or (isinstance(thing, tuple | frozenset) and any(map(_holds_text, thing)))
 
 
-def _keep(folder, compute, backbone, images, settings, *, key: object) -> Tensor:
-    """A cache that is right if its key is: for the misconceptions below."""
-    path = _path(folder, key)
-    features = _read(path)
-    if features is None:
-        features = compute(backbone, images, **settings)
-        torch.save(features, path)
-    return features
+def _contents(*tensors: Tensor) -> list[bytes]:
+    return [tensor.detach().numpy().tobytes() for tensor in tensors]
 
 
-def _path(folder: Path, key: object) -> Path:
-    return folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.pt"
+def _state(backbone: nn.Module) -> list[bytes]:
+    return _contents(*backbone.state_dict().values())
+
+
+def _digest(key: tuple) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()
 
 
 def _read(path: Path) -> Tensor | None:
@@ -358,121 +335,53 @@ def _read(path: Path) -> Tensor | None:
         return None
 
 
-def _key(backbone: nn.Module, images: Tensor, settings: dict) -> tuple:
-    return _bytes(*backbone.state_dict().values(), images), settings
+def _write(path: Path, features: Tensor) -> None:
+    torch.save(features, path)
 
 
-def _bytes(*tensors: Tensor) -> list[bytes]:
-    return [tensor.detach().numpy().tobytes() for tensor in tensors]
+def cached(
+    folder, compute, backbone, images, settings, *, weights=_state, pixels=_contents, name=_digest, read=_read, write=_write
+):
+    """A right solution: what the key has of backbone and images, the file name made from it, reading, writing."""
+    path = folder / f"{name((weights(backbone), pixels(images), settings))}.pt"
+    features = read(path)
+    if features is None:
+        features = compute(backbone, images, **settings)
+        write(path, features)
+    return features
 
 
-@exercise.misconception("one file for everything")
-def one_file_for_everything(folder, compute, backbone, images, settings):
-    return _keep(folder, compute, backbone, images, settings, key="features")
+def _write_alone(path: Path, features: Tensor) -> None:
+    for file in path.parent.iterdir():
+        file.unlink()
+    _write(path, features)
 
 
-@exercise.misconception("weights not in the key")
-def weights_not_in_the_key(folder, compute, backbone, images, settings):
-    key = repr(backbone), _bytes(images), settings
-    return _keep(folder, compute, backbone, images, settings, key=key)
-
-
-@exercise.misconception("buffers not in the key")
-def buffers_not_in_the_key(folder, compute, backbone, images, settings):
-    key = _bytes(*backbone.parameters(), images), settings
-    return _keep(folder, compute, backbone, images, settings, key=key)
-
-
-@exercise.misconception("weights as they are printed in the key")
-def weights_as_they_are_printed(folder, compute, backbone, images, settings):
-    key = str(backbone.state_dict()), _bytes(images), settings
-    return _keep(folder, compute, backbone, images, settings, key=key)
-
-
-@exercise.misconception("only the shape of the images in the key")
-def only_the_shape_of_the_images(folder, compute, backbone, images, settings):
-    key = _bytes(*backbone.state_dict().values()), images.shape, settings
-    return _keep(folder, compute, backbone, images, settings, key=key)
-
-
-@exercise.misconception("order of the images not in the key")
-def order_of_the_images_not_in_the_key(folder, compute, backbone, images, settings):
-    key = _bytes(*backbone.state_dict().values()), _bytes(images.sum(0)), settings
-    return _keep(folder, compute, backbone, images, settings, key=key)
-
-
-@exercise.misconception("images as they are printed in the key")
-def images_as_they_are_printed(folder, compute, backbone, images, settings):
-    key = _bytes(*backbone.state_dict().values()), str(images), settings
-    return _keep(folder, compute, backbone, images, settings, key=key)
-
-
-@exercise.misconception("settings not in the key")
-def settings_not_in_the_key(folder, compute, backbone, images, settings):
-    key = _bytes(*backbone.state_dict().values(), images)
-    return _keep(folder, compute, backbone, images, settings, key=key)
-
-
-@exercise.misconception("objects in place of contents in the key")
-def objects_in_place_of_contents(folder, compute, backbone, images, settings):
-    key = hash(backbone), hash(images), settings
-    return _keep(folder, compute, backbone, images, settings, key=key)
-
-
-@exercise.misconception("more than contents in the key")
-def more_than_contents_in_the_key(folder, compute, backbone, images, settings):
-    key = _bytes(*backbone.state_dict().values(), images), settings, id(backbone)
-    return _keep(folder, compute, backbone, images, settings, key=key)
-
-
-@exercise.misconception("a key for one kernel")
-def a_key_for_one_kernel(folder, compute, backbone, images, settings):
-    key = hash(repr(_key(backbone, images, settings)))
-    return _keep(folder, compute, backbone, images, settings, key=key)
-
-
-@exercise.misconception("one result at a time")
-def one_result_at_a_time(folder, compute, backbone, images, settings):
-    path, key = folder / "features.pt", repr(_key(backbone, images, settings))
-    kept = _read(path)
-    if kept is None or kept["key"] != key:
-        kept = {"key": key, "features": compute(backbone, images, **settings)}
-        torch.save(kept, path)
-    return kept["features"]
-
-
-@exercise.misconception("damaged file believed")
-def damaged_file_believed(folder, compute, backbone, images, settings):
-    path = _path(folder, _key(backbone, images, settings))
-    if not path.exists():
-        torch.save(compute(backbone, images, **settings), path)
-    return torch.load(path)
-
-
-@exercise.misconception("file made before the features")
-def file_made_before_the_features(folder, compute, backbone, images, settings):
-    path = _path(folder, _key(backbone, images, settings))
+def _read_or_take_the_place(path: Path) -> Tensor | None:
     features = _read(path)
     if features is None:
-        torch.save(torch.zeros(len(images), backbone[-1].num_features), path)  # takes the place
-        features = compute(backbone, images, **settings)
-        torch.save(features, path)
+        _write(path, torch.zeros(0))
     return features
 
 
-@exercise.misconception("nothing is kept")
-def nothing_is_kept(folder, compute, backbone, images, settings):
-    features = compute(backbone, images, **settings)
-    torch.save(features, folder / "features.pt")
-    return features
+_MEMORY: dict[Path, Tensor] = {}
 
-
-_MEMORY: dict[str, Tensor] = {}
-
-
-@exercise.misconception("kept in memory")
-def kept_in_memory(folder, compute, backbone, images, settings):
-    key = repr(_key(backbone, images, settings))
-    if key not in _MEMORY:
-        _MEMORY[key] = compute(backbone, images, **settings)
-    return _MEMORY[key]
+CHANGES = {
+    "one file for everything": {"name": lambda key: "features"},
+    "weights not in the key": {"weights": repr},
+    "buffers not in the key": {"weights": lambda backbone: _contents(*backbone.parameters())},
+    "weights as they are printed in the key": {"weights": lambda backbone: str(backbone.state_dict())},
+    "only the shape of the images in the key": {"pixels": lambda images: images.shape},
+    "order of the images not in the key": {"pixels": lambda images: _contents(images.sum(0))},
+    "images as they are printed in the key": {"pixels": str},
+    "settings not in the key": {"name": lambda key: _digest(key[:2])},
+    "objects in place of contents in the key": {"weights": hash, "pixels": hash},
+    "more than contents in the key": {"weights": lambda backbone: (_state(backbone), id(backbone))},
+    "a key for one kernel": {"name": lambda key: hash(repr(key))},
+    "one result at a time": {"write": _write_alone},
+    "damaged file believed": {"read": lambda path: torch.load(path) if path.exists() else None},
+    "file made before the features": {"read": _read_or_take_the_place},
+    "nothing is kept": {"read": lambda path: None},
+    "kept in memory": {"read": _MEMORY.get, "write": _MEMORY.__setitem__},
+}
+exercise.misconceptions_of(cached, CHANGES)
