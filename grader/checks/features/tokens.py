@@ -1,9 +1,10 @@
 """Exercise 2.6: texts to one batch of word pieces and a mask."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, wrong_return
 from helpers.text import tokenize
@@ -19,8 +20,8 @@ def _blocks(trial: Trial, n: int) -> list[str]:
 
 def _numbered(trial: Trial, *pieces: str) -> dict[str, int]:
     """A vocabulary: the first piece is number 0, all others, [PAD] among them, are numbered at random."""
-    others = [*pieces[1:], "[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    return {pieces[0]: 0} | dict(zip(others, (1 + trial.permutation(len(others))).tolist(), strict=True))
+    rest = [*pieces[1:], "[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    return {pieces[0]: 0} | dict(zip(rest, (1 + trial.permutation(len(rest))).tolist(), strict=True))
 
 
 def _run(subject, vocabulary: dict[str, int], texts: list[str], max_length: int) -> dict[str, Tensor]:
@@ -138,8 +139,8 @@ class AnyWhiteSpace(_OneText):
         return {"vocabulary": _numbered(trial, a, b, c, d), "texts": texts}
 
     def facts(self, raw, inputs):
-        one, any_amount = self.words(raw, inputs)
-        return {"tabs, line ends and many spaces part words": "as one space does" if one == any_amount else "otherwise"}
+        spaced, mixed = self.words(raw, inputs)
+        return {"tabs, line ends and many spaces part words": "as one space does" if spaced == mixed else "otherwise"}
 
 
 @exercise.experiment("fits max length")
@@ -186,12 +187,12 @@ class _RaggedBatch(Experiment):
     """Draws texts of different lengths, all shorter than `max_length`; piece number 0 is a word of each but the empty one."""
 
     def draw(self, trial: Trial) -> dict:
-        zero, *others = _blocks(trial, 6)
+        zero, *blocks = _blocks(trial, 6)
         counts = [trial.integer(1, 2), 0, trial.integer(5, 7), trial.integer(2, 4)]
-        texts = [[zero, *(others[trial.integer(0, 4)] for _ in range(count - 1))] if count else [] for count in counts]
+        texts = [[zero, *(blocks[trial.integer(0, 4)] for _ in range(count - 1))] if count else [] for count in counts]
         order = trial.permutation(len(texts)).tolist()
         return {
-            "vocabulary": _numbered(trial, zero, *others),
+            "vocabulary": _numbered(trial, zero, *blocks),
             "texts": [" ".join(reversed(texts[i])) for i in order],
             "max_length": trial.integer(12, 15),
         }
@@ -199,7 +200,7 @@ class _RaggedBatch(Experiment):
     def measure(self, subject, inputs):
         return _run(subject, inputs["vocabulary"], inputs["texts"], inputs["max_length"])
 
-    def find(self, raw: dict, inputs: dict) -> list[tuple[list[str], int, int | None]]:
+    def places(self, raw: dict, inputs: dict) -> list[tuple[list[str], int, int | None]]:
         """Of each text: the row, the number of tokens, and where they begin in the row."""
         wanted = [["[CLS]", *text.split(), "[SEP]"] for text in inputs["texts"]]
         rows = [_read(inputs["vocabulary"], row) for row in raw["ids"]]
@@ -209,7 +210,7 @@ class _RaggedBatch(Experiment):
 @exercise.experiment("padded to the longest")
 class PaddedToTheLongest(_RaggedBatch):
     def facts(self, raw, inputs):
-        longest = max(n for _, n, _ in self.find(raw, inputs))
+        longest = max(n for _, n, _ in self.places(raw, inputs))
         sizes = {longest: "as many as the longest text has", inputs["max_length"]: "max_length"}
         return {"tokens of a row": sizes.get(raw["ids"].shape[1], "another number")}
 
@@ -217,13 +218,13 @@ class PaddedToTheLongest(_RaggedBatch):
 @exercise.experiment("filled with pad")
 class FilledWithPad(_RaggedBatch):
     def facts(self, raw, inputs):
-        found, width = self.find(raw, inputs), raw["ids"].shape[1]
-        if any(start is None for _, _, start in found):
+        places, width = self.places(raw, inputs), raw["ids"].shape[1]
+        if any(start is None for _, _, start in places):
             return {"padding stands": None, "padding is": None}
-        after = all(start == 0 for _, _, start in found)
-        before = all(start == width - n for _, n, start in found)
+        after = all(start == 0 for _, _, start in places)
+        before = all(start == width - n for _, n, start in places)
         zero = _read(inputs["vocabulary"], torch.tensor([0]))[0]
-        padding = {token for row, n, start in found for token in row[:start] + row[start + n :]}
+        padding = {token for row, n, start in places for token in row[:start] + row[start + n :]}
         names = {"[PAD]": "[PAD]", zero: "the piece with number 0"}
         return {
             "padding stands": "after the text" if after else "before the text" if before else "elsewhere",
@@ -236,11 +237,11 @@ class MaskOfTokens(_RaggedBatch):
     points = 2
 
     def facts(self, raw, inputs):
-        found = self.find(raw, inputs)
-        if any(start is None for _, _, start in found):
+        places = self.places(raw, inputs)
+        if any(start is None for _, _, start in places):
             return {"the mask on tokens": None, "the mask on padding": None}
         own = torch.zeros_like(raw["mask"]).bool()
-        for row, (_, n, start) in zip(own, found, strict=True):
+        for row, (_, n, start) in zip(own, places, strict=True):
             row[start : start + n] = True
         on_tokens, on_padding, numbers = raw["mask"][own], raw["mask"][~own], raw["ids"][own]
         not_zero = "0 where the number is 0, else 1" if torch.equal(on_tokens, (numbers != 0).long()) else "something else"
@@ -251,8 +252,11 @@ def _constant(values: Tensor) -> str:
     return str(values[0].item()) if len(values) and (values == values[0]).all() else ""
 
 
+def _words(text: str) -> list[str]:
+    return text.lower().split()
+
+
 def _longest(vocabulary: Mapping[str, int], word: str, mark: str = "##") -> list[str]:
-    """A right cut, for what is wrong elsewhere."""
     pieces = []
     while word:
         prefix = mark if pieces else ""
@@ -264,148 +268,81 @@ def _longest(vocabulary: Mapping[str, int], word: str, mark: str = "##") -> list
     return pieces
 
 
-def _rows(vocabulary, texts, cut=_longest) -> list[list[int]]:
-    return [[vocabulary[piece] for word in text.lower().split() for piece in cut(vocabulary, word)] for text in texts]
+def _fit(pieces: list[str], max_length: int) -> list[str]:
+    return ["[CLS]", *pieces[: max_length - 2], "[SEP]"]
 
 
-def _ended(vocabulary, rows, max_length) -> list[list[int]]:
-    return [[vocabulary["[CLS]"], *row[: max_length - 2], vocabulary["[SEP]"]] for row in rows]
+def tokenized(
+    vocabulary, texts, max_length, *, words=_words, cut=_longest, fit=_fit, number=None, side="right", mask=lambda ids, own: own
+):
+    """A right solution: a text's words, a word's pieces, a text's tokens, number and side of padding, the mask."""
+    rows = [fit([piece for word in words(text) for piece in cut(vocabulary, word)], max_length) for text in texts]
+    rows = [torch.tensor([vocabulary[token] for token in row]) for row in rows]
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
+    ids = pad(rows, padding_value=vocabulary["[PAD]"] if number is None else number)
+    return {"input_ids": ids, "attention_mask": mask(ids, pad([torch.ones_like(row) for row in rows]))}
 
 
-def _batch(rows, padding: int, width: int | None = None) -> dict[str, Tensor]:
-    width = width or max(map(len, rows))
-    return {
-        "input_ids": torch.tensor([row + [padding] * (width - len(row)) for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
-    }
+def _shortest(vocabulary: Mapping[str, int], word: str) -> list[str]:
+    pieces, start = [], 0
+    for end in range(1, len(word) + 1):
+        piece = ("##" if start else "") + word[start:end]
+        if piece in vocabulary:
+            pieces.append(piece)
+            start = end
+    return pieces if start == len(word) else ["[UNK]"]
 
 
-def _cut_by(cut, vocabulary, texts, max_length) -> dict[str, Tensor]:
-    return _batch(_ended(vocabulary, _rows(vocabulary, texts, cut), max_length), vocabulary["[PAD]"])
+def _and_unknown(vocabulary: Mapping[str, int], word: str) -> list[str]:
+    for end in range(len(word), 0, -1):
+        if "[UNK]" not in (head := _longest(vocabulary, word[:end])):
+            return head if end == len(word) else [*head, "[UNK]"]
+    return ["[UNK]"]
 
 
-@exercise.misconception("padded to max_length")
-def padded_to_max_length(vocabulary, texts, max_length):
-    rows = _ended(vocabulary, _rows(vocabulary, texts), max_length)
-    return _batch(rows, vocabulary["[PAD]"], width=max_length)
+def _taking_back(vocabulary: Mapping[str, int], word: str) -> list[str]:
+    def search(rest: str, mark: str = "") -> list[str] | None:
+        if not rest:
+            return []
+        for end in range(len(rest), 0, -1):
+            if mark + rest[:end] in vocabulary and (following := search(rest[end:], "##")) is not None:
+                return [mark + rest[:end], *following]
+        return None
+
+    return search(word) or ["[UNK]"]
 
 
-@exercise.misconception("[SEP] cut off")
-def sep_cut_off(vocabulary, texts, max_length):
-    rows = _ended(vocabulary, _rows(vocabulary, texts), 10**6)
-    return _batch([row[:max_length] for row in rows], vocabulary["[PAD]"])
+def _not_0(ids: Tensor, own: Tensor) -> Tensor:
+    return (ids != 0).long()
 
 
-@exercise.misconception("[CLS] and [SEP] not counted")
-def special_tokens_not_counted(vocabulary, texts, max_length):
-    return _batch(_ended(vocabulary, _rows(vocabulary, texts), max_length + 2), vocabulary["[PAD]"])
+CHANGES = {
+    "[SEP] cut off": {"fit": lambda pieces, max_length: ["[CLS]", *pieces, "[SEP]"][:max_length]},
+    "[CLS] and [SEP] not counted": {"fit": lambda pieces, max_length: ["[CLS]", *pieces[:max_length], "[SEP]"]},
+    "[CLS] and [SEP] left out": {"fit": lambda pieces, max_length: pieces[:max_length] or ["[UNK]"]},
+    "mask all ones": {"mask": lambda ids, own: torch.ones_like(own)},
+    "mask upside down": {"mask": lambda ids, own: 1 - own},
+    "mask from numbers that are not 0": {"mask": _not_0},
+    "padded with number 0": {"number": 0},
+    "padding taken to be number 0": {"number": 0, "mask": _not_0},
+    "padding before the text": {"side": "left"},
+    "shortest piece first": {"cut": _shortest},
+    "## forgotten": {"cut": partial(_longest, mark="")},
+    "pieces beside [UNK]": {"cut": _and_unknown},
+    "unknown words left out": {"cut": lambda *word: [piece for piece in _longest(*word) if piece != "[UNK]"]},
+    "a longest piece taken back": {"cut": _taking_back},
+    "capitals kept": {"words": str.split},
+    "split at single spaces": {"words": lambda text: text.lower().split(" ")},
+}
+exercise.misconceptions_of(tokenized, CHANGES)
 
 
 @exercise.misconception("words counted in place of tokens")
 def words_counted(vocabulary, texts, max_length):
-    texts = [" ".join(text.split()[: max_length - 2]) for text in texts]
-    return _batch(_ended(vocabulary, _rows(vocabulary, texts), 10**6), vocabulary["[PAD]"])
+    return tokenized(vocabulary, [" ".join(text.split()[: max_length - 2]) for text in texts], 10**6)
 
 
-@exercise.misconception("[CLS] and [SEP] left out")
-def special_tokens_left_out(vocabulary, texts, max_length):
-    return _batch([row[:max_length] or [vocabulary["[UNK]"]] for row in _rows(vocabulary, texts)], vocabulary["[PAD]"])
-
-
-@exercise.misconception("mask all ones")
-def mask_all_ones(vocabulary, texts, max_length):
-    batch = _batch(_ended(vocabulary, _rows(vocabulary, texts), max_length), vocabulary["[PAD]"])
-    return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
-
-
-@exercise.misconception("mask upside down")
-def mask_upside_down(vocabulary, texts, max_length):
-    batch = _batch(_ended(vocabulary, _rows(vocabulary, texts), max_length), vocabulary["[PAD]"])
-    return batch | {"attention_mask": 1 - batch["attention_mask"]}
-
-
-@exercise.misconception("mask from numbers that are not 0")
-def mask_from_numbers_that_are_not_0(vocabulary, texts, max_length):
-    batch = _batch(_ended(vocabulary, _rows(vocabulary, texts), max_length), vocabulary["[PAD]"])
-    return batch | {"attention_mask": (batch["input_ids"] != 0).long()}
-
-
-@exercise.misconception("padded with number 0")
-def padded_with_number_0(vocabulary, texts, max_length):
-    return _batch(_ended(vocabulary, _rows(vocabulary, texts), max_length), 0)
-
-
-@exercise.misconception("padding taken to be number 0")
-def padding_taken_to_be_number_0(vocabulary, texts, max_length):
-    batch = _batch(_ended(vocabulary, _rows(vocabulary, texts), max_length), 0)
-    return batch | {"attention_mask": batch["input_ids"].bool().long()}
-
-
-@exercise.misconception("padding before the text")
-def padding_before_the_text(vocabulary, texts, max_length):
-    rows = _ended(vocabulary, _rows(vocabulary, texts), max_length)
-    batch = _batch([row[::-1] for row in rows], vocabulary["[PAD]"])
-    return {name: values.flip(1) for name, values in batch.items()}
-
-
-@exercise.misconception("shortest piece first")
-def shortest_piece_first(vocabulary, texts, max_length):
-    def cut(vocabulary, word):
-        pieces, start = [], 0
-        for end in range(1, len(word) + 1):
-            piece = ("##" if start else "") + word[start:end]
-            if piece in vocabulary:
-                pieces.append(piece)
-                start = end
-        return pieces if start == len(word) else ["[UNK]"]
-
-    return _cut_by(cut, vocabulary, texts, max_length)
-
-
-@exercise.misconception("## forgotten")
-def mark_forgotten(vocabulary, texts, max_length):
-    return _cut_by(lambda vocabulary, word: _longest(vocabulary, word, mark=""), vocabulary, texts, max_length)
-
-
-@exercise.misconception("pieces beside [UNK]")
-def pieces_beside_unk(vocabulary, texts, max_length):
-    def cut(vocabulary, word):
-        for end in range(len(word), 0, -1):
-            if "[UNK]" not in (head := _longest(vocabulary, word[:end])):
-                return head if end == len(word) else [*head, "[UNK]"]
-        return ["[UNK]"]
-
-    return _cut_by(cut, vocabulary, texts, max_length)
-
-
-@exercise.misconception("unknown words left out")
-def unknown_words_left_out(vocabulary, texts, max_length):
-    def cut(vocabulary, word):
-        return [piece for piece in _longest(vocabulary, word) if piece != "[UNK]"]
-
-    return _cut_by(cut, vocabulary, texts, max_length)
-
-
-@exercise.misconception("a longest piece taken back")
-def a_longest_piece_taken_back(vocabulary, texts, max_length):
-    def search(word, mark=""):
-        if not word:
-            return []
-        for end in range(len(word), 0, -1):
-            if mark + word[:end] in vocabulary and (rest := search(word[end:], "##")) is not None:
-                return [mark + word[:end], *rest]
-        return None
-
-    return _cut_by(lambda _, word: search(word) or ["[UNK]"], vocabulary, texts, max_length)
-
-
-@exercise.misconception("capitals kept")
-def capitals_kept(vocabulary, texts, max_length):
-    rows = [[vocabulary[piece] for word in text.split() for piece in _longest(vocabulary, word)] for text in texts]
-    return _batch(_ended(vocabulary, rows, max_length), vocabulary["[PAD]"])
-
-
-@exercise.misconception("split at single spaces")
-def split_at_single_spaces(vocabulary, texts, max_length):
-    rows = [[vocabulary[piece] for word in text.lower().split(" ") for piece in _longest(vocabulary, word)] for text in texts]
-    return _batch(_ended(vocabulary, rows, max_length), vocabulary["[PAD]"])
+@exercise.misconception("padded to max_length")
+def padded_to_max_length(vocabulary, texts, max_length):
+    batch = tokenized(vocabulary, [*texts, "? " * max_length], max_length)  # one more text, which fills its row
+    return {name: rows[:-1] for name, rows in batch.items()}

@@ -1,15 +1,19 @@
 """Exercise 2.6 in other styles."""
 
 import re
+from functools import partial
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from grader.checks.features.tokens import CHANGES, tokenized
 
-def by_regular_expressions(vocabulary, texts, max_length):
-    ranked = sorted((piece for piece in vocabulary if not re.fullmatch(r"\[[A-Z]+\]", piece)), key=len, reverse=True)
+
+def by_regular_expressions(vocabulary, texts, max_length, longest_first=True):
+    pieces = (piece for piece in vocabulary if not re.fullmatch(r"\[[A-Z]+\]", piece))
+    ranked = sorted(pieces, key=len, reverse=longest_first)
     first = re.compile("|".join(re.escape(piece) for piece in ranked if not piece.startswith("##")))
     later = re.compile("|".join(re.escape(piece[2:]) for piece in ranked if piece.startswith("##")))
     rows = []
@@ -57,17 +61,17 @@ def into_arrays(vocabulary, texts, max_length):
     for text in texts:
         table.append([])
         for word in map(str.lower, text.split()):
-            start, found = 0, []
+            start, pieces = 0, []
             while start != len(word):
                 stop = len(word)
                 while stop > start and ("##" * bool(start) + word[start:stop]) not in vocabulary:
                     stop -= 1
                 if stop == start:
-                    found = ["[UNK]"]
+                    pieces = ["[UNK]"]
                     break
-                found.append("##" * bool(start) + word[start:stop])
+                pieces.append("##" * bool(start) + word[start:stop])
                 start = stop
-            table[-1].extend(found)
+            table[-1].extend(pieces)
     lengths = np.minimum([len(pieces) + 2 for pieces in table], max_length)
     ids = np.full((len(texts), lengths.max()), vocabulary["[PAD]"], dtype=np.int64)
     ids[:, 0] = vocabulary["[CLS]"]
@@ -118,115 +122,37 @@ class Tokenizer:
         return numbers
 
 
-def _fill(rows, pad, width=0):
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
-    return F.pad(ids, (0, max(0, width - ids.shape[1])), value=pad)
-
-
-def _greedy(vocabulary, word, mark="##", partial=False):
-    tokens, rest = [], word
-    while rest:
-        head = rest
-        while head and (mark if tokens else "") + head not in vocabulary:
-            head = head[:-1]
-        if not head:
-            if not partial:
-                return ["[UNK]"]
-            tokens.append("[UNK]")
-            rest = rest[1:]
-            continue
-        tokens.append((mark if tokens else "") + head)
-        rest = rest[len(head) :]
-    return tokens
-
-
-def _lists(vocabulary, texts, max_length, **options):
-    rows = [[token for word in text.lower().split() for token in _greedy(vocabulary, word, **options)] for text in texts]
-    return [[vocabulary[token] for token in ["[CLS]", *row[: max_length - 2], "[SEP]"]] for row in rows]
-
-
-def _result(rows, pad, width=0):
-    own = _fill([[1] * len(row) for row in rows], 0, width)
-    return {"input_ids": _fill(rows, pad, width), "attention_mask": own}
+def two_too_many(vocabulary, texts, max_length):
+    return by_regular_expressions(vocabulary, texts, max_length + 2)
 
 
 def ones_of_that_shape(vocabulary, texts, max_length):
-    ids = _fill(_lists(vocabulary, texts, max_length), vocabulary["[PAD]"])
+    ids = into_arrays(vocabulary, texts, max_length)["input_ids"]
     return {"input_ids": ids, "attention_mask": torch.full(ids.shape, 1)}
 
 
 def where_there_is_a_number(vocabulary, texts, max_length):
-    ids = _fill(_lists(vocabulary, texts, max_length), vocabulary["[PAD]"])
+    ids = into_arrays(vocabulary, texts, max_length)["input_ids"]
     return {"input_ids": ids, "attention_mask": torch.where(ids.eq(0), 0, 1)}
 
 
 def filled_with_zeros(vocabulary, texts, max_length):
-    rows = _lists(vocabulary, texts, max_length)
-    ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.int64)
-    for line, row in zip(ids, rows, strict=True):
-        line[: len(row)] = torch.tensor(row)
+    ids = into_arrays(vocabulary, texts, max_length)["input_ids"]
+    ids = ids.masked_fill(ids == vocabulary["[PAD]"], 0)
     return {"input_ids": ids, "attention_mask": torch.sign(ids)}
-
-
-def shortest_by_growing(vocabulary, texts, max_length):
-    rows = []
-    for text in texts:
-        tokens = []
-        for word in text.lower().split():
-            pieces, buffer = [], ""
-            for letter in word:
-                buffer += letter
-                name = f"##{buffer}" if pieces else buffer
-                if vocabulary.get(name) is not None:
-                    pieces, buffer = [*pieces, name], ""
-            tokens += ["[UNK]"] if buffer else pieces
-        rows.append([vocabulary[token] for token in ("[CLS]", *tokens[: max_length - 2], "[SEP]")])
-    return _result(rows, vocabulary["[PAD]"])
-
-
-def sep_and_mask(vocabulary, texts, max_length):
-    ids = _fill(_lists(vocabulary, texts, 1000), vocabulary["[PAD]"])[:, :max_length]
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def no_mark_and_max_length(vocabulary, texts, max_length):
-    return _result(_lists(vocabulary, texts, max_length, mark=""), vocabulary["[PAD]"], max_length)
-
-
-def in_a_table_of_zeros(vocabulary, texts, max_length):
-    rows = _lists(vocabulary, texts, max_length)
-    return _result(rows, 0, max_length)
-
-
-def capitals_and_single_spaces(vocabulary, texts, max_length):
-    rows = [[token for word in text.split(" ") for token in _greedy(vocabulary, word)] for text in texts]
-    rows = [[vocabulary[token] for token in ["[CLS]", *row[: max_length - 2], "[SEP]"]] for row in rows]
-    return _result(rows, vocabulary["[PAD]"])
-
-
-def partial_and_zeros(vocabulary, texts, max_length):
-    rows = _lists(vocabulary, texts, max_length, partial=True)
-    return _result(rows, 0)
-
-
-def so_many_words(vocabulary, texts, max_length):
-    return by_regular_expressions(vocabulary, [" ".join(text.split()[: max_length - 2]) for text in texts], 10**6)
 
 
 CORRECT = [by_regular_expressions, by_recursion, into_arrays, Tokenizer()]
 REWRITTEN = {
-    "words counted in place of tokens": so_many_words,
+    "[CLS] and [SEP] not counted": two_too_many,
     "mask all ones": ones_of_that_shape,
     "mask from numbers that are not 0": where_there_is_a_number,
     "padding taken to be number 0": filled_with_zeros,
-    "shortest piece first": shortest_by_growing,
+    "shortest piece first": partial(by_regular_expressions, longest_first=False),
 }
 COMBINED = [
-    ({"[SEP] cut off", "mask all ones"}, sep_and_mask),
-    ({"padded to max_length", "padded with number 0"}, in_a_table_of_zeros),
-    ({"## forgotten", "padded to max_length"}, no_mark_and_max_length),
-    ({"capitals kept", "split at single spaces"}, capitals_and_single_spaces),
-    ({"pieces beside [UNK]", "padded with number 0"}, partial_and_zeros),
+    ({first, second}, partial(tokenized, **CHANGES[first], **CHANGES[second]))
+    for first, second in (("[SEP] cut off", "mask all ones"), ("## forgotten", "padded with number 0"))
 ]
 
 EQUIVALENT = {
