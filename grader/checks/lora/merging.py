@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from itertools import pairwise
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grader.checks.lora.refusals import raised
 from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn
 from grader.near import near
 from helpers import expect, lora
@@ -25,35 +26,30 @@ class _Interrupt(KeyboardInterrupt):
     """Somebody stops the cell."""
 
 
-class _Network(nn.Module):
-    """Three LoRA layers of one size, and a head without."""
-
-    def __init__(self, trial: Trial, width: int) -> None:
-        super().__init__()
-        rank = trial.integer(2, 3)
-        self.layers = nn.ModuleList(_layer(trial, nn.Linear(width, width), rank) for _ in range(3))
-        self.head = nn.Linear(width, 3)
-
-    def forward(self, x: Tensor) -> Tensor:  # (n, width) -> (n, 3)
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return self.head(x)
+def _network(trial: Trial, width: int) -> nn.Module:
+    """Three LoRA layers of one size, which lie deeper than its children, and a head without."""
+    rank = trial.integer(2, 3)
+    layers = nn.Sequential(*(_layer(trial, nn.Linear(width, width), rank) for _ in range(3)))
+    return nn.ModuleDict({"layers": layers, "head": nn.Linear(width, 3)})
 
 
-class _Language(nn.Module):
-    """A language model in small. Its head, a LoRA layer, has a weight that equals the embedding's, or the same one."""
+def _language_model(trial: Trial, tied: bool) -> nn.Module:
+    """In small. Its head, a LoRA layer, has a weight that equals the embedding's, or the same one."""
+    words = width = 6  # so that all LoRA layers have one shape
+    embed = nn.Embedding(words, width)
+    layer = _layer(trial, nn.Linear(width, width), 2)
+    head = nn.Linear(width, words)
+    head.weight = embed.weight if tied else nn.Parameter(embed.weight.detach().clone())
+    return nn.Sequential(embed, layer, _layer(trial, head, 2))
 
-    def __init__(self, trial: Trial, tied: bool) -> None:
-        super().__init__()
-        words = width = 6  # so that all LoRA layers have one shape
-        self.embed = nn.Embedding(words, width)
-        self.layers = nn.ModuleList([_layer(trial, nn.Linear(width, width), 2)])
-        head = nn.Linear(width, words)
-        head.weight = self.embed.weight if tied else nn.Parameter(self.embed.weight.detach().clone())
-        self.layers.append(_layer(trial, head, 2))
 
-    def forward(self, tokens: Tensor) -> Tensor:  # (n, words of a text) -> the same and a logit for each known word
-        return self.layers[1](torch.tanh(self.layers[0](self.embed(tokens))))
+def _layer(trial: Trial, base: nn.Linear, rank: int) -> lora.Linear:
+    """A LoRA layer that has been trained: B is not zero."""
+    layer = lora.Linear(base, rank, SCALING * rank)
+    with torch.no_grad():
+        layer.A.copy_(trial.normal(*layer.A.shape))
+        layer.B.copy_(trial.normal(*layer.B.shape) / 2)
+    return layer
 
 
 @exercise.experiment("inside the block")
@@ -62,7 +58,7 @@ class InsideTheBlock(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(4, 6)
-        return {"model": _Network(trial, width), "x": trial.normal(5, width)}
+        return {"model": _network(trial, width), "x": trial.normal(5, width)}
 
     def measure(self, subject, inputs):
         model, x = inputs["model"], inputs["x"]
@@ -84,7 +80,7 @@ class AfterTheBlock(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(4, 6)
-        models = {how: _Network(trial, width) for how in ("end", "error", "interrupt")}
+        models = {how: _network(trial, width) for how in ("end", "error", "interrupt")}
         return {"x": trial.normal(5, width), **models}
 
     def measure(self, subject, inputs):
@@ -116,7 +112,7 @@ class OldBits(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        return {"model": _Network(trial, 8).bfloat16()}
+        return {"model": _network(trial, 8).bfloat16()}
 
     def measure(self, subject, inputs):
         model = inputs["model"]
@@ -129,7 +125,7 @@ class OldBits(Experiment):
             "merged": inside != bits,
             "dtypes": sorted(dtypes),
             "bits": _bits(model),
-            "same": all(one is other for one, other in zip(before, after, strict=True)),
+            "same": all(weight is was for weight, was in zip(after, before, strict=True)),
             "frozen": all(weight.is_leaf and not weight.requires_grad for weight in after),
         }
 
@@ -149,9 +145,11 @@ class NotTwice(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(4, 6)
-        partly = _Network(trial, width)
-        _merge_by_hand(partly.layers[-1])  # the last, so that a loop meets the others first
-        return {"model": _Network(trial, width), "partly": partly, "x": trial.normal(5, width)}
+        partly = _network(trial, width)
+        layer = _layers(partly)[-1]  # the last, so that a loop meets the others first
+        layer.base.weight.data += layer.delta().detach()
+        layer.merged = True
+        return {"model": _network(trial, width), "partly": partly, "x": trial.normal(5, width)}
 
     def measure(self, subject, inputs):
         model, partly, x = inputs["model"], inputs["partly"], inputs["x"]
@@ -163,10 +161,10 @@ class NotTwice(Experiment):
         return {"nested": nested, "first": first, "then": then, "after": after, "partly": _refusal(subject, partly)}
 
     def facts(self, raw, inputs):
-        def changed(one: dict, other: dict) -> str | None:
+        def changed(before: dict, after: dict) -> str | None:
             if raw["nested"] == "nothing":
                 return None
-            same = all(_updates(one[key], inputs) == _updates(other[key], inputs) for key in one)
+            same = all(_updates(before[key], inputs) == _updates(after[key], inputs) for key in before)
             return "as before" if same else "different"
 
         return {
@@ -183,8 +181,7 @@ class TiedWeight(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        models = {"tied": _Language(trial, True), "equal": _Language(trial, False)}
-        return {"tokens": trial.permutation(6)[:4], **models}
+        return {"tied": _language_model(trial, True), "equal": _language_model(trial, False)}
 
     def measure(self, subject, inputs):
         return {"tied": _refusal(subject, inputs["tied"]), "equal": _raised(subject, inputs["equal"])}
@@ -209,15 +206,6 @@ class NothingToMerge(Experiment):
         return {"raised": raw["came"]}
 
 
-def _layer(trial: Trial, base: nn.Linear, rank: int) -> lora.Linear:
-    """A LoRA layer that has been trained: B is not zero."""
-    layer = lora.Linear(base, rank, SCALING * rank)
-    with torch.no_grad():
-        layer.A.copy_(trial.normal(*layer.A.shape))
-        layer.B.copy_(trial.normal(*layer.B.shape) / 2)
-    return layer
-
-
 def _layers(model: nn.Module) -> list[lora.Linear]:
     return [module for module in model.modules() if isinstance(module, lora.Linear)]
 
@@ -229,11 +217,6 @@ def _weights(model: nn.Module) -> list[nn.Parameter]:
 def _bits(model: nn.Module) -> list[list]:
     """The bits of each base weight, as bytes; values would call 0 and -0 equal."""
     return [weight.detach().contiguous().view(torch.uint8).tolist() for weight in _weights(model)]
-
-
-def _merge_by_hand(layer: lora.Linear) -> None:
-    layer.base.weight.data = layer.base.weight.data + layer.delta().detach()
-    layer.merged = True
 
 
 def _manager(value: object) -> AbstractContextManager:
@@ -269,14 +252,12 @@ def _multiple(update: Tensor, delta: Tensor) -> Fact:
 
 def _raised(subject, model: nn.Module) -> str:
     """What the block raises that does nothing."""
-    try:
+
+    def block() -> None:
         with _manager(subject(model)):
             pass
-    except (NotImplementedError, WrongReturn):
-        raise
-    except Exception as error:
-        return "ValueError" if isinstance(error, ValueError) else type(error).__name__
-    return "nothing"
+
+    return raised(block)[0]
 
 
 def _refusal(subject, model: nn.Module) -> dict[str, str | None]:
@@ -288,313 +269,130 @@ def _refusal(subject, model: nn.Module) -> dict[str, str | None]:
     return {"came": came, "changed": None if came == "nothing" else "none" if state() == before else "some"}
 
 
-def _check(model: nn.Module) -> list[lora.Linear]:
-    """The LoRA layers, once it is certain that they can be merged."""
-    layers = _layers(model)
+def some_layer(model: nn.Module, layers: list[lora.Linear]) -> None:
     if not layers:
         raise ValueError("there is no LoRA layer")
-    _check_flags(layers)
-    _check_ties(model, layers)
-    return layers
 
 
-def _check_flags(layers: list[lora.Linear]) -> None:
+def none_merged(model: nn.Module, layers: list[lora.Linear]) -> None:
     if any(layer.merged for layer in layers):
         raise ValueError("a layer is merged already")
 
 
-def _check_ties(model: nn.Module, layers: list[lora.Linear]) -> None:
+def none_tied(model: nn.Module, layers: list[lora.Linear]) -> None:
     for layer in layers:
         users = [module for module in model.modules() if any(p is layer.base.weight for p in module._parameters.values())]
         if len(users) > 1:
             raise ValueError("a base weight is used by another module too")
 
 
-def _add(layer: lora.Linear, factor: float = 1) -> Tensor:
-    """Merge a layer, and return its old weight."""
-    old = layer.base.weight.detach().clone()
-    layer.base.weight.data = (old + factor * layer.delta().detach()).to(old.dtype)
-    layer.merged = True
-    return old
+class Solution:
+    """A right solution, in pieces that a misconception replaces."""
+
+    checks = some_layer, none_merged, none_tied
+    flag_inside, flag_afterwards = True, False
+
+    def __init__(self, model):
+        self.model, self.layers = model, _layers(model)
+
+    def __enter__(self):
+        for check in self.checks:
+            check(self.model, self.layers)
+        for layer in self.layers:
+            self.merge(layer)
+
+    def __exit__(self, kind, error, trace):
+        if self.undone_after(kind):
+            for layer in self.layers:
+                self.restore(layer)
+                layer.merged = self.flag_afterwards
+
+    def merge(self, layer):
+        layer.old = layer.base.weight.detach().clone()
+        self.add(layer.base.weight, self.update(layer))
+        layer.merged = self.flag_inside
+
+    def update(self, layer):
+        return layer.delta()
+
+    def add(self, weight, update):
+        weight.data += update.detach()
+
+    def undone_after(self, kind):
+        """Whether the merge is undone if the block ends with an exception of that kind, which may be None."""
+        return True
+
+    def restore(self, layer):
+        layer.base.weight.data = layer.old
 
 
-def _restore(layer: lora.Linear, old: Tensor) -> None:
-    layer.base.weight.data = old
-    layer.merged = False
-
-
-@exercise.misconception("delta subtracted again")
-@contextmanager
-def delta_subtracted_again(model):
-    layers = _check(model)
-    for layer in layers:
-        _add(layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            _restore(layer, layer.base.weight.data.sub_(layer.delta().detach()))
-
-
-@exercise.misconception("flag never set")
-@contextmanager
-def flag_never_set(model):
-    layers = _check(model)
-    old = [_add(layer) for layer in layers]
-    for layer in layers:
-        layer.merged = False
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            _restore(layer, weight)
-
-
-@exercise.misconception("flag left set")
-@contextmanager
-def flag_left_set(model):
-    layers = _check(model)
-    old = [_add(layer) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            layer.base.weight.data = weight
-
-
-@exercise.misconception("never undone")
-@contextmanager
-def never_undone(model):
-    for layer in _check(model):
-        _add(layer)
-    yield
-
-
-@exercise.misconception("not undone after an error")
-@contextmanager
-def not_undone_after_an_error(model):
-    layers = _check(model)
-    old = [_add(layer) for layer in layers]
-    yield
-    for layer, weight in zip(layers, old, strict=True):
-        _restore(layer, weight)
-
-
-@exercise.misconception("only errors caught")
-@contextmanager
-def only_errors_caught(model):
-    layers = _check(model)
-    old = [_add(layer) for layer in layers]
-
-    def undo():
-        for layer, weight in zip(layers, old, strict=True):
-            _restore(layer, weight)
-
-    try:
-        yield
-    except Exception:
-        undo()
-        raise
-    else:
-        undo()
-
-
-@exercise.misconception("error swallowed")
-@contextmanager
-def error_swallowed(model):
-    layers = _check(model)
-    old = [_add(layer) for layer in layers]
-    try:
-        yield
-    except BaseException as error:
-        print(f"the block ended with {error!r}")
-    for layer, weight in zip(layers, old, strict=True):
-        _restore(layer, weight)
-
-
-@exercise.misconception("scaled again")
-@contextmanager
-def scaled_again(model):
-    layers = _check(model)
-    old = [_add(layer, layer.scaling) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            _restore(layer, weight)
-
-
-@exercise.misconception("one delta for all")
-@contextmanager
-def one_delta_for_all(model):
-    layers = _check(model)
-    old, delta = [_add(layer, 0) for layer in layers], layers[0].delta().detach()
-    for layer in layers:
-        layer.base.weight.data += delta
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            _restore(layer, weight)
-
-
-@exercise.misconception("one weight kept")
-@contextmanager
-def one_weight_kept(model):
-    layers = _check(model)
-    for layer in layers:
-        old = _add(layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            _restore(layer, old.clone())
-
-
-@exercise.misconception("merged twice")
-@contextmanager
-def merged_twice(model):
-    layers = _layers(model)
-    if len(layers) == 0:
-        raise ValueError("there is no LoRA layer")
-    _check_ties(model, layers)
-    old = [_add(layer) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            _restore(layer, weight)
-
-
-@exercise.misconception("refusal that unmerges")
-@contextmanager
-def refusal_that_unmerges(model):
-    layers = _layers(model)
-    if layers:
-        _check_ties(model, layers)
-    old = [getattr(layer, "_before", None) for layer in layers]
-    try:
-        _check(model)
-        old = [_add(layer) for layer in layers]
-        for layer, weight in zip(layers, old, strict=True):
-            object.__setattr__(layer, "_before", weight)
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            if weight is not None:
-                _restore(layer, weight)
-
-
-@exercise.misconception("changed before the error")
-@contextmanager
-def changed_before_the_error(model):
-    layers, old = _layers(model), []
-    if len(layers) == 0:
-        raise ValueError("there is no LoRA layer")
-    for layer in layers:
-        _check_flags([layer])
-        _check_ties(model, [layer])
-        old.append(_add(layer))
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            _restore(layer, weight)
-
-
-@exercise.misconception("tied weight merged")
-@contextmanager
-def tied_weight_merged(model):
-    layers = _layers(model)
-    if len(layers) == 0:
-        raise ValueError("there is no LoRA layer")
-    _check_flags(layers)
-    old = [_add(layer) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            _restore(layer, weight)
-
-
-@exercise.misconception("equal taken for tied")
-@contextmanager
-def equal_taken_for_tied(model):
-    layers = _check(model)
-    every = sorted(model.parameters(), key=lambda p: (p.shape, float(p.sum())))
-    if any(one.shape == other.shape and torch.equal(one, other) for one, other in pairwise(every)):
+def none_equal(model: nn.Module, layers: list[lora.Linear]) -> None:
+    parameters = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+    if any(torch.equal(*pair) for pair in combinations(parameters, 2)):
         raise ValueError("a base weight is used by another module too")
-    old = [_add(layer) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            _restore(layer, weight)
 
 
-@exercise.misconception("the dtype of delta")
-@contextmanager
-def the_dtype_of_delta(model):
-    layers = _check(model)
-    old = [_add(layer) for layer in layers]
-    for layer, weight in zip(layers, old, strict=True):
-        layer.base.weight.data = weight + layer.delta().detach()
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            _restore(layer, weight)
+def added_in_float32(self, weight, update):
+    weight.data = weight.data + update.detach()
+
+
+exercise.misconceptions_of(
+    Solution,
+    {
+        "delta subtracted again": {"restore": lambda self, layer: layer.base.weight.data.sub_(layer.delta().detach())},
+        "flag never set": {"flag_inside": False},
+        "flag left set": {"flag_afterwards": True},
+        "never undone": {"undone_after": lambda self, kind: False},
+        "not undone after an error": {"undone_after": lambda self, kind: kind is None},
+        "error swallowed": {"__exit__": lambda self, *error: Solution.__exit__(self, *error) or True},
+        "scaled again": {"update": lambda self, layer: layer.scaling * layer.delta()},
+        "one delta for all": {"update": lambda self, layer: self.layers[0].delta()},
+        "one weight kept": {"restore": lambda self, layer: layer.base.weight.data.copy_(self.layers[-1].old)},
+        "merged twice": {"checks": (some_layer, none_tied)},
+        "tied weight merged": {"checks": (some_layer, none_merged)},
+        "equal taken for tied": {"checks": (some_layer, none_merged, none_equal)},
+        "nothing merged, nothing said": {"checks": (none_merged, none_tied)},
+        "the dtype of delta": {"add": added_in_float32},
+        "the addition recorded": {"add": lambda self, weight, update: weight.add_(update)},
+    },
+)
 
 
 @exercise.misconception("a new Parameter afterwards")
-@contextmanager
-def a_new_parameter_afterwards(model):
-    layers = _check(model)
-    old = [_add(layer) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            layer.base.weight = nn.Parameter(weight)
-            layer.merged = False
+class ANewParameterAfterwards(Solution):
+    def restore(self, layer):
+        layer.base.weight = nn.Parameter(layer.old)
 
 
-@exercise.misconception("the addition recorded")
-@contextmanager
-def the_addition_recorded(model):
-    layers = _check(model)
-    old = []
-    for layer in layers:
-        old.append(layer.base.weight.detach().clone())
-        layer.base.weight.add_(layer.delta())
-        layer.merged = True
-    try:
-        yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            _restore(layer, weight)
+@exercise.misconception("only errors caught")
+class OnlyErrorsCaught(Solution):
+    def undone_after(self, kind):
+        return kind is None or issubclass(kind, Exception)
+
+
+@exercise.misconception("refusal that unmerges")
+class RefusalThatUnmerges(Solution):
+    def __enter__(self):
+        try:
+            super().__enter__()
+        except ValueError:
+            self.layers = [layer for layer in self.layers if hasattr(layer, "old")]
+            self.__exit__(None, None, None)
+            raise
+
+
+@exercise.misconception("changed before the error")
+class ChangedBeforeTheError(Solution):
+    def __enter__(self):
+        some_layer(self.model, self.layers)
+        for layer in self.layers:
+            none_merged(self.model, [layer])
+            none_tied(self.model, [layer])
+            self.merge(layer)
 
 
 @exercise.misconception("no gradients in the block")
 @contextmanager
 def no_gradients_in_the_block(model):
-    layers = _check(model)
-    with torch.no_grad():
-        old = [_add(layer) for layer in layers]
-        try:
-            yield
-        finally:
-            for layer, weight in zip(layers, old, strict=True):
-                _restore(layer, weight)
-
-
-@exercise.misconception("nothing merged, nothing said")
-@contextmanager
-def nothing_merged_nothing_said(model):
-    layers = _layers(model)
-    old = [_add(layer) for layer in (_check(model) if layers else [])]
-    try:
+    with torch.no_grad(), Solution(model):
         yield
-    finally:
-        for layer, weight in zip(layers, old, strict=True):
-            _restore(layer, weight)
