@@ -35,7 +35,6 @@ CPU_ONLY = {
     ("2.7", "in_numpy"): NUMPY,
     ("2.7", "text_by_text"): MADE_THERE,
     ("2.8", "Embedder"): MADE_THERE,
-    ("2.8", "into_a_table"): MADE_THERE,
     ("2.8", "one_at_a_time"): MADE_THERE,
     ("2.8", "pairs_sorted_back"): MADE_THERE,
     ("2.8", "tokenized_once"): MADE_THERE,

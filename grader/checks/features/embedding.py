@@ -1,11 +1,14 @@
 """Exercise 2.8: texts to vectors that depend on their own text alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grader.checks import traces
 from grader.checks.features.counting import SharedList
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near
@@ -16,7 +19,7 @@ exercise = Exercise(__name__, "2.8", embed, autocast=True)
 
 _PAD, _CLS, _WORDS = 0, 1, 2  # numbers of padding, of what every text begins with, and of the first word
 _WIDTH = 16
-_CLS_LENGTH = 3.0  # of the hidden state of [CLS]; all others have length 1
+_CLS_LENGTH = 3.0  # of the hidden state of [CLS]; all the rest have length 1
 
 
 def _tokenizer(texts: Sequence[str]) -> dict[str, Tensor]:
@@ -33,17 +36,17 @@ def _text(words: Sequence[int]) -> str:
 
 
 class _Encoder(nn.Module):
-    """Every token points along the axis of its number, [CLS] farther than others; what each call brings is remembered."""
+    """Every token points along the axis of its number, [CLS] farther than the rest; what each call brings is remembered."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         lengths = torch.ones(_WIDTH).index_fill(0, torch.tensor(_CLS), _CLS_LENGTH)
         self.axes = nn.Embedding.from_pretrained(lengths.diag(), freeze=False)
         self.dropout = nn.Dropout(dropout)
-        self.seen = SharedList()
+        self.calls = SharedList()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        self.seen.append((len(input_ids), int((input_ids == _PAD).sum())))
+        self.calls.append((len(input_ids), int((input_ids == _PAD).sum())))
         return self.dropout(self.axes(input_ids))
 
 
@@ -98,14 +101,14 @@ class RowPerText(_Vectors):
         share, words = raw["vectors"][:, _WORDS:].max(1)
         if near(share.min(), 0):
             return {"row i is the vector of": None}
-        found, wanted, lengths = words.tolist(), inputs["words"], inputs["lengths"]
+        words, wanted, lengths = words.tolist(), inputs["words"], inputs["lengths"]
         rising = sorted(range(len(wanted)), key=lengths.__getitem__)
         falling = sorted(range(len(wanted)), key=lengths.__getitem__, reverse=True)
         answers = {"text i": [wanted]}
         for order in (rising, falling, rising[::-1], falling[::-1]):  # with either order of equal lengths
             answers.setdefault("text order[i], order being that of the lengths", []).append([wanted[i] for i in order])
             answers.setdefault("text order[order[i]]", []).append([wanted[order[i]] for i in order])
-        return {"row i is the vector of": next((name for name, rows in answers.items() if found in rows), "another text")}
+        return {"row i is the vector of": next((name for name, rows in answers.items() if words in rows), "another text")}
 
 
 @exercise.experiment("mean of own tokens")
@@ -125,11 +128,9 @@ class MeanOfOwnTokens(_Vectors):
 class LengthOne(_Vectors):
     def facts(self, raw, inputs):
         rows, columns = raw["vectors"].norm(dim=1), raw["vectors"].norm(dim=0)
-        one = {
-            "every row": near(rows, 1),
-            "every column": near(columns, columns > 0.5),  # or 0, where no text has a part
-        }
-        return {"what has length 1": next((what for what, holds in one.items() if holds), "neither rows nor columns")}
+        unit_columns = near(columns, columns > 0.5)  # or length 0, where no text has a part
+        neither = "every column" if unit_columns else "neither rows nor columns"
+        return {"what has length 1": "every row" if near(rows, 1) else neither}
 
     def notes(self, raw, inputs):
         rows = raw["vectors"].norm(dim=1)
@@ -194,12 +195,12 @@ class InBatches(Experiment):
         for texts, batch_size in zip(inputs["texts"], inputs["batch_sizes"], strict=True):
             encoder = _Encoder()
             _run(subject, encoder, texts, batch_size)
-            largest.append(max((n for n, _ in encoder.seen), default=0))
+            largest.append(max((n for n, _ in encoder.calls), default=0))
         return {"largest": largest}
 
     def facts(self, raw, inputs):
         largest = raw["largest"]
-        fits = all(seen <= size for seen, size in zip(largest, inputs["batch_sizes"], strict=True))
+        fits = all(n <= size for n, size in zip(largest, inputs["batch_sizes"], strict=True))
         words = "at most batch_size" if fits else "more than batch_size"
         words = "all texts at once" if largest == [len(texts) for texts in inputs["texts"]] else words
         return {"the most texts in the encoder at once": "none" if 0 in largest else words}
@@ -224,7 +225,7 @@ class LittlePadding(Experiment):
     def measure(self, subject, inputs):
         encoder = _Encoder()
         _run(subject, encoder, inputs["texts"], inputs["batch_size"])
-        return {"batches": len(encoder.seen), "padding": sum(padding for _, padding in encoder.seen)}
+        return {"batches": len(encoder.calls), "padding": sum(padding for _, padding in encoder.calls)}
 
     def facts(self, raw, inputs):
         lengths, size = inputs["lengths"], inputs["batch_size"]
@@ -247,30 +248,18 @@ class LittlePadding(Experiment):
 class LeftAsFound(Experiment):
     def draw(self, trial: Trial) -> dict:
         encoder = _Encoder(dropout=0.3)
-        encoder.axes.eval()  # one module is in eval mode, as a frozen one would be, and the others are not
+        encoder.axes.eval()  # one module is in eval mode, as a frozen one would be, and the rest are not
         return {"encoder": encoder, "texts": [_text([i] * (i + 1)) for i in trial.permutation(7).tolist()]}
 
     def measure(self, subject, inputs):
         encoder, texts = inputs["encoder"], list(inputs["texts"])
         expect_tensor(subject(encoder, _tokenizer, texts, 3), (len(texts), _WIDTH), "the vectors")
-        return {
-            "seen": len(encoder.seen),
-            "modes": {name: module.training for name, module in encoder.named_modules()},
-            "weights": encoder.axes.weight.detach().clone(),
-            "trainable": encoder.axes.weight.requires_grad,
-            "texts": texts,
-        }
+        return {"calls": len(encoder.calls), "traces": traces.of(encoder), "texts": texts}
 
     def facts(self, raw, inputs):
-        modes = {name: module.training for name, module in inputs["encoder"].named_modules()}
-        switched = {raw["modes"].get(name) for name, mode in modes.items() if raw["modes"].get(name) != mode}
-        weights = inputs["encoder"].axes.weight
-        same = raw["weights"].dtype == weights.dtype and torch.equal(raw["weights"], weights.detach())
         return {
-            "the texts went through the encoder": "yes" if raw["seen"] else "no",
-            "modules switched to eval mode": "some" if False in switched else "none",
-            "modules switched to train mode": "some" if True in switched else "none",
-            "parameters": "as they were" if same and raw["trainable"] == weights.requires_grad else "changed",
+            "the texts went through the encoder": "yes" if raw["calls"] else "no",
+            **traces.changes(inputs["encoder"], raw["traces"], "modes", "parameters", "flags"),
             "the list of texts": "as it was" if raw["texts"] == inputs["texts"] else "changed",
         }
 
@@ -284,11 +273,11 @@ class NoGraph(Experiment):
         vectors = _run(subject, inputs["encoder"], inputs["texts"], 3)
         graph = "kept" if vectors.grad_fn is not None else "none"
         graph = "none, but they require gradients" if vectors.requires_grad and vectors.is_leaf else graph
-        return {"graph": graph, "inference": vectors.is_inference(), "seen": len(inputs["encoder"].seen)}
+        return {"graph": graph, "inference": vectors.is_inference(), "calls": len(inputs["encoder"].calls)}
 
     def facts(self, raw, inputs):
         return {
-            "the texts went through the encoder": "yes" if raw["seen"] else "no",
+            "the texts went through the encoder": "yes" if raw["calls"] else "no",
             "the graph behind the vectors": raw["graph"],
             "the vectors are inference tensors, which no later training accepts": "yes" if raw["inference"] else "no",
         }
@@ -308,107 +297,63 @@ def _by_length(texts: Sequence[str]) -> list[int]:
     return sorted(range(len(texts)), key=lambda i: len(texts[i].split()))
 
 
-def _pooled(encoder, tokenizer, texts, batch_size, *, masked=True, pool=mean_pool) -> Tensor:
-    """The vectors of the texts as they come, for the misconceptions below; not yet of length 1."""
-    rows = []
-    for start in range(0, len(texts), batch_size):
-        batch = tokenizer(texts[start : start + batch_size])
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        rows.append(pool(encoder(ids, mask if masked else torch.ones_like(mask)), mask))
-    return torch.cat(rows)
+def _mean(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    return mean_pool(encoder(ids, mask), mask)
 
 
-def _sorted(encoder, tokenizer, texts, batch_size, **options) -> Tensor:
-    """The same in batches of like length, put back in order."""
-    order = _by_length(texts)
-    rows = _pooled(encoder, tokenizer, [texts[i] for i in order], batch_size, **options)
-    return rows[torch.tensor(order).argsort()]
-
-
-@exercise.misconception("order not put back")
-def order_not_put_back(encoder, tokenizer, texts, batch_size):
+@contextmanager
+def _quiet(encoder: nn.Module) -> Iterator[None]:
     with eval_mode(encoder), torch.no_grad():
-        rows = _pooled(encoder, tokenizer, [texts[i] for i in _by_length(texts)], batch_size)
-    return F.normalize(rows, dim=1)
+        yield
 
 
-@exercise.misconception("put back with the wrong permutation")
-def put_back_with_the_wrong_permutation(encoder, tokenizer, texts, batch_size):
-    order = _by_length(texts)
-    with eval_mode(encoder), torch.no_grad():
-        rows = _pooled(encoder, tokenizer, [texts[i] for i in order], batch_size)
-    return F.normalize(rows[order], dim=1)
+@contextmanager
+def _switched(encoder: nn.Module, back: bool = False) -> Iterator[None]:
+    encoder.eval()
+    with torch.no_grad():
+        yield
+    encoder.train(back)
 
 
-@exercise.misconception("mask not given to the encoder")
-def mask_not_given_to_the_encoder(encoder, tokenizer, texts, batch_size):
-    with eval_mode(encoder), torch.no_grad():
-        return F.normalize(_sorted(encoder, tokenizer, texts, batch_size, masked=False), dim=1)
+def embedded(
+    encoder, tokenizer, texts, batch_size, *, order=_by_length, mean=_mean, inside=_quiet, back=torch.argsort, scale=F.normalize
+):
+    """A right solution: the order of the texts, the mean of a batch, the encoder's state, the way back, the length."""
+    order, rows = torch.tensor(order(texts)), []
+    with inside(encoder):
+        for part in order.split(batch_size):
+            batch = tokenizer([texts[i] for i in part])
+            rows.append(mean(encoder, batch["input_ids"], batch["attention_mask"]))
+    return scale(torch.cat(rows)[back(order)])
 
 
-@exercise.misconception("padding pooled")
-def padding_pooled(encoder, tokenizer, texts, batch_size):
-    with eval_mode(encoder), torch.no_grad():
-        return F.normalize(_sorted(encoder, tokenizer, texts, batch_size, pool=lambda hidden, mask: hidden.mean(1)), dim=1)
-
-
-@exercise.misconception("batches in the order of the texts")
-def batches_in_the_order_of_the_texts(encoder, tokenizer, texts, batch_size):
-    with eval_mode(encoder), torch.no_grad():
-        return F.normalize(_pooled(encoder, tokenizer, texts, batch_size), dim=1)
-
-
-@exercise.misconception("padded to the longest of all")
-def padded_to_the_longest_of_all(encoder, tokenizer, texts, batch_size):
-    batch = tokenizer(texts)
-    order = batch["attention_mask"].sum(1).argsort()
-    with eval_mode(encoder), torch.no_grad():
-        parts = [(batch["input_ids"][part], batch["attention_mask"][part]) for part in order.split(batch_size)]
-        rows = torch.cat([mean_pool(encoder(ids, mask), mask) for ids, mask in parts])
-    return F.normalize(rows[order.argsort()], dim=1)
+CHANGES = {
+    "order not put back": {"back": lambda order: slice(None)},
+    "put back with the wrong permutation": {"back": lambda order: order},
+    "mask not given to the encoder": {"mean": lambda encoder, ids, mask: mean_pool(encoder(ids), mask)},
+    "padding pooled": {"mean": lambda encoder, ids, mask: encoder(ids, mask).mean(1)},
+    "batches in the order of the texts": {"order": lambda texts: range(len(texts))},
+    "normalised over the texts": {"scale": partial(F.normalize, dim=0)},
+    "not normalised": {"scale": lambda rows: rows},
+    "train mode while embedding": {"inside": lambda encoder: torch.no_grad()},
+    "left in eval mode": {"inside": _switched},
+    "put back with train()": {"inside": partial(_switched, back=True)},
+    "graph kept": {"inside": eval_mode},
+}
+exercise.misconceptions_of(embedded, CHANGES)
 
 
 @exercise.misconception("everything at once")
 def everything_at_once(encoder, tokenizer, texts, batch_size):
-    with eval_mode(encoder), torch.no_grad():
-        return F.normalize(_pooled(encoder, tokenizer, texts, len(texts)), dim=1)
+    return embedded(encoder, tokenizer, texts, len(texts))
 
 
-@exercise.misconception("normalised over the texts")
-def normalised_over_the_texts(encoder, tokenizer, texts, batch_size):
-    with eval_mode(encoder), torch.no_grad():
-        return F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=0)
+@exercise.misconception("padded to the longest of all")
+def padded_to_the_longest_of_all(encoder, tokenizer, texts, batch_size):
+    everything = tokenizer(texts)
 
+    def rows_of(part):
+        places = [texts.index(text) for text in part]
+        return {name: rows[places] for name, rows in everything.items()}
 
-@exercise.misconception("not normalised")
-def not_normalised(encoder, tokenizer, texts, batch_size):
-    with eval_mode(encoder), torch.no_grad():
-        return _sorted(encoder, tokenizer, texts, batch_size)
-
-
-@exercise.misconception("train mode while embedding")
-def train_mode_while_embedding(encoder, tokenizer, texts, batch_size):
-    with torch.no_grad():
-        return F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=1)
-
-
-@exercise.misconception("left in eval mode")
-def left_in_eval_mode(encoder, tokenizer, texts, batch_size):
-    encoder.eval()
-    with torch.no_grad():
-        return F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=1)
-
-
-@exercise.misconception("put back with train()")
-def put_back_with_train(encoder, tokenizer, texts, batch_size):
-    encoder.eval()
-    with torch.no_grad():
-        vectors = F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=1)
-    encoder.train()
-    return vectors
-
-
-@exercise.misconception("graph kept")
-def graph_kept(encoder, tokenizer, texts, batch_size):
-    with eval_mode(encoder):
-        return F.normalize(_sorted(encoder, tokenizer, texts, batch_size), dim=1)
+    return embedded(encoder, rows_of, texts, batch_size)
