@@ -1,52 +1,50 @@
 """Exercise 5.4 in other styles."""
 
-import functools
 import types
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from grader.checks import traces
+from grader.checks.batchnorm.freezing import solution
+from grader.checks.batchnorm.layers import norms
+
+
+def _remembered(layers):
+    """A function that gives each layer its modes and flags back."""
+    snapshots = [{kind: traces.of(layer)[kind] for kind in ("modes", "flags")} for layer in layers]
+    return lambda: list(map(traces.put_back, layers, snapshots))
+
 
 def another_class_for_each(model):
-    changed = []
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            kind = type(module)
-            flags = [p.requires_grad for p in module.parameters()]
-            changed.append((module, kind, module.training, flags))
-            module.eval().requires_grad_(False)
-            module.__class__ = type("Frozen", (kind,), {"train": lambda self, mode=True: self})
+    layers = norms(model)
+    classes, put_back = [type(layer) for layer in layers], _remembered(layers)
+    for layer in layers:
+        layer.eval().requires_grad_(False)
+        layer.__class__ = type("Frozen", (type(layer),), {"train": lambda self, mode=True: self})
 
     def undo():
-        for module, kind, mode, flags in changed:
-            module.__class__ = kind
-            module.train(mode)
-            for p, flag in zip(module.parameters(), flags, strict=True):
-                p.requires_grad = flag
+        for layer, kind in zip(layers, classes, strict=True):
+            layer.__class__ = kind
+        put_back()
 
     return undo
 
 
 def eval_before_every_forward(model):
-    hooks, modes, flags = [], {}, {}
-    for name, module in model.named_modules():
-        if not isinstance(module, _BatchNorm):
-            continue
-        modes[name] = module.training
-        hooks.append(module.register_forward_pre_hook(lambda module, args: module.train(False) and None))
-        for p in module.parameters():
-            flags[p] = p.requires_grad
-            p.requires_grad = False
+    layers = norms(model)
+    put_back = _remembered(layers)
+    hooks = [layer.register_forward_pre_hook(lambda layer, args: layer.train(False) and None) for layer in layers]
+    for layer in layers:
+        layer.requires_grad_(False)
 
     def undo():
         while hooks:
             hooks.pop().remove()
-        for name, mode in modes.items():
-            model.get_submodule(name).training = mode
-        for p, flag in flags.items():
-            p.requires_grad = flag
+        put_back()
 
     return undo
 
@@ -58,7 +56,7 @@ def constants_in_forward(model):
         detached = (t if t is None else t.detach() for t in (self.running_mean, self.running_var, self.weight, self.bias))
         return F.batch_norm(x, *detached, training=False, eps=self.eps)
 
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    layers = norms(model)
     for layer in layers:
         layer.forward = types.MethodType(forward, layer)
 
@@ -74,12 +72,9 @@ class _Affine(nn.Module):
 
     def __init__(self, norm):
         super().__init__()
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight.detach()
-        shift = -norm.running_mean * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias.detach()
+        with torch.no_grad():
+            scale = torch.rsqrt(norm.running_var + norm.eps) * (1 if norm.weight is None else norm.weight)
+            shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
@@ -92,92 +87,23 @@ class Replace:
     """Other modules in the places of the BatchNorms; a model that is one keeps itself and gets another forward."""
 
     def __init__(self, model):
-        self.places = []
-        if isinstance(model, _BatchNorm):
-            model.forward = _Affine(model).forward
-            self.places.append((model, None, None))
-        for parent in list(model.modules()):
-            for key, child in list(parent._modules.items()):
-                if isinstance(child, _BatchNorm):
-                    self.places.append((parent, key, child))
+        self.places = [
+            (parent, key, child)
+            for parent in model.modules()
+            for key, child in parent._modules.items()
+            if isinstance(child, _BatchNorm)
+        ]
         for parent, key, child in self.places:
-            if child is not None:
-                parent._modules[key] = _Affine(child)
+            parent._modules[key] = _Affine(child)
+        self.alone = model if isinstance(model, _BatchNorm) else None
+        if self.alone:
+            model.forward = _Affine(model).forward
 
     def __call__(self):
         for parent, key, child in self.places:
-            if child is None:
-                del parent.forward
-            else:
-                parent._modules[key] = child
-
-
-def watched_from_the_top(model):
-    """The model puts its BatchNorms into eval mode each time it runs."""
-    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))]
-    parameters = [p for m in norms for p in (m.weight, m.bias) if p is not None and p.requires_grad]
-    training = {m for m in norms if m.training}
-
-    def calm(*_):
-        for m in norms:
-            m.training = False
-
-    handle = model.register_forward_pre_hook(calm)
-    for p in parameters:
-        p.requires_grad_(False)
-
-    def undo(done=False):
-        handle.remove()
-        for m in norms:
-            m.training = m in training
-        for p in parameters:
-            p.requires_grad_()
-
-    return functools.partial(undo, True)
-
-
-def train_with_a_memory(model):
-    """train() remembers what it was asked for, and undo gives each layer the mode that it would have."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    asked = {norm: norm.training for norm in norms}
-    trainable = [p for norm in norms for p in norm.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad = False
-    for norm in norms:
-        norm.eval()
-
-        def train(mode=True, norm=norm):
-            asked[norm] = mode
-            return norm
-
-        norm.train = train
-
-    def undo():
-        for norm in norms:
-            vars(norm).pop("train")
-            norm.train(asked[norm])
-        for p in trainable:
-            p.requires_grad = True
-
-    return undo
-
-
-def _find(model):
-    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
-
-
-def _remember(model):
-    """A function that gives every BatchNorm its mode and flags back."""
-    flags = [(p, p.requires_grad) for m in _find(model) for p in m.parameters()]
-    modes = [(m, m.training) for m in _find(model)]
-
-    def back():
-        for p, flag in flags:
-            p.requires_grad = flag
-        for m, mode in modes:
-            m.training = mode
-
-    return back
+            parent._modules[key] = child
+        if self.alone:
+            del self.alone.forward
 
 
 def parameters_of_the_norms(model):
@@ -196,89 +122,17 @@ def parameters_of_the_norms(model):
     return undo
 
 
-def statistics_not_tracked(model):
-    undo = _remember(model)
-    for m in _find(model):
-        m.track_running_stats = False
-        m.requires_grad_(False)
-
-    def back():
-        undo()
-        for m in _find(model):
-            m.track_running_stats = True
-
-    return back
-
-
-def affine_of_images_only(model):
-    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    modes = [m.training for m in layers]
-    for m in layers:
-        m.eval()
-        m.train = lambda mode=True, m=m: m
-
-    def undo():
-        for m, mode in zip(layers, modes, strict=True):
-            del m.train
-            m.training = mode
-
-    return undo
-
-
-def by_name_and_all_flags_true(model):
-    layers = [m for name, m in model.named_modules() if "bn" in name and isinstance(m, _BatchNorm)]
-    modes = [m.training for m in layers]
-    for m in layers:
-        m.eval().requires_grad_(False)
-        m.train = types.MethodType(lambda self, mode=True: self, m)
-
-    def undo():
-        for m, mode in zip(layers, modes, strict=True):
-            del m.train
-            m.train(mode).requires_grad_(True)
-
-    return undo
-
-
-def eval_once_and_all_flags_true(model):
-    was = [(m, m.training) for m in _find(model)]
-    for m, _ in was:
-        m.eval().requires_grad_(False)
-
-    def undo():
-        for m, mode in was:
-            m.train(mode)
-            m.requires_grad_(True)
-
-    return undo
-
-
-def momentum_zero_and_forgotten(model):
-    undo = parameters_of_the_norms(model)
-    for m in _find(model):
-        m.momentum = 0.0
-
-    def back():
-        undo()
-        for m in _find(model):
-            m.momentum = 0.1
-
-    return back
-
-
-CORRECT = [
-    *(another_class_for_each, eval_before_every_forward, constants_in_forward, Replace),
-    *(watched_from_the_top, train_with_a_memory),
-]
-REWRITTEN = {
-    "requires_grad=False alone": parameters_of_the_norms,
-    "statistics that stand still": statistics_not_tracked,
-}
+CORRECT = [another_class_for_each, eval_before_every_forward, constants_in_forward, Replace]
+REWRITTEN = {"requires_grad=False alone": parameters_of_the_norms}
 COMBINED = [
-    ({"affine still trains", "BatchNorm2d only"}, affine_of_images_only),
-    ({"found by name", "undo unfreezes everything"}, by_name_and_all_flags_true),
-    ({"eval() once", "undo unfreezes everything"}, eval_once_and_all_flags_true),
-    ({"statistics that stand still", "undo to the default momentum"}, momentum_zero_and_forgotten),
+    (
+        {"affine still trains", "undo unfreezes everything"},
+        partial(solution, flagged=lambda model, layers: [], finish=lambda layer: layer.requires_grad_(True)),
+    ),
+    (
+        {"the whole model frozen", "undo to the default momentum"},
+        partial(solution, flagged=lambda model, layers: [model], finish=lambda layer: setattr(layer, "momentum", 0.1)),
+    ),
 ]
 
 EQUIVALENT = {
