@@ -1,7 +1,7 @@
 """Latency of one batch: the model as it is, compiled by torch.compile, and exported to ONNX Runtime.
 
-The models of `helpers.formats`, in eval mode and without gradients, in one thread. Compiling and exporting come before and
-do not count.
+The models of `helpers.recordings.formats`, in eval mode and without gradients, in one thread. Compiling and exporting come
+before and do not count.
 """
 
 import tempfile
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks.timing import Comparison
 from helpers.export import OnnxSession, quiet, snapshot_of, to_onnx
-from helpers.formats import MODELS
 from helpers.parity import rows_of, tensors_of
+from helpers.recordings.formats import MODELS
 from helpers.timing import timed
 from helpers.training import one_thread
 

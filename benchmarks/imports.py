@@ -13,8 +13,11 @@ TIMED = "import time; started = time.perf_counter(); exec({!r}); print(time.perf
 
 
 def modules() -> list[str]:
-    """The modules of `helpers`, by name."""
-    return sorted(f"helpers.{path.stem}" for path in (ROOT / "helpers").glob("*.py") if path.stem != "__init__")
+    """What can be imported of `helpers` by itself: its modules, its packages, and each of the recordings."""
+    found = [path.parent for path in (ROOT / "helpers").glob("*/__init__.py")]
+    found += [path for place in (".", "recordings") for path in (ROOT / "helpers" / place).glob("*.py")]
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found)
+    return sorted(name for name in names if not name.endswith("__init__"))
 
 
 def required(module: str) -> list[str]:
@@ -28,6 +31,7 @@ def required(module: str) -> list[str]:
         if name in seen:
             continue
         seen.add(name)
+        queue.append(name.rpartition(".")[0] or "helpers")  # importing a module imports its package first
         for node in ast.parse(_file(name).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "helpers":
                 queue += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names if node.module == "helpers")]

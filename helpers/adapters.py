@@ -181,7 +181,7 @@ def _some(names: list[str]) -> str:
 
 PREFIX = "base_model.model."  # of every key
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-KINDS = {kind.base_type: kind for kind in lora.KINDS}
+KINDS = {kind.base_type: kind for kind in lora.Layer.kinds}
 PLAIN = {  # settings of peft that have no counterpart here unless they are these
     "peft_type": "LORA",
     "bias": "none",

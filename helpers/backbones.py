@@ -20,6 +20,7 @@ Wang et al. 2020, "MiniLM", and Reimers & Gurevych 2019, "Sentence-BERT", for th
 import hashlib
 import importlib.util
 import json
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from helpers import expect
 from helpers.features import drop_head, extract
 from helpers.text import mean_pool
+from helpers.training import seed_everything
 
 WEIGHTS = Path(__file__).parent / "weights" / "glyphnet.safetensors"
 CARD = WEIGHTS.with_suffix(".json")
@@ -359,3 +361,15 @@ def _opened(image):
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+def classifier(backbone: nn.Module, classes: int, seed: int = 0) -> nn.Sequential:
+    """The backbone itself, not a copy, with a new head: `model.backbone` and `model.head`.
+
+    Args:
+        backbone: one of these, without a head.
+        classes: outputs of the head.
+        seed: of the head; the global random states are left as `seed_everything` makes them.
+    """
+    seed_everything(seed)
+    return nn.Sequential(OrderedDict(backbone=backbone, head=nn.Linear(backbone.width, classes)))

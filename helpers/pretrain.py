@@ -21,8 +21,8 @@ from helpers import backbones
 from helpers.backbones import GlyphNet
 from helpers.data import FONTS, LETTERS, Examples, letters
 from helpers.files import write_text
+from helpers.recordings.transfer import TASKS, record
 from helpers.training import History, evaluate, fit, seed_everything
-from helpers.transfer import TASKS, record
 
 ARMS = TASKS["digits"].arms
 LETTER_COUNT = 120_000

@@ -19,7 +19,7 @@ from torch import nn
 from helpers.backbones import glyphnet, image_backbone, text_backbone
 from helpers.data import Examples, digits, docstrings, pets
 from helpers.features import drop_head
-from helpers.strategies import letters_kept, printed
+from helpers.forgetting import letters_kept, printed
 
 
 class Profile(NamedTuple):

@@ -22,7 +22,7 @@ from helpers.backbones import glyphnet
 from helpers.batchnorm import Drift, adabn, drift
 from helpers.data import Examples, digits
 from helpers.finetune import probe_head
-from helpers.strategies import printed
+from helpers.forgetting import printed
 from helpers.training import accuracy, one_thread
 
 KINDS = ("as they are", "grey paper", "dim ink", "inverted", "noise", "blur", "printed")

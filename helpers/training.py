@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,9 +22,7 @@ from helpers import expect
 from helpers.data import Examples
 from helpers.features import extract, take
 from helpers.progress import progress_bar
-
-if TYPE_CHECKING:
-    from helpers.finetune import EarlyStopping  # which imports this module
+from helpers.stopping import EarlyStopping
 
 
 def seed_everything(seed: int) -> None:
@@ -107,7 +104,7 @@ def fit(
     groups: Iterable[dict] | None = None,
     before_step: Callable[[int, Optimizer, LRScheduler], None] | None = None,
     every: int | None = None,
-    early_stopping: "EarlyStopping | None" = None,
+    early_stopping: EarlyStopping | None = None,
 ) -> History:
     """Train the parameters of `model` that require gradients, in place.
 
@@ -138,33 +135,18 @@ def fit(
     Raises:
         ValueError: nothing to train, no steps, no examples, or arguments that do not fit each other.
     """
-    parameters = [parameter for parameter in expect.module("model", model).parameters() if parameter.requires_grad]
-    if not parameters:
-        count = sum(1 for _ in model.parameters())
-        raise ValueError(
-            f"nothing to train: all {count} parameters are frozen. Unfreeze the head: model.fc.requires_grad_(True)."
-        )
-    if len(train.labels) == 0:
-        raise ValueError("train must hold at least 1 example, got none. Look at how it was selected.")
+    parameters = _check_trainable(model, train)
     expect.whole_number("steps", steps)
     expect.whole_number("batch_size", batch_size)
     expect.positive("lr", lr, advice="1e-3 is where to start with AdamW.")
     groups = [{"params": parameters}] if groups is None else _check_groups(model, groups)
     _check_measuring(model, validation, every, early_stopping)
     device = torch.device(device or best_device())
-    home = parameters[0].device
-    modes = {module: module.training for module in model.modules()}
+    history, started = History(), time.perf_counter()
     seed_everything(seed)
-    model.to(device)
-    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
-    warmup = max(1, steps // 10)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * max(0, step - warmup) / (steps - warmup + 1))),
-    )
-    history = History()
-    started = time.perf_counter()
-    try:
+    with _moved_to(device, model):
+        optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+        scheduler = _warmup_and_cosine(optimizer, steps)
         train_mode(model)
         batches = _batches(len(train.labels), batch_size)
         bar = progress_bar(range(steps), "training", show=progress)
@@ -187,12 +169,44 @@ def fit(
                     break
         if early_stopping is not None:
             early_stopping.restore()
+    history.seconds = time.perf_counter() - started
+    return history
+
+
+def _check_trainable(model: nn.Module, train: Examples) -> list[nn.Parameter]:
+    """The parameters that require gradients."""
+    parameters = [parameter for parameter in expect.module("model", model).parameters() if parameter.requires_grad]
+    if not parameters:
+        count = sum(1 for _ in model.parameters())
+        raise ValueError(
+            f"nothing to train: all {count} parameters are frozen. Unfreeze the head: model.fc.requires_grad_(True)."
+        )
+    if len(train.labels) == 0:
+        raise ValueError("train must hold at least 1 example, got none. Look at how it was selected.")
+    return parameters
+
+
+@contextmanager
+def _moved_to(device: torch.device, model: nn.Module) -> Iterator[None]:
+    """Inside the `with` the model is on the device; then it is where it was, and each module in the mode it was in."""
+    home = next(parameter for parameter in model.parameters() if parameter.requires_grad).device
+    modes = {module: module.training for module in model.modules()}
+    model.to(device)
+    try:
+        yield
     finally:
         model.to(home)
         for module, training in modes.items():
             module.training = training
-    history.seconds = time.perf_counter() - started
-    return history
+
+
+def _warmup_and_cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """A schedule that rises over the first tenth of the steps and falls to zero along a cosine."""
+    warmup = max(1, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * max(0, step - warmup) / (steps - warmup + 1))),
+    )
 
 
 def train_mode(model: nn.Module) -> None:
@@ -250,7 +264,7 @@ def _listed(params: Tensor | Iterable) -> list[Tensor]:
     return [param[1] if isinstance(param, tuple) else param for param in params]
 
 
-def _check_measuring(model: nn.Module, validation, every: int | None, early_stopping: "EarlyStopping | None") -> None:
+def _check_measuring(model: nn.Module, validation, every: int | None, early_stopping: EarlyStopping | None) -> None:
     if every is not None:
         expect.whole_number("every", every)
     if validation is None and (every is not None or early_stopping is not None):

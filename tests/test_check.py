@@ -307,7 +307,7 @@ class Borrowed:
 def test_a_class_that_is_extends_or_borrows_from_the_reference_is_refused(capsys, thing):
     with pytest.raises(CheckFailed):
         check("4.5", thing)
-    assert "`EarlyStopping` is or calls the reference from `helpers.finetune`." in capsys.readouterr().out
+    assert "`EarlyStopping` is or calls the reference from `helpers.stopping`." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from nbclient.exceptions import CellExecutionError
 from grader import golden
 from grader.authoring import MISTAKES, common_mistakes, make_course, notebook
 from grader.checks import TOPICS, exercises
-from helpers import formats
 from helpers.backbones import glyphnet
 from helpers.data import digits, docstrings
-from helpers.transfer import TASKS, recorded
+from helpers.recordings import formats
+from helpers.recordings.transfer import TASKS, recorded
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "solutions").glob("*/*.py"))

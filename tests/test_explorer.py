@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from helpers import explorer_lora, formats, lora, strategies
+from helpers import backbones, lora
 from helpers.backbones import glyphnet
 from helpers.batchnorm import adabn, drift, moved
 from helpers.data import digits
-from helpers.explorer import (
+from helpers.explorers import (
     DriftExplorer,
     ExportExplorer,
     FreezingExplorer,
@@ -35,18 +35,20 @@ from helpers.explorer import (
     explore_freezing,
     explore_lora,
     explore_transfer,
-    transfer_figure,
 )
-from helpers.explorer_export import export_figure, fastest
-from helpers.explorer_figures import depths, drift_figure, freezing_figure, recorded_depths
-from helpers.explorer_lora import BACKBONES, OPTIMIZERS, PRECISIONS, lora_figure, memory, ranks, recorded_accuracy
+from helpers.explorers import lora as explorer_lora
+from helpers.explorers.export import export_figure, fastest
+from helpers.explorers.figures import depths, drift_figure, freezing_figure, recorded_depths, transfer_figure
+from helpers.explorers.lora import BACKBONES, OPTIMIZERS, PRECISIONS, lora_figure, memory, ranks, recorded_accuracy
 from helpers.features import drop_head, extract, linear_probe
 from helpers.figures import image
+from helpers.forgetting import printed
 from helpers.parity import BatchParity, Parity
+from helpers.recordings import formats, strategies
+from helpers.recordings.strategies import Scores
+from helpers.recordings.transfer import TASKS, recorded
 from helpers.shifts import KINDS, described, measure, network, shifted
-from helpers.strategies import Scores
 from helpers.training import accuracy
-from helpers.transfer import TASKS, recorded
 
 
 def picture(shown):
@@ -70,7 +72,7 @@ def drawn(monkeypatch):
         drawing.release()
         return f'<img alt="{html.escape(text)}" id="{id(fig)}">'
 
-    monkeypatch.setattr(sys.modules["helpers.explorer"], "image", kept)
+    monkeypatch.setattr(sys.modules["helpers.explorers.widgets"], "image", kept)
     return figures
 
 
@@ -193,7 +195,7 @@ def test_depths_train_what_the_strategies_train():
     examples = digits("train", 1)
     assert list(depths("digits")) == list(strategies.strategies("digits"))[: len(depths("digits"))]
     for name, found in depths("digits").items():
-        model = strategies.classifier(drop_head(glyphnet()), 10)
+        model = backbones.classifier(drop_head(glyphnet()), 10)
         strategies.train(name, model, examples, lr=1e-3, steps=1, batch_size=2, seed=0)
         trainable = [p for p in model.parameters() if p.requires_grad]
         assert found.trainable == sum(p.numel() for p in trainable)
@@ -353,7 +355,7 @@ def test_printed_digits_are_a_share_of_the_images_with_their_own_labels():
     other = (half.inputs != clean.inputs).flatten(1).any(1)
     assert other.float().mean().item() == pytest.approx(0.5, abs=0.01)
     assert torch.equal(half.labels, torch.where(other, all_of_them.labels, clean.labels))
-    assert torch.equal(all_of_them.inputs, strategies.printed().inputs[:400])
+    assert torch.equal(all_of_them.inputs, printed().inputs[:400])
 
 
 def test_a_shift_that_there_is_not_is_told():
@@ -463,7 +465,7 @@ def test_every_explorer_is_a_figure_where_no_widgets_run(explore, shown, monkeyp
 def classifier(backbone):
     """The model itself, whose shapes the explorer takes from its file."""
     known = BACKBONES[backbone]
-    return strategies.classifier(strategies.TASKS[known.task].backbone(True), known.classes)
+    return backbones.classifier(strategies.TASKS[known.task].backbone(True), known.classes)
 
 
 @pytest.fixture
@@ -705,7 +707,7 @@ def test_a_record_that_there_is_not_is_told(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^model must be one of 'glyphnet', 'resnet18', 'MiniLM', got 'bert'.$"):
         formats.record(["bert"], {1: 1})
     monkeypatch.setattr(formats, "RECORD", tmp_path / "formats.json")
-    message = r"^formats.json must be beside formats.py, got none. Run: python -m helpers.formats$"
+    message = r"^formats.json must be beside formats.py, got none. Run: python -m helpers.recordings.formats$"
     with pytest.raises(FileNotFoundError, match=message):
         formats.recorded("glyphnet")
     assert export_figure("glyphnet", None, ())[1] == "No formats are recorded yet for glyphnet."
@@ -835,6 +837,6 @@ def test_knobs_of_export_turned_at_once_leave_the_figure_of_their_last_positions
 @pytest.mark.slow
 def test_explorers_come_without_the_packages_of_exports_and_encoders():
     heavy = "{'onnx', 'onnxscript', 'onnxruntime', 'torchvision', 'peft', 'transformers'}"
-    shown = "from helpers.explorer import explore_export, explore_lora; explore_lora(); explore_export()"
+    shown = "from helpers.explorers import explore_export, explore_lora; explore_lora(); explore_export()"
     code = f"import sys; {shown}; found = {heavy} & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True)

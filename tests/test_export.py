@@ -13,14 +13,13 @@ from helpers import export
 from helpers.export import (
     ExportFailed,
     OnnxSession,
-    TensorRTEngine,
     to_onnx,
     to_program,
-    to_tensorrt,
     to_torchscript,
 )
-from helpers.formats import Format, Formats, compare
 from helpers.parity import largest_error, parity
+from helpers.recordings.formats import Format, Formats, compare
+from helpers.tensorrt import TensorRTEngine, to_tensorrt
 
 EXPORTERS = {"torchscript": to_torchscript, "program": to_program}
 

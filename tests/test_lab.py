@@ -34,7 +34,7 @@ from grader.checks import exercises
 from grader.experiment import Misconception
 from grader.quiz import quiz
 from grader.sample import CHAPTER, source_as, with_answers
-from helpers.transfer import recorded
+from helpers.recordings.transfer import recorded
 
 pytestmark = pytest.mark.slow
 

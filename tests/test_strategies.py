@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from helpers import lora
-from helpers import strategies as module
 from helpers.backbones import stages
-from helpers.strategies import (
+from helpers.recordings import strategies as module
+from helpers.recordings.strategies import (
     CUTS,
     DRAWS,
     FIVE,

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from helpers import studies
 from helpers.data import digits
-from helpers.strategies import FIVE, train
-from helpers.studies import DRAWS, RECORD, STUDIES, circumstances, record, studied, the_probe_alone, with_errors
+from helpers.recordings import studies
+from helpers.recordings.strategies import FIVE, train
+from helpers.recordings.studies import DRAWS, RECORD, STUDIES, circumstances, record, studied, the_probe_alone, with_errors
 from helpers.training import fit
 
 

@@ -4,9 +4,9 @@ import statistics
 import pytest
 import torch
 
-from helpers import strategies, transfer
 from helpers.data import Examples
-from helpers.transfer import RECORD, TASKS, measure_arm, plain_features, record, recorded
+from helpers.recordings import strategies, transfer
+from helpers.recordings.transfer import RECORD, TASKS, measure_arm, plain_features, record, recorded
 
 SPLITS = ("validation", "test")
 
@@ -82,7 +82,7 @@ def test_what_chapter_02_says_of_the_curves_is_in_the_record():
 
 @pytest.mark.parametrize("task", strategies.TASKS)
 def test_a_task_says_how_many_classes_it_has(task):
-    known = strategies.TASKS[task]  # those of `helpers.transfer`, and one more
+    known = strategies.TASKS[task]  # those of `helpers.recordings.transfer`, and one more
     assert len(known.examples("test").classes) == known.classes
 
 

@@ -222,7 +222,7 @@ print(f"buffers of BatchNorm that moved: {len(set(moved) & set(statistics))} of 
 # With extraction done, the network's work is over. Everything below happens on tables of numbers.
 
 # %% tags=["demo"]
-from helpers.transfer import plain_features
+from helpers.recordings.transfer import plain_features
 
 features = {name: extract(backbone, part.inputs, 256) for name, part in (("validation", validation), ("test", test))}
 print({name: tuple(table.shape) for name, table in features.items()})
@@ -315,7 +315,7 @@ cost = predict(times_longer=None)
 
 # %% [markdown]
 # What one number of the probe's curve takes is measured here, and a tenth of one run of fine-tuning. The two new curves are
-# recorded: `helpers.transfer` measured them with the same labels, three learning rates for each, the best chosen on the same
+# recorded: `helpers.recordings.transfer` measured them with the same labels, three learning rates for each, the best chosen on the same
 # validation digits, 300 steps, five draws.
 
 # %% tags=["demo"]
@@ -332,7 +332,7 @@ cost.beside({"times_longer": tuning_seconds / probe_seconds})
 
 # %% tags=["demo"]
 from helpers.figures import accuracy_figure
-from helpers.transfer import recorded
+from helpers.recordings.transfer import recorded
 
 kept = recorded("digits")
 shown = dict(curves)
@@ -805,7 +805,7 @@ for name, values in split_by.items():
 # All recorded results of both tasks. Choose a task, a number of labels, and which strategies to see.
 
 # %% tags=["demo"]
-from helpers.explorer import explore_transfer
+from helpers.explorers import explore_transfer
 
 explore_transfer()
 

@@ -70,8 +70,7 @@ guess = predict(handwritten=None, printed=None, letters=None)  # from 0.0 to 1.0
 
 # %% tags=["demo"]
 import helpers.profiles
-from helpers.backbones import stages
-from helpers.strategies import classifier
+from helpers.backbones import classifier, stages
 from helpers.training import evaluate, fit
 
 profile = helpers.profiles.choose("embedded")
@@ -517,8 +516,8 @@ for start, model in (("random head", fresh()), ("head from the probe", probed)):
 # - **LP-FT**: the probe's head first, then everything (Kumar et al. 2022).
 
 # %% tags=["demo"]
-from helpers import studies
-from helpers.strategies import FIVE, circumstances, recorded
+from helpers.recordings import studies
+from helpers.recordings.strategies import FIVE, circumstances, recorded
 
 HERE = ("everything", "LP-FT")  # what runs here; any of FIVE
 kept = recorded("digits")[10]
@@ -747,7 +746,7 @@ show(fig, "With wrong labels validation accuracy rises within 40 to 60 steps and
 #
 # Each on the same five draws, recorded. *Augmentation* trains on 30 copies of each image, shifted, turned and stretched
 # a little. The last two freeze the backbone and train the head as a probe, with a weak penalty and with a strong one.
-# Your `EarlyStopping` runs here, on the first draw. (`cures` in `helpers/studies.py` has each in a line or two.)
+# Your `EarlyStopping` runs here, on the first draw. (`cures` in `helpers/recordings/studies.py` has each in a line or two.)
 
 # %% tags=["demo"]
 cured = studies.studied("cures")
@@ -883,7 +882,7 @@ show(*draws_figure({title: {lr: [found[k] for found in draws] for lr, draws in t
 # How much of a real backbone trains at each depth, what that takes, and what it brought in recorded runs.
 
 # %% tags=["demo"]
-from helpers.explorer import explore_freezing
+from helpers.explorers import explore_freezing
 
 explore_freezing()
 

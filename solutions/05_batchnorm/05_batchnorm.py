@@ -65,11 +65,11 @@ guess = predict(grey=None, recomputed=None)  # from 0.0 to 1.0; guessing at rand
 # %% tags=["demo"]
 from functools import cache
 
-from helpers.backbones import glyphnet
+from helpers.backbones import classifier, glyphnet
 from helpers.data import digits
 from helpers.features import drop_head
 from helpers.finetune import probe_head
-from helpers.strategies import classifier, printed
+from helpers.forgetting import printed
 from helpers.training import accuracy, evaluate
 
 train = [digits("train", labels_per_class=10, draw=draw) for draw in range(3)]
@@ -802,7 +802,7 @@ for passes, rows in found.items():
 # and costs much.
 
 # %% tags=["demo"]
-from helpers.explorer import explore_drift
+from helpers.explorers import explore_drift
 
 explore_drift()
 

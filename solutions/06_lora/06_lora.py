@@ -71,9 +71,9 @@ from helpers.predict import predict
 guess = predict(head_only=None, lora_rank_8=None, everything=None)  # from 0.0 to 1.0
 
 # %% tags=["demo"]
-from helpers.backbones import text_backbone
+from helpers.backbones import classifier, text_backbone
 from helpers.data import docstrings, word_order
-from helpers.strategies import classifier, recorded
+from helpers.recordings.strategies import recorded
 from helpers.training import evaluate, fit
 
 train, test = word_order("train", labels_per_class=100), word_order("test")
@@ -513,7 +513,7 @@ for way in ("head only", "LoRA rank 8", "everything"):
 
 # %% tags=["demo"]
 from helpers.figures import draws_figure, show, style
-from helpers.strategies import circumstances
+from helpers.recordings.strategies import circumstances
 
 WAYS = ("head only", "LoRA rank 8", "everything")
 guess.beside({way.replace(" ", "_").lower(): [score.inside for score in table[way]] for way in WAYS})
@@ -834,8 +834,8 @@ print("trainable:", ", ".join(f"{way} {digits[way][0].trainable:,}" for way in w
 # %% tags=["demo"]
 from helpers.data import digits as handwritten
 from helpers.features import drop_head
-from helpers.strategies import adapted as convolutions
-from helpers.strategies import letters_kept
+from helpers.recordings.strategies import adapted as convolutions
+from helpers.forgetting import letters_kept
 
 for name, way in (("head frozen", "head frozen, LoRA rank 4"), ("head trained", "LoRA rank 4")):
     values = torch.tensor([(score.inside, score.source) for score in digits[way]])
@@ -948,9 +948,8 @@ elsewhere = """
 import sys
 from helpers import lora
 from helpers.adapters import AdapterFile
-from helpers.backbones import text_backbone
+from helpers.backbones import classifier, text_backbone
 from helpers.data import word_order
-from helpers.strategies import classifier
 from helpers.training import evaluate
 test = word_order("test")
 texts = test._replace(inputs=test.inputs[::3], labels=test.labels[::3])
@@ -1031,7 +1030,7 @@ import statistics
 
 import matplotlib.pyplot as plt
 
-from helpers.strategies import recorded_updates
+from helpers.recordings.strategies import recorded_updates
 
 old, new = dict(fresh().named_parameters()), dict(models["everything"].named_parameters())
 matrices = [
@@ -1135,7 +1134,7 @@ for rank, row in zip(ranks, scores):
 # Layers, rank, optimizer and precision against parameters and bytes, for MiniLM and glyphnet.
 
 # %% tags=["demo"]
-from helpers.explorer import explore_lora
+from helpers.explorers import explore_lora
 
 explore_lora()
 

@@ -62,10 +62,9 @@ from helpers.predict import predict
 guess = predict(onnx_time=None, program_time=None, onnx_size=None)
 
 # %% tags=["demo"]
-from helpers.backbones import glyphnet
+from helpers.backbones import classifier, glyphnet
 from helpers.data import digits
 from helpers.features import drop_head
-from helpers.strategies import classifier
 from helpers.training import evaluate, fit
 
 train, test = digits("train", labels_per_class=10), digits("test")
@@ -620,7 +619,7 @@ median_seconds = continue_with("8.5")
 # the machine does. (A service uses more. Measure yours.)
 
 # %% tags=["demo"]
-from helpers.formats import NEEDS, circumstances, recorded
+from helpers.recordings.formats import NEEDS, circumstances, recorded
 from helpers.training import one_thread
 
 files = {
@@ -687,13 +686,13 @@ for name in NEEDS:
 # | without PyTorch | ONNX | operators that ONNX does not have; another program to keep up to date |
 # | on one kind of NVIDIA GPU | TensorRT, from the ONNX file | an engine for that GPU and that version alone |
 #
-# For phones there is ExecuTorch, which starts from an exported program; it is not tried here. `helpers.formats.compare`
+# For phones there is ExecuTorch, which starts from an exported program; it is not tried here. `helpers.recordings.formats.compare`
 # makes this table for a network of yours.
 #
 # ### Formats, to turn by hand
 
 # %% tags=["demo"]
-from helpers.explorer import explore_export
+from helpers.explorers import explore_export
 
 explore_export()
 

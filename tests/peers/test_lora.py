@@ -23,7 +23,7 @@ PEFT = "peft 0.21.2 "
 
 def ours(base, rank, alpha, **options):
     """A layer of ours: the layer, its A and its B."""
-    kind = next(kind for kind in lora.KINDS if isinstance(base, kind.base_type))
+    kind = next(kind for kind in lora.Layer.kinds if isinstance(base, kind.base_type))
     layer = kind(copy.deepcopy(base), rank, alpha, **options)
     return layer, layer.A, layer.B
 
@@ -370,7 +370,7 @@ OPTIONS = {"plain": {}, "rslora": {"rank_stabilised": True}, "dora": {"dora": Tr
 def adapt(model, name, rank, alpha, **options):
     """Adapt the layer of exactly this name."""
     base = model.get_submodule(name)
-    kind = next(kind for kind in lora.KINDS if isinstance(base, kind.base_type))
+    kind = next(kind for kind in lora.Layer.kinds if isinstance(base, kind.base_type))
     lora.replace(model, [name], lambda layer: kind(layer, rank, alpha, **options) if layer is base else layer)
 
 

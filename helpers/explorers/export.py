@@ -1,6 +1,6 @@
-"""Formats by size, latency and portability: the figure of `helpers.explorer.explore_export`.
+"""Formats by size, latency and portability: the figure of `helpers.explorers.explore_export`.
 
-The numbers are kept results of `helpers.formats`, `formats.recorded`.
+The numbers are kept results of `helpers.recordings.formats`, `formats.recorded`.
 """
 
 import textwrap
@@ -9,10 +9,10 @@ from collections.abc import Collection, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from helpers import formats
-from helpers.explorer_figures import GREY, choice, size
+from helpers.explorers.figures import GREY, choice, size
 from helpers.figures import COLORS
 from helpers.parity import listed
+from helpers.recordings import formats
 
 ABSENT = {"Python": "python", "PyTorch": "torch"}  # what may be missing where a format runs -> of formats.Needs
 HEADERS = ("Python", "PyTorch", "compiler\nto make it", "one kind\nof GPU")  # of formats.Needs, in order

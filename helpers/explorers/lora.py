@@ -1,10 +1,10 @@
-"""What LoRA saves, by rank, layers and optimizer: the figure of `helpers.explorer.explore_lora`, and its numbers.
+"""What LoRA saves, by rank, layers and optimizer: the figure of `helpers.explorers.explore_lora`, and its numbers.
 
     weights              all parameters; with LoRA also A and B
     gradients            as much as what trains
     optimizer state      SGD keeps none, momentum one number for each parameter that trains, AdamW two
 
-Shapes come from the weights' files, the arithmetic from `helpers.lora.cost`, accuracy from `helpers.strategies`.
+Shapes come from the weights' files, the arithmetic from `helpers.lora.cost`, accuracy from `helpers.recordings.strategies`.
 Activations depend on the batch, and are not counted.
 """
 
@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 from torch import nn
 
-from helpers import backbones, lora, strategies
-from helpers.explorer_figures import choice, size
+from helpers import backbones, lora
+from helpers.explorers.figures import choice, size
 from helpers.figures import COLORS, plot_draws
+from helpers.recordings import strategies
 
 HIGHEST = 64  # rank that is offered
 OPTIMIZERS = {"SGD": "sgd", "SGD with momentum": "momentum", "AdamW": "adamw"}
@@ -33,7 +34,7 @@ class Backbone(NamedTuple):
     """A network, which of its layers can be adapted, and where accuracy with LoRA is recorded."""
 
     title: str
-    task: str  # of helpers.strategies
+    task: str  # of helpers.recordings.strategies
     labels: int  # per class
     classes: int  # of the head
     layers: dict[str, str]  # what is offered -> the weights' names, as a regular expression

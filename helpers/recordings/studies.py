@@ -6,8 +6,8 @@
     cures              accuracy with wrong labels, with each cure and without
     rates              what 100 steps do at a low, a good and a high learning rate
 
-Results are kept in `studies.json`. `python -m helpers.studies` measures what is missing there, in minutes, and adds it as a
-recording of its own, with its machine, versions and date; those before it stay as they are.
+Results are kept in `studies.json`. `python -m helpers.recordings.studies` measures what is missing there, in
+minutes, and adds it as a recording of its own, with its machine, versions and date; those before it stay as they are.
 """
 
 import json
@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from helpers.backbones import classifier
 from helpers.data import Examples, digits, jitter
 from helpers.environment import here_and_now, recorded_on
 from helpers.features import extract
 from helpers.files import write_text
 from helpers.finetune import EarlyStopping, probe_head
-from helpers.strategies import FIVE, TASKS, classifier, letters_kept, printed, recorded, train
+from helpers.forgetting import letters_kept, printed
+from helpers.recordings.strategies import FIVE, TASKS, recorded, train
 from helpers.training import History, evaluate, fit
 
 DRAWS = 5

@@ -3,8 +3,8 @@
     print(compare(model, inputs, folder))       # a model of yours, measured here and now
     print(recorded("resnet18")[32])             # three models, batches of 1, 8 and 32 rows, measured once
 
-`python -m helpers.formats` measures what `recorded` gives and writes it into `formats.json`, with the machine and the
-versions; it takes minutes, on a machine that does nothing else. What needs a format is in `NEEDS`.
+`python -m helpers.recordings.formats` measures what `recorded` gives and writes it into `formats.json`, with the machine and
+the versions; it takes minutes, on a machine that does nothing else. What needs a format is in `NEEDS`.
 
 Sources: PyTorch's documentation of torch.jit, torch.export, torch.compile and AOTInductor; ONNX Runtime's and TensorRT's.
 """
@@ -28,19 +28,19 @@ from torch import nn
 from helpers import expect
 from helpers.backbones import glyphnet, text_backbone
 from helpers.data import digits, docstrings
+from helpers.environment import processor
 from helpers.export import (
     ExportFailed,
     OnnxSession,
-    TensorRTEngine,
     quiet,
     snapshot_of,
     to_onnx,
     to_program,
-    to_tensorrt,
     to_torchscript,
 )
 from helpers.files import write_text
 from helpers.parity import BatchParity, Inputs, Parity, first_line, parity, rows_of, tensors_of
+from helpers.tensorrt import TensorRTEngine, to_tensorrt
 from helpers.timing import in_turns, quartiles
 from helpers.training import one_thread
 
@@ -303,7 +303,7 @@ def record(models: Sequence[str] = tuple(MODELS), rounds: Mapping[int, int] = RO
     packages = ("torch", "torchvision", "transformers", "onnx", "onnxscript", "onnxruntime")
     return {
         "models": found,
-        "machine": f"{_processor()}, {platform.system()}",
+        "machine": f"{processor()}, {platform.system()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": 1,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -313,7 +313,9 @@ def record(models: Sequence[str] = tuple(MODELS), rounds: Mapping[int, int] = RO
 
 def _record() -> dict:
     if not RECORD.exists():
-        raise FileNotFoundError(f"{RECORD.name} must be beside {RECORD.stem}.py, got none. Run: python -m helpers.formats")
+        raise FileNotFoundError(
+            f"{RECORD.name} must be beside {RECORD.stem}.py, got none. Run: python -m helpers.recordings.formats"
+        )
     return json.loads(RECORD.read_text(encoding="utf-8"))
 
 
@@ -362,13 +364,6 @@ def _empty_caches(folder: Path) -> Iterator[None]:
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
         if before is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    named = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return named or platform.machine()
 
 
 if __name__ == "__main__":

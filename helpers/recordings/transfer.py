@@ -10,7 +10,7 @@ sees the test examples. The two that train a network get the same number of step
 `linear_probe` goes on to their optimum, so more steps would change nothing.
 
 Training takes long, so its results are kept: those of the digits in glyphnet's card, those of the docstrings in
-`transfer.json`, written by `python -m helpers.transfer` (an hour on one CPU thread).
+`transfer.json`, written by `python -m helpers.recordings.transfer` (an hour on one CPU thread).
 """
 
 import json

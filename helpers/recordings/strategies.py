@@ -16,30 +16,29 @@ validation examples (of equals the lowest). What is measured of the chosen model
     outside      accuracy in another domain with the same classes; for digits, printed ones
     source       accuracy on what the backbone was trained on (letters), with the head it had there: less is forgetting
 
-Training takes long, so results are kept in `strategies.json`. `python -m helpers.strategies` measures what is missing there,
-and adds it as a recording of its own, with its machine, versions and date; those before it stay as they are.
+Training takes long, so results are kept in `strategies.json`. `python -m helpers.recordings.strategies` measures what is
+missing there, and adds it as a recording of its own, with its machine, versions and date; those before it stay as they are.
 
 Sources: Howard & Ruder 2018 (ULMFiT); Kumar et al. 2022 (LP-FT); Hu et al. 2021 (LoRA).
 """
 
 import json
-from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from helpers import lora, transfer
-from helpers.backbones import TextBackbone, glyphnet, stages
-from helpers.data import Examples, letters, printed_digits, word_order
+from helpers import lora
+from helpers.backbones import TextBackbone, classifier, stages
+from helpers.data import Examples, word_order
 from helpers.environment import here_and_now, recorded_on
-from helpers.features import extract
 from helpers.files import write_text
 from helpers.finetune import GradualUnfreezing, lp_ft, parameter_groups, train_last, unfreeze
-from helpers.training import accuracy, evaluate, fit, seed_everything
+from helpers.forgetting import letters_kept, printed
+from helpers.recordings import transfer
+from helpers.training import evaluate, fit
 
 TASKS = transfer.TASKS | {"word order": transfer.TASKS["docstrings"]._replace(examples=word_order, classes=2, steps=100)}
 DEPTHS = ("last 2 stages", "last 3 stages", "last 4 stages")
@@ -88,18 +87,6 @@ def strategies(task: str) -> tuple[str, ...]:
     """The names of all strategies for a task: how many stages there are to unfreeze depends on its backbone."""
     depths = len(TASKS[_known(task)].backbone(True).stages)
     return ("head only", *(_last(k) for k in range(1, depths)), "everything", "discriminative", *FIVE[3:])
-
-
-def classifier(backbone: nn.Module, classes: int, seed: int = 0) -> nn.Sequential:
-    """The backbone itself, not a copy, with a new head: `model.backbone` and `model.head`.
-
-    Args:
-        backbone: one of `helpers.backbones`, without a head.
-        classes: outputs of the head.
-        seed: of the head; the global random states are left as `seed_everything` makes them.
-    """
-    seed_everything(seed)
-    return nn.Sequential(OrderedDict(backbone=backbone, head=nn.Linear(backbone.width, classes)))
 
 
 def train(strategy: str, model: nn.Sequential, examples: Examples, lr: float, steps: int, batch_size: int, seed: int) -> None:
@@ -187,21 +174,6 @@ def adapted(model: nn.Sequential) -> list[str]:
     return [f"backbone.{name}" for name in names if kinds == (nn.Conv2d,) or name.endswith(("query", "value"))]
 
 
-@cache
-def printed() -> Examples:
-    """Digits of another domain: 1,000 rendered ones."""
-    return printed_digits(1000, seed=1)
-
-
-def letters_kept(backbone: nn.Module) -> float:
-    """Accuracy on 1,000 letters of a backbone that once was glyphnet's, with the head that glyphnet had for them.
-
-    0.98 before fine-tuning; what is missing afterwards was forgotten. The letters are not those of pre-training.
-    """
-    drawn = _letters()
-    return accuracy(extract(nn.Sequential(backbone, glyphnet().fc), drawn.inputs), drawn.labels)
-
-
 def recorded(task: str) -> dict[int, dict[str, list[Scores]]]:
     """Kept results of a task: {labels per class: {strategy: scores of each draw}}, as `measure` gives them."""
     kept = _scores(task, _recordings(task))
@@ -263,11 +235,6 @@ def _known(task: str) -> str:
 
 def _last(k: int) -> str:
     return "last stage" if k == 1 else f"last {k} stages"
-
-
-@cache
-def _letters() -> Examples:
-    return letters(1000, seed=12345)  # other letters than those of pre-training, whose seed is in the card
 
 
 def _measure_cell(cell: tuple[str, str, int, int]) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""What the explorers of `helpers.explorer` show: one figure and its text alternative for one setting of the controls.
+"""What the explorers of `helpers.explorers` show: one figure and its text alternative for one setting of the controls.
 
 Those of chapters 02, 04 and 05 are here, and what all have in common; `explorer_lora` and `explorer_export` have the others.
 """
@@ -14,10 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
-from helpers import expect, shifts, strategies
+from helpers import expect, shifts
 from helpers.figures import COLORS, plot_accuracy, plot_draws, style
 from helpers.finetune import Report, report, train_last
-from helpers.transfer import TASKS, recorded
+from helpers.recordings import strategies
+from helpers.recordings.transfer import TASKS, recorded
 
 SCORES = {
     "digits": {"inside": "handwritten", "outside": "printed", "source": "letters kept"},

@@ -1,26 +1,17 @@
-"""Explorers: turn a knob and see a measured number move. Where widgets do not run, they are figures.
-
-    explore_transfer()    chapter 02: labels per class and strategy against accuracy; kept results of `helpers.transfer`
-    explore_freezing()    chapter 04: what trains, what it takes, and accuracy; kept results of `helpers.strategies`
-    explore_drift()       chapter 05: other images, what each BatchNorm sees, and accuracy; measured when a knob is turned
-    explore_lora()        chapter 06: rank, layers and optimizer against memory; counted, beside recorded accuracy
-    explore_export()      chapter 08: formats by size, latency and what they need; kept results of `helpers.formats`
-
-Put one on the last line of a cell.
-"""
+"""The controls of each explorer, as widgets; without ipywidgets, the figures of their examples."""
 
 import threading
 from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from helpers.explorer_export import ABSENT, batches, export_figure
-from helpers.explorer_figures import depths, drift_figure, freezing_figure, recorded_depths, transfer_figure
-from helpers.explorer_lora import BACKBONES, OPTIMIZERS, PRECISIONS, lora_figure, ranks
+from helpers.explorers.export import ABSENT, batches, export_figure
+from helpers.explorers.figures import depths, drift_figure, freezing_figure, recorded_depths, transfer_figure
+from helpers.explorers.lora import BACKBONES, OPTIMIZERS, PRECISIONS, lora_figure, ranks
 from helpers.figures import image
-from helpers.formats import MODELS
+from helpers.recordings.formats import MODELS
+from helpers.recordings.transfer import TASKS, recorded
 from helpers.shifts import KINDS, STATISTICS
-from helpers.transfer import TASKS, recorded
 
 
 class Explorer:
@@ -93,36 +84,12 @@ class StaticFigure:
         return static(self.explorer)
 
 
-def _explore(explorer: type[Explorer]) -> Explorer | StaticFigure:
+def explore(explorer: type[Explorer]) -> Explorer | StaticFigure:
+    """The explorer, or its examples as figures where ipywidgets is not installed."""
     try:
         return explorer()
     except ImportError:
         return StaticFigure(explorer)
-
-
-def explore_transfer() -> Explorer | StaticFigure:
-    """Labels per class and strategy against accuracy, on digits and docstrings."""
-    return _explore(TransferExplorer)
-
-
-def explore_freezing() -> Explorer | StaticFigure:
-    """How many stages train: parameters and memory beside the recorded accuracy, of glyphnet and of MiniLM."""
-    return _explore(FreezingExplorer)
-
-
-def explore_drift() -> Explorer | StaticFigure:
-    """Digits on grey paper, in dim ink, inverted ...: the drift of each BatchNorm, and accuracy with both statistics."""
-    return _explore(DriftExplorer)
-
-
-def explore_lora() -> Explorer | StaticFigure:
-    """Rank, layers, optimizer and precision: memory, what trains, and the recorded accuracy, of MiniLM and of glyphnet."""
-    return _explore(LoraExplorer)
-
-
-def explore_export() -> Explorer | StaticFigure:
-    """Formats of three models by size, latency and what has to be there where they run."""
-    return _explore(ExportExplorer)
 
 
 class TransferExplorer(Explorer):
