@@ -143,13 +143,12 @@ class NamesOfTheOutputs(Experiment):
             return {"the names, from the largest output to the smallest": None}
         categories = inputs["weights"].meta["categories"]
         order = inputs["model"][2].bias.argsort(descending=True).tolist()
-        ranked = [_sorted_names(names, numbers) for names, numbers in _rows(raw)]
         known = {
             "categories by their index": [categories[i] for i in order],
             "categories in alphabetical order": [sorted(categories)[i] for i in order],
             "categories in their order, whatever the outputs": categories,
         }
-        matching = (name for name, names in known.items() if all(row == names for row in ranked))
+        matching = (name for name, names in known.items() if all(row == names for row in _ranked(raw)))
         return {"the names, from the largest output to the smallest": next(matching, "different")}
 
 
@@ -170,8 +169,7 @@ class LikeliestFirst(_FewAndAll):
         k, numbers = inputs["k"], raw["some"]["numbers"]
         falling, rising = ((way * numbers.diff(dim=1) >= 0).all() for way in (-1, 1))
         listed = [set(names) for names in raw["some"]["names"]]
-        ranked = [_sorted_names(names, numbers) for names, numbers in _rows(raw["all"])]
-        likeliest, least = ([set(names[part]) for names in ranked] for part in (slice(k), slice(-k, None)))
+        likeliest, least = ([set(names[part]) for names in _ranked(raw["all"])] for part in (slice(k), slice(-k, None)))
         which = "the likeliest" if listed == likeliest else "the least likely" if listed == least else "different"
         return {
             "the categories listed": which,
@@ -255,17 +253,13 @@ def _listed(value: object, length: int, what: str) -> list:
     return items
 
 
-def _rows(raw: dict) -> list[tuple[list[str], list[float]]]:
-    return list(zip(raw["names"], raw["numbers"].tolist(), strict=True))
-
-
 def _by_category(raw: dict) -> list[dict[str, float]]:
-    return [dict(zip(names, numbers, strict=True)) for names, numbers in _rows(raw)]
+    return [dict(zip(*row, strict=True)) for row in zip(raw["names"], raw["numbers"].tolist(), strict=True)]
 
 
-def _sorted_names(names: list[str], numbers: list[float]) -> list[str]:
-    """The names from the largest number to the smallest."""
-    return [names[i] for i in sorted(range(len(names)), key=lambda i: -numbers[i])]
+def _ranked(raw: dict) -> list[list[str]]:
+    """The names of each image, from the largest number to the smallest."""
+    return [sorted(image, key=image.get, reverse=True) for image in _by_category(raw)]
 
 
 def _close(numbers: dict[str, float], expected: dict[str, float]) -> bool:
@@ -316,23 +310,16 @@ def _prepare(weights, image: Tensor, **changes) -> Tensor:
     return weights.transforms(**changes)(image)
 
 
-def _shares(logits: Tensor) -> Tensor:
-    return logits.softmax(1)
+_SHARES = nn.Softmax(dim=1)
 
 
-def classified(weights, model, images, k, *, prepare=_prepare, outputs=extract, shares=_shares, best=torch.topk, names=list):
+def classified(weights, model, images, k, *, prepare=_prepare, outputs=extract, shares=_SHARES, best=torch.topk, names=list):
     """A right solution: an image prepared, the network's outputs, shares of 1, the k best of them, names by index."""
     logits = outputs(model, torch.stack([prepare(weights, image) for image in images]))
     values, columns = best(shares(logits), k)
     categories = names(weights.meta["categories"])
-    return [
-        [(categories[column], value) for column, value in zip(*row, strict=True)]
-        for row in zip(columns.tolist(), values.tolist(), strict=True)
-    ]
-
-
-def _unchanged(logits: Tensor) -> Tensor:
-    return logits
+    rows = zip(columns.tolist(), values.tolist(), strict=True)
+    return [[(categories[column], value) for column, value in zip(*row, strict=True)] for row in rows]
 
 
 def _shares_of_the_best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -345,9 +332,9 @@ CHANGES = {
     "not normalised": {"prepare": partial(_prepare, mean=(0, 0, 0), std=(1, 1, 1))},
     "preprocessed twice": {"prepare": lambda weights, image: _prepare(weights, _prepare(weights, image))},
     "other sizes than the preset's": {"prepare": partial(_prepare, resize_size=256, crop_size=224)},
-    "logits for probabilities": {"shares": _unchanged},
-    "softmax over the images": {"shares": partial(torch.softmax, dim=0)},
-    "softmax over the k listed": {"shares": _unchanged, "best": _shares_of_the_best},
+    "logits for probabilities": {"shares": nn.Identity()},
+    "softmax over the images": {"shares": nn.Softmax(dim=0)},
+    "softmax over the k listed": {"shares": nn.Identity(), "best": _shares_of_the_best},
     "categories in alphabetical order": {"names": sorted},
     "least likely": {"best": partial(torch.topk, largest=False)},
     "likeliest last": {"best": lambda shares, k: [part.flip(1) for part in shares.topk(k)]},
