@@ -260,7 +260,7 @@ def _state_each(counts: dict[str, float], size: int) -> Fact:
 # --- the misconceptions ---------------------------------------------------------------------------------------------
 
 
-def counted(
+def cost_of(
     layers: list[nn.Module],
     rank: int,
     optimizer: str,
@@ -309,4 +309,4 @@ CHANGES = {
     "counted twice": {"key": lambda layer: object()},
     "told apart by their modules": {"key": id},
 }
-exercise.misconceptions_of(counted, CHANGES)
+exercise.misconceptions_of(cost_of, CHANGES)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from grader.checks.lora.costs import CHANGES, counted
+from grader.checks.lora.costs import CHANGES, cost_of
 
 
 def _sides(layer):
@@ -113,7 +113,7 @@ REWRITTEN = {
     "counted twice": each_time_it_comes,
 }
 COMBINED = [
-    ({first, second}, partial(counted, **CHANGES[first], **CHANGES[second]))
+    ({first, second}, partial(cost_of, **CHANGES[first], **CHANGES[second]))
     for first, second in (("channels alone", "biases counted"), ("one moment for AdamW", "counted twice"))
 ]
 EQUIVALENT = {}
