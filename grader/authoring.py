@@ -22,7 +22,7 @@ from nbformat import NotebookNode
 
 from grader import golden
 from grader.checks import TOPICS, exercises
-from grader.golden import truth
+from grader.golden.truth import write_tables
 from helpers.files import write_text
 
 CHECK = re.compile(r'^check\("(\d+\.\d+)", ', re.MULTILINE)
@@ -31,9 +31,7 @@ MISTAKES = "## Common mistakes"
 
 def make_course(root: Path, tables: Path = golden.FOLDER) -> None:
     """Write every generated file below `root`: truth tables, paired notebooks, released notebooks."""
-    for topic in TOPICS.values():
-        write_text(tables / f"{topic}.json", golden.dump({n: truth.record(e) for n, e in exercises(topic).items()}))
-    golden.load.cache_clear()
+    write_tables(TOPICS.values(), tables)
     for script in sorted((root / "solutions").glob("*/*.py")):
         write_text(script.with_suffix(".ipynb"), nbformat.writes(notebook(script)))
         release(root, script.stem)

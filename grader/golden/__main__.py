@@ -1,5 +1,6 @@
 """Record the right solutions on this machine, or compare this machine with the records.
 
+    python -m grader.golden tables      the truth tables, of one topic or of all: what `make course` does too
     python -m grader.golden record      on every device and in every precision there is; then deviations anew
     python -m grader.golden verify      a table of where this machine deviates, and of facts that change with it
 
@@ -17,12 +18,19 @@ from grader.checks import TOPICS, exercises
 from grader.golden import AWAITS, FOLDER
 from grader.golden.deviations import Deviation, between
 from grader.golden.records import SETTINGS, Record, all_versions, each, measure, mistakes, path_of, read, versions, write
+from grader.golden.truth import write_tables
 from grader.observe import differing_facts
 from grader.setting import CPU, Setting
 from helpers.files import write_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 Topics = Annotated[list[str] | None, typer.Argument(help="Topics, such as lora; all if left out.")]
+
+
+@app.command()
+def tables(topics: Topics = None) -> None:
+    """Write the truth tables: the facts of every reference and every misconception."""
+    write_tables(_known(topics))
 
 
 @app.command()
