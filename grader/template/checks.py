@@ -1,10 +1,10 @@
 """Exercise 0.0: what is to be written, in a line. (An example to replace: subtract the mean of all numbers.)"""
 
-from helpers.a_topic import a_name
 from torch import Tensor
 
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near, which
+from helpers.a_topic import a_name
 
 exercise = Exercise(__name__, "0.0", a_name)
 
