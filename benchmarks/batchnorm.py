@@ -49,8 +49,8 @@ def _build(data: Callable[[], Data], passes: str, peer: Callable[[nn.Module, lis
     def build():
         torch.manual_seed(0)
         model, batches = data()
-        other, ours = copy.deepcopy(model), _ours(passes)
-        return timed(lambda: ours(model, batches)), timed(lambda: peer(other, batches))
+        twin, recompute = copy.deepcopy(model), _ours(passes)
+        return timed(lambda: recompute(model, batches)), timed(lambda: peer(twin, batches))
 
     return build
 

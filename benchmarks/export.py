@@ -42,10 +42,10 @@ def _session(name: str, device: str) -> Run:
         return OnnxSession(to_onnx(model, inputs, Path(folder) / "model.onnx"), threads=1, device=device)
 
 
-def _build(name: str, one: Callable[[str, str], Run], batch: int, device: str):
+def _build(name: str, make: Callable[[str, str], Run], batch: int, device: str):
     def build():
         model, inputs = _model(name, device)
-        rows, other = rows_of(inputs, batch), one(name, device)
+        rows, exported = rows_of(inputs, batch), make(name, device)
 
         def call(run: Run) -> Callable[[], float]:
             def once():
@@ -59,7 +59,7 @@ def _build(name: str, one: Callable[[str, str], Run], batch: int, device: str):
                 once()
             return timed(once)
 
-        return call(other), call(model)
+        return call(exported), call(model)
 
     return build
 
@@ -67,10 +67,10 @@ def _build(name: str, one: Callable[[str, str], Run], batch: int, device: str):
 def comparisons(device: str = "cpu") -> list[Comparison]:
     """The rows of the table, on "cpu" or "cuda"; ONNX Runtime takes its inputs from the CPU and answers there."""
     return [
-        Comparison(f"{name}, batch of {batch}, {way}", way, "eager", _build(name, one, batch, device), rounds)
+        Comparison(f"{name}, batch of {batch}, {way}", way, "eager", _build(name, make, batch, device), rounds)
         for name in MODELS
         for batch, rounds in ((1, 31), (8, 11))
-        for way, one in (("torch.compile", _compiled), ("ONNX Runtime", _session))
+        for way, make in (("torch.compile", _compiled), ("ONNX Runtime", _session))
     ]
 
 

@@ -14,9 +14,9 @@ TIMED = "import time; started = time.perf_counter(); exec({!r}); print(time.perf
 
 def modules() -> list[str]:
     """What can be imported of `helpers` by itself: its modules, its packages, and each of the recordings."""
-    found = [path.parent for path in (ROOT / "helpers").glob("*/__init__.py")]
-    found += [path for place in (".", "recordings") for path in (ROOT / "helpers" / place).glob("*.py")]
-    names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found)
+    paths = [path.parent for path in (ROOT / "helpers").glob("*/__init__.py")]
+    paths += [path for place in (".", "recordings") for path in (ROOT / "helpers" / place).glob("*.py")]
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths)
     return sorted(name for name in names if not name.endswith("__init__"))
 
 
@@ -25,12 +25,12 @@ def required(module: str) -> list[str]:
 
     Those at module level, its own and those of the modules of `helpers` that it imports there.
     """
-    statements, seen, queue = [], set(), ["helpers", module]
+    statements, visited, queue = [], set(), ["helpers", module]
     while queue:
         name = queue.pop(0)
-        if name in seen:
+        if name in visited:
             continue
-        seen.add(name)
+        visited.add(name)
         queue.append(name.rpartition(".")[0] or "helpers")  # importing a module imports its package first
         for node in ast.parse(_file(name).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "helpers":
@@ -72,8 +72,8 @@ def _build(module: str):
 
 def _target(module: str) -> float | None:
     """None if other packages are of the standard library alone: most of those are there before anything is imported."""
-    others = {statement.split()[1].partition(".")[0] for statement in required(module)}
-    return None if others <= sys.stdlib_module_names else 1.1
+    packages = {statement.split()[1].partition(".")[0] for statement in required(module)}
+    return None if packages <= sys.stdlib_module_names else 1.1
 
 
 def _rounds(module: str) -> int:

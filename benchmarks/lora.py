@@ -84,7 +84,7 @@ class Step:
 
     def peak_bytes(self) -> int:
         """Of one more step: weights, batch, the optimizer's state, and what comes and goes."""
-        state = [x for of in self.optimizer.state.values() for x in of.values() if isinstance(x, Tensor)]
+        state = [x for values in self.optimizer.state.values() for x in values.values() if isinstance(x, Tensor)]
         there = [*self.model.parameters(), *self.model.buffers(), *self.inputs, self.labels, *state]
         return held_bytes(x for x in there if x.device.type == torch.device(self.device).type) + peak_bytes(self, self.device)
 
@@ -122,19 +122,19 @@ def everything(task: Task) -> nn.Module:
 Variant = Callable[[Task], nn.Module]
 
 
-def steps(make: Callable[[], Task], one: Variant, other: Variant, device: str) -> tuple[Step, Step]:
+def steps(make: Callable[[], Task], first: Variant, second: Variant, device: str) -> tuple[Step, Step]:
     """The step of both variants of one model."""
     torch.manual_seed(0)
     task = make()
-    return Step(one(task), task, device), Step(other(task), task, device)
+    return Step(first(task), task, device), Step(second(task), task, device)
 
 
-def _times(make: Callable[[], Task], one: Variant, other: Variant, device: str):
-    return lambda: tuple(timed(step) for step in steps(make, one, other, device))
+def _times(make: Callable[[], Task], first: Variant, second: Variant, device: str):
+    return lambda: tuple(timed(step) for step in steps(make, first, second, device))
 
 
-def _peaks(make: Callable[[], Task], one: Variant, other: Variant, device: str):
-    return lambda: tuple(step.peak_bytes for step in steps(make, one, other, device))
+def _peaks(make: Callable[[], Task], first: Variant, second: Variant, device: str):
+    return lambda: tuple(step.peak_bytes for step in steps(make, first, second, device))
 
 
 def comparisons(device: str = "cpu") -> list[Comparison]:
@@ -146,8 +146,8 @@ def comparisons(device: str = "cpu") -> list[Comparison]:
             ("LoRA beside everything", "LoRA", "everything", ours, everything, 7, None),
             ("head alone beside everything", "head", "everything", head, everything, 7, None),
         )
-        for what, mine, theirs, one, other, rounds, target in pairs:
-            arguments = (make, one, other, device)
+        for what, mine, theirs, first, second, rounds, target in pairs:
+            arguments = (make, first, second, device)
             rows += [
                 Comparison(f"{name}, {what}, step", mine, theirs, _times(*arguments), rounds, target),
                 Comparison(f"{name}, {what}, peak memory", mine, theirs, _peaks(*arguments), 2, target, unit="bytes"),

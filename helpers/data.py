@@ -211,10 +211,10 @@ def image_folder(folder: str | Path, split: str = "train", labels_per_class: int
     root = Path(folder)
     if not root.is_dir() or len([path for path in root.iterdir() if path.is_dir()]) < 2:
         raise ValueError(f"{root} must hold a folder of images for each of two or more classes: {root}/cat, {root}/dog.")
-    found = ImageFolder(root, allow_empty=True)
-    labels = torch.tensor(found.targets, dtype=torch.int64)
-    rows = _choose(_own_splits(labels, tuple(found.classes)), labels, split, labels_per_class, draw)
-    return Examples([Path(found.samples[row][0]) for row in rows], labels[rows], tuple(found.classes))
+    images = ImageFolder(root, allow_empty=True)
+    labels = torch.tensor(images.targets, dtype=torch.int64)
+    rows = _choose(_own_splits(labels, tuple(images.classes)), labels, split, labels_per_class, draw)
+    return Examples([Path(images.samples[row][0]) for row in rows], labels[rows], tuple(images.classes))
 
 
 @_on_the_cpu
@@ -376,7 +376,9 @@ def _rendered(characters: str, count: int, seed: int, name: str) -> Examples:
 def _glyphs(characters: str) -> Tensor:
     """Every character in every font, cropped, centred, filling 44 of 64 pixels: (fonts, classes, 64, 64)."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return torch.stack([torch.stack([_render(one, folder / f"{font}.ttf") for one in characters]) for font in FONTS])
+    return torch.stack(
+        [torch.stack([_render(character, folder / f"{font}.ttf") for character in characters]) for font in FONTS]
+    )
 
 
 def _render(character: str, font_file: Path, canvas: int = 64, fill: int = 44) -> Tensor:

@@ -84,13 +84,13 @@ def listed() -> list[Docstring]:
         RuntimeError: half of them or more are missing, as where the standard library comes without source files.
     """
     keys = set(LIST.read_text(encoding="utf-8").split())
-    found = list({docstring.key: docstring for docstring in collect() if docstring.key in keys}.values())
-    if len(found) <= len(keys) / 2:
+    docstrings = list({docstring.key: docstring for docstring in collect() if docstring.key in keys}.values())
+    if len(docstrings) <= len(keys) / 2:
         raise RuntimeError(
-            f"docstrings are read from the source files in {sysconfig.get_path('stdlib')}, where {len(found)} of "
+            f"docstrings are read from the source files in {sysconfig.get_path('stdlib')}, where {len(docstrings)} of "
             f"{len(keys)} were found. Use a Python from 3.11 to 3.13 that has its standard library as .py files."
         )
-    return found
+    return docstrings
 
 
 def collect() -> Iterator[Docstring]:
@@ -141,15 +141,15 @@ def choose(versions: list[set[Docstring]]) -> list[Docstring]:
             taken[place] += 1
             kept.append(docstring)
     held_out = [_words(d) for d in kept if d.split != "train"]
-    return [d for d in kept if d.split != "train" or all(_overlap(_words(d), other) < ALIKE for other in held_out)]
+    return [d for d in kept if d.split != "train" or all(_overlap(_words(d), words) < ALIKE for words in held_out)]
 
 
 def _words(docstring: Docstring) -> frozenset[str]:
     return frozenset(docstring.text.lower().strip(".").split())
 
 
-def _overlap(one: frozenset[str], other: frozenset[str]) -> float:
-    return len(one & other) / len(one | other)
+def _overlap(first: frozenset[str], second: frozenset[str]) -> float:
+    return len(first & second) / len(first | second)
 
 
 def main(pythons: list[str]) -> None:

@@ -58,7 +58,7 @@ def to_torchscript(model: nn.Module, example: Inputs, freeze_branches: bool = Fa
         ExportFailed: script cannot compile the model, and a trace of it would freeze a branch or cannot be made.
     """
     snapshot, inputs = _prepared(model, example)
-    with _torchscript_warnings() as seen, torch.no_grad():
+    with _torchscript_warnings() as caught, torch.no_grad():
         try:
             script = torch.jit.script(snapshot)
             script(*fresh(inputs))  # some of what script gets wrong shows only in a run
@@ -72,9 +72,9 @@ def to_torchscript(model: nn.Module, example: Inputs, freeze_branches: bool = Fa
                 f"{type(model).__name__} can be neither scripted ({first_line(refused)}) nor traced "
                 f"({first_line(error)}). Use to_program."
             ) from error
-        said = [warning for warning in seen if issubclass(warning.category, torch.jit.TracerWarning)]
-    frozen = [warning for warning in said if not re.search("Output nr|nondeterministic", str(warning.message))]
-    if len(said) > len(frozen):
+        tracer_warnings = [warning for warning in caught if issubclass(warning.category, torch.jit.TracerWarning)]
+    frozen = [warning for warning in tracer_warnings if not re.search("Output nr|nondeterministic", str(warning.message))]
+    if len(tracer_warnings) > len(frozen):
         raise ExportFailed(
             "a trace must compute what the model computes, got another output from a second run of it. "
             "Look for dropout that ignores eval mode: F.dropout(x, p, self.training)."
@@ -295,10 +295,10 @@ def _torchscript_warnings() -> Iterator[list[warnings.WarningMessage]]:
 
     Deprecations are TorchScript's own and, since script reads every attribute, those of attributes nobody asked for.
     """
-    with _no_output(), warnings.catch_warnings(record=True) as seen:
+    with _no_output(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield seen
-    for warning in seen:
-        said = str(warning.message)
-        if not issubclass(warning.category, torch.jit.TracerWarning) and not re.search("deprecated|not supported in", said):
+        yield caught
+    for warning in caught:
+        message = str(warning.message)
+        if not issubclass(warning.category, torch.jit.TracerWarning) and not re.search("deprecated|not supported in", message):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -199,10 +199,10 @@ def _read_entry(path: Path, key: str) -> Tensor | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            features, said = file.get_tensor("features"), file.metadata()
+            features, metadata = file.get_tensor("features"), file.metadata()
     except (SafetensorError, OSError):
         return None
-    return features if said == {"key": key, "sha256": _sha256(_content(features))} else None
+    return features if metadata == {"key": key, "sha256": _sha256(_content(features))} else None
 
 
 def _key(compute: Callable, backbone: nn.Module, inputs: Tensor | Sequence, settings: dict) -> str:

@@ -137,8 +137,8 @@ def largest_error(
     """
     rows = tensors_of("inputs", inputs)
     with eval_mode(expect.module("model", model)), torch.no_grad():
-        found = [_compare_batch(size, _outputs(model(*rows_of(rows, size))), exported, rows) for size in _sizes(batch_sizes)]
-    worst = max(found, key=lambda row: row.error)
+        results = [_compare_batch(size, _outputs(model(*rows_of(rows, size))), exported, rows) for size in _sizes(batch_sizes)]
+    worst = max(results, key=lambda row: row.error)
     return {"error": worst.error, "batch_size": worst.batch, "index": worst.index or None}
 
 
@@ -146,23 +146,23 @@ def _diagnosed(report: Parity, model: nn.Module, run: Callable, rows: tuple[Tens
     """The report with what can be told of the export as a whole. `steady`: two runs of the model in eval mode agree."""
     refused = [row.batch for row in report.rows if row.problem.startswith("refused")]
     taken = [row.batch for row in report.rows if row.batch not in refused]
-    found = []
+    faults = []
     if refused and len(taken) == 1 and _compare_batch(taken[0] + 1, [], run, rows).problem.startswith("refused"):
-        found.append(f"fixed batch size: it takes {listed(taken)} and refuses {listed(refused)}. Export a dynamic batch.")
+        faults.append(f"fixed batch size: it takes {listed(taken)} and refuses {listed(refused)}. Export a dynamic batch.")
     if not steady:
-        found.append("the model itself gives two outputs for one input in eval mode. Look for dropout that ignores eval mode.")
+        faults.append("the model itself gives two outputs for one input in eval mode. Look for dropout that ignores eval mode.")
     elif taken:
         size = max(taken)
         batch = rows_of(rows, size)
         allowed = max(report.tolerance, TOLERANCES.get(report.dtype, 0.0))
         first, second = _outputs(run(*batch)), _outputs(run(*fresh(batch)))
         if _error(first, second).error > allowed:
-            found.append("exported in train mode: two runs on one input differ, as with dropout. Call model.eval() first.")
+            faults.append("exported in train mode: two runs on one input differ, as with dropout. Call model.eval() first.")
         elif any(row.batch == size and row.error > allowed for row in report.rows) and _as_in_train_mode(
             model, first, batch, allowed
         ):
-            found.append("exported in train mode: BatchNorm takes the statistics of the batch. Call model.eval() first.")
-    return replace(report, diagnosis="\n".join(found))
+            faults.append("exported in train mode: BatchNorm takes the statistics of the batch. Call model.eval() first.")
+    return replace(report, diagnosis="\n".join(faults))
 
 
 def _as_in_train_mode(model: nn.Module, got: list[Tensor], batch: tuple[Tensor, ...], allowed: float) -> bool:

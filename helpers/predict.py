@@ -32,8 +32,8 @@ class Prediction:
             mean = statistics.mean(values)
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else " " * 8
             guess = self.guesses.get(name)
-            said = "-" if guess is None else f"{guess:.3f}  off by {abs(guess - mean):.3f}"
-            print(f"{name:<{width}}  {mean:.3f}{spread}   {said}")
+            comparison = "-" if guess is None else f"{guess:.3f}  off by {abs(guess - mean):.3f}"
+            print(f"{name:<{width}}  {mean:.3f}{spread}   {comparison}")
 
 
 def predict(**guesses: float | None) -> Prediction:

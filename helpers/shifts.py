@@ -55,9 +55,9 @@ def shifted(kind: str, strength: float) -> Examples:
     x, labels, s = test.inputs[::2], test.labels[::2], strength
     if kind == "printed":
         chosen = torch.arange(COUNT) * 0.618034 % 1 < s  # spread evenly over the images
-        other = printed()
-        x = torch.where(chosen[:, None, None, None], other.inputs[:COUNT], x)
-        labels = torch.where(chosen, other.labels[:COUNT], labels)
+        printed_digits = printed()
+        x = torch.where(chosen[:, None, None, None], printed_digits.inputs[:COUNT], x)
+        labels = torch.where(chosen, printed_digits.labels[:COUNT], labels)
     elif kind == "noise":
         x = x + s / 2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     elif kind == "blur" and s > 0:
@@ -113,10 +113,10 @@ def measure(kind: str, strength: float, statistics: str = "stored") -> Measured:
         logits: list[Tensor] = []
         kept = model.register_forward_hook(lambda *call: logits.append(call[-1]))  # drift runs the model as it is used
         try:
-            found = drift(model, [examples.inputs])
+            drifts = drift(model, [examples.inputs])
         finally:
             kept.remove()
-    return Measured(found, accuracy(logits[0], examples.labels))
+    return Measured(drifts, accuracy(logits[0], examples.labels))
 
 
 def _paper_and_ink(kind: str, s: float) -> tuple[float, float]:

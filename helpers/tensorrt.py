@@ -69,18 +69,18 @@ class TensorRTEngine:
         self._dtypes = {name: getattr(torch, kinds[self._engine.get_tensor_dtype(name).name]) for name in names}
 
     def __call__(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        held = {name: x.to("cuda", self._dtypes[name]).contiguous() for name, x in zip(self.inputs, tensors, strict=True)}
-        for name, tensor in held.items():
+        buffers = {name: x.to("cuda", self._dtypes[name]).contiguous() for name, x in zip(self.inputs, tensors, strict=True)}
+        for name, tensor in buffers.items():
             if not self._context.set_input_shape(name, tuple(tensor.shape)):
                 raise ValueError(f"{name} must have a shape that the engine was built for, got {tuple(tensor.shape)}.")
         for name in self.outputs:
             shape = tuple(self._context.get_tensor_shape(name))
-            held[name] = torch.empty(shape, dtype=self._dtypes[name], device="cuda")
-        for name, tensor in held.items():
+            buffers[name] = torch.empty(shape, dtype=self._dtypes[name], device="cuda")
+        for name, tensor in buffers.items():
             self._context.set_tensor_address(name, tensor.data_ptr())
         self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
         torch.cuda.current_stream().synchronize()
-        return held[self.outputs[0]] if len(self.outputs) == 1 else tuple(held[name] for name in self.outputs)
+        return buffers[self.outputs[0]] if len(self.outputs) == 1 else tuple(buffers[name] for name in self.outputs)
 
 
 def _tensorrt():

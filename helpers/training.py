@@ -232,15 +232,15 @@ def frozen_modules(model: nn.Module) -> set[nn.Module]:
     return set(model.modules()) - training
 
 
-def _collect_training(module: nn.Module, training: bool, found: set[nn.Module]) -> None:
+def _collect_training(module: nn.Module, training: bool, collected: set[nn.Module]) -> None:
     """Add the modules in `module` that are not frozen; `training` is what the nearest one around with parameters says."""
     own = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
     inside = [parameter.requires_grad for parameter in module.parameters()]
     training = any(inside) if inside else training
     if training and (any(own) or not own):
-        found.add(module)
+        collected.add(module)
     for child in module.children():
-        _collect_training(child, training, found)
+        _collect_training(child, training, collected)
 
 
 def _check_groups(model: nn.Module, groups: Iterable[dict]) -> list[dict]:

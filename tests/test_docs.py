@@ -11,4 +11,4 @@ def test_the_figures_on_numbers_come_out(root, capsys):
     came = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     shown = [float(number) for number in re.findall(r"\)  # (\S+)$", block, re.MULTILINE)]
     assert len(came) == len(shown) == 5
-    assert all(1 / 4 < one / other < 4 for one, other in zip(came, shown, strict=True))
+    assert all(1 / 4 < computed / printed < 4 for computed, printed in zip(came, shown, strict=True))

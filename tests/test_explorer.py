@@ -104,7 +104,7 @@ def explorer():
 
 
 def test_every_corner_of_the_controls_draws_another_figure(drawn, explorer):
-    seen = set()
+    pictures = set()
     for task in TASKS:
         explorer.task.value = task
         ends = [explorer.labels.options[0], explorer.labels.options[-1]]
@@ -118,8 +118,8 @@ def test_every_corner_of_the_controls_draws_another_figure(drawn, explorer):
             assert all(arm in text for arm in names) and ("no strategy chosen" in text) == (not names)
             shown = picture(image(*drawn[-1]))
             assert shown.std() > 10
-            seen.add(shown.tobytes())
-    assert len(seen) == 2 * 2 * 3
+            pictures.add(shown.tobytes())
+    assert len(pictures) == 2 * 2 * 3
     assert not plt.get_fignums(), "no figure is left for pyplot to show"
 
 
@@ -194,12 +194,12 @@ def test_depths_train_what_the_strategies_train():
     """The same names, and the parameters that `strategies.train` leaves trainable."""
     examples = digits("train", 1)
     assert list(depths("digits")) == list(strategies.strategies("digits"))[: len(depths("digits"))]
-    for name, found in depths("digits").items():
+    for name, counted in depths("digits").items():
         model = backbones.classifier(drop_head(glyphnet()), 10)
         strategies.train(name, model, examples, lr=1e-3, steps=1, batch_size=2, seed=0)
         trainable = [p for p in model.parameters() if p.requires_grad]
-        assert found.trainable == sum(p.numel() for p in trainable)
-        assert found.gradient_bytes == sum(p.grad.numel() * p.grad.element_size() for p in trainable)
+        assert counted.trainable == sum(p.numel() for p in trainable)
+        assert counted.gradient_bytes == sum(p.grad.numel() * p.grad.element_size() for p in trainable)
 
 
 def test_counting_parameters_draws_no_random_numbers():
@@ -220,13 +220,13 @@ def test_freezing_shows_the_parameters_and_the_recorded_accuracy(records, depth)
     assert "recorded" in fig.get_suptitle()
     scores = records("digits")[10][name]
     for score, label in (("inside", "handwritten"), ("outside", "printed"), ("source", "letters kept")):
-        mean = np.mean([getattr(one, score) for one in scores])
+        mean = np.mean([getattr(draw, score) for draw in scores])
         assert f"{label} {mean:.3f}" in text
         assert f"{label} {mean:.3f}" in [entry.get_text() for entry in right.get_legend().get_texts()]
     dots = np.concatenate([line.get_xydata() for line in right.lines if line.get_linestyle() == "None"])
     assert len(dots) == 3 * 3 * len(depths("digits")), "every draw of each score at each depth"
     assert {round(y, 3) for x, y in dots if abs(x - depth) < 0.3} == {
-        round(getattr(one, score), 3) for one in scores for score in ("inside", "outside", "source")
+        round(getattr(draw, score), 3) for draw in scores for score in ("inside", "outside", "source")
     }
 
 
@@ -251,7 +251,7 @@ def test_freezing_shows_what_is_in_the_file():
     for labels, by in recorded_depths("digits").items():
         text = freezing_figure("digits", 0, labels)[1]
         if "head only" in by:
-            assert f"handwritten {np.mean([one.inside for one in by['head only']]):.3f}" in text
+            assert f"handwritten {np.mean([draw.inside for draw in by['head only']]):.3f}" in text
 
 
 @pytest.mark.slow
@@ -272,7 +272,7 @@ def test_freezing_at_an_impossible_depth_is_told():
 
 @pytest.mark.slow
 def test_every_corner_of_the_freezing_explorer_draws_another_figure(records, drawn):
-    explorer, seen = FreezingExplorer(), set()
+    explorer, pictures = FreezingExplorer(), set()
     for task, stages, total in (("digits", 5, "308,538"), ("docstrings", 7, "22,567,686")):
         explorer.task.value = task
         assert list(explorer.depth.options) == list(depths(task)) and len(depths(task)) == stages + 1
@@ -281,8 +281,8 @@ def test_every_corner_of_the_freezing_explorer_draws_another_figure(records, dra
             text = alt(explorer.picture.value)
             assert task in text and f", {depth}: {depths(task)[depth].trainable:,} of {total}" in text
             assert f"with {labels} labels" in text and ("letters kept" in text) == (task == "digits")
-            seen.add(picture(image(*drawn[-1])).tobytes())
-    assert len(seen) == 2 * 2 * 3
+            pictures.add(picture(image(*drawn[-1])).tobytes())
+    assert len(pictures) == 2 * 2 * 3
     assert not plt.get_fignums(), "no figure is left for pyplot to show"
 
 
@@ -320,9 +320,9 @@ def test_knobs_of_freezing_turned_at_once_leave_the_figure_of_their_last_positio
     [("as they are", 0, 1), ("grey paper", 0.25, 1), ("dim ink", 0, 0.75), ("inverted", 0.25, 0.75)],
 )
 def test_paper_and_ink_are_where_the_strength_puts_them(kind, paper, ink):
-    clean, found = digits("test").inputs[::2], shifted(kind, 0.25)
-    assert torch.allclose(found.inputs, paper + (ink - paper) * clean, atol=1e-6)
-    assert torch.equal(found.labels, digits("test").labels[::2])
+    clean, examples = digits("test").inputs[::2], shifted(kind, 0.25)
+    assert torch.allclose(examples.inputs, paper + (ink - paper) * clean, atol=1e-6)
+    assert torch.equal(examples.labels, digits("test").labels[::2])
     if kind != "as they are":
         assert described(kind, 0.25) == f"{kind}: paper at {paper:.2f}, ink at {ink:.2f}"
 
@@ -345,16 +345,16 @@ def test_noise_has_its_standard_deviation_and_leaves_the_global_state_alone():
 def test_blur_is_the_gaussian_of_scipy():
     from scipy.ndimage import gaussian_filter
 
-    found = shifted("blur", 0.5).inputs[:3, 0].numpy()
-    wanted = [gaussian_filter(one, 2.0, mode="constant", truncate=3.5) for one in digits("test").inputs[:6:2, 0].numpy()]
-    assert np.allclose(found, wanted, atol=1e-5)
+    blurred = shifted("blur", 0.5).inputs[:3, 0].numpy()
+    wanted = [gaussian_filter(digit, 2.0, mode="constant", truncate=3.5) for digit in digits("test").inputs[:6:2, 0].numpy()]
+    assert np.allclose(blurred, wanted, atol=1e-5)
 
 
 def test_printed_digits_are_a_share_of_the_images_with_their_own_labels():
     clean, half, all_of_them = (shifted("printed", strength) for strength in (0.0, 0.5, 1.0))
-    other = (half.inputs != clean.inputs).flatten(1).any(1)
-    assert other.float().mean().item() == pytest.approx(0.5, abs=0.01)
-    assert torch.equal(half.labels, torch.where(other, all_of_them.labels, clean.labels))
+    replaced = (half.inputs != clean.inputs).flatten(1).any(1)
+    assert replaced.float().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert torch.equal(half.labels, torch.where(replaced, all_of_them.labels, clean.labels))
     assert torch.equal(all_of_them.inputs, printed().inputs[:400])
 
 
@@ -375,12 +375,12 @@ def test_what_is_measured_is_what_the_parts_give():
     probe = linear_probe(extract(backbone, clean.inputs), clean.labels, 10, penalty=1e-2)
     adapted = adabn(backbone, [images.inputs], passes="one")
     for statistics, model in (("stored", backbone), ("recomputed", adapted)):
-        found = measure("grey paper", 0.3, statistics)
+        result = measure("grey paper", 0.3, statistics)
         with torch.no_grad():
-            assert found.accuracy == pytest.approx(accuracy(probe(extract(model, images.inputs)), images.labels), abs=1 / 400)
-        for one, wanted in zip(found.drift, drift(model, [images.inputs]), strict=True):
-            assert one.name == wanted.name
-            assert one[1:] == pytest.approx(wanted[1:], abs=1e-4)
+            assert result.accuracy == pytest.approx(accuracy(probe(extract(model, images.inputs)), images.labels), abs=1 / 400)
+        for layer, wanted in zip(result.drift, drift(model, [images.inputs]), strict=True):
+            assert layer.name == wanted.name
+            assert layer[1:] == pytest.approx(wanted[1:], abs=1e-4)
     assert measure("grey paper", 0.3).accuracy + 0.3 < measure("grey paper", 0.3, "recomputed").accuracy
 
 
@@ -402,11 +402,11 @@ def test_measuring_leaves_the_network_the_threads_and_the_random_state_alone():
 def test_drift_shows_what_is_measured(using):
     fig, text = drift_figure("dim ink", 0.9, using)
     means, spreads, _, scores = fig.axes
-    found = measure("dim ink", 0.9, using)
-    assert [label.get_text() for label in means.get_yticklabels()] == [layer.name for layer in found.drift]
-    assert [note.get_text() for note in means.texts] == [f"{layer.mean_shift:.2f}" for layer in found.drift]
-    assert [note.get_text() for note in spreads.texts] == [f"{layer.std_ratio:.2f}" for layer in found.drift]
-    for layer in found.drift:
+    measured = measure("dim ink", 0.9, using)
+    assert [label.get_text() for label in means.get_yticklabels()] == [layer.name for layer in measured.drift]
+    assert [note.get_text() for note in means.texts] == [f"{layer.mean_shift:.2f}" for layer in measured.drift]
+    assert [note.get_text() for note in spreads.texts] == [f"{layer.std_ratio:.2f}" for layer in measured.drift]
+    for layer in measured.drift:
         assert f"{layer.name} {layer.mean_shift:.2f} and {layer.std_ratio:.2f}" in text
     for which in ("stored", "recomputed"):
         value = measure("dim ink", 0.9, which).accuracy
@@ -416,7 +416,7 @@ def test_drift_shows_what_is_measured(using):
 
 @pytest.mark.slow
 def test_every_corner_of_the_drift_explorer_draws_a_figure(drawn):
-    explorer, texts, seen = DriftExplorer(), set(), set()
+    explorer, texts, pictures = DriftExplorer(), set(), set()
     for using, strength, kind in itertools.product(("stored", "recomputed"), (0.0, 1.0), KINDS):
         explorer.using.value, explorer.strength.value, explorer.kind.value = using, strength, kind
         assert explorer.strength.disabled == (kind == "as they are")
@@ -425,9 +425,9 @@ def test_every_corner_of_the_drift_explorer_draws_a_figure(drawn):
         assert "nan" not in text and "inf" not in text
         texts.add(text)
         if strength == 1:  # at 0 all of them are as they are
-            seen.add(picture(image(*drawn[-1])).tobytes())
+            pictures.add(picture(image(*drawn[-1])).tobytes())
     assert len(texts) == 2 * (2 * len(KINDS) - 1), "as they are is the same at any strength"
-    assert len(seen) == 2 * len(KINDS)
+    assert len(pictures) == 2 * len(KINDS)
     assert not plt.get_fignums()
 
 
@@ -473,7 +473,7 @@ def lora_record(monkeypatch):
     """Scores in place of those recorded: both tasks, three draws, LoRA with two ranks, the higher one first."""
 
     def made(task):
-        known = {one.task: one for one in BACKBONES.values()}[task]
+        known = {backbone.task: backbone for backbone in BACKBONES.values()}[task]
         names = ("everything", "LP-FT", "LoRA rank 32", "LoRA rank 4", "head only")
         by = {
             name: [Scores(0.01, 0.9, 0.9 - place / 50 + draw / 100, None, None, 1) for draw in range(3)]
@@ -505,9 +505,9 @@ def test_what_is_counted_is_what_the_model_has_and_lora_trains(backbone):
             assert names == strategies.adapted(model), "the layers that the record has"
         rank = ranks(backbone, layers)[-1]
         lora.inject(model, names, rank, train=["head"])
-        found = memory(backbone, layers, rank, "SGD", "float32")["LoRA"]
-        assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert found.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+        counted = memory(backbone, layers, rank, "SGD", "float32")["LoRA"]
+        assert counted.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert counted.weights == sum(p.numel() * p.element_size() for p in model.parameters())
         smallest = min(min(layer.A.shape[1], layer.B.shape[0]) for layer in lora.layers(model).values())
         assert rank == explorer_lora.HIGHEST or 2 * rank > smallest, "no higher rank could be offered"
 
@@ -530,9 +530,9 @@ def test_memory_is_what_the_optimizer_keeps(optimizer):
         cost = lora.cost([model.backbone.layer4[0].conv1], 2, OPTIMIZERS[optimizer])
         numbers = cost["optimizer_bytes"] // cost["gradient_bytes"]
         assert sum(x.numel() * x.element_size() for x in kept) == numbers * sum(p.grad.numel() * 2 for p in trainable)
-    found = memory("glyphnet", "last stage", 2, optimizer, "bfloat16")["everything"]
-    assert found.gradients == sum(p.grad.numel() * p.grad.element_size() for p in trainable)
-    assert found.state == sum(x.numel() * x.element_size() for x in kept)
+    counted = memory("glyphnet", "last stage", 2, optimizer, "bfloat16")["everything"]
+    assert counted.gradients == sum(p.grad.numel() * p.grad.element_size() for p in trainable)
+    assert counted.state == sum(x.numel() * x.element_size() for x in kept)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -547,20 +547,20 @@ def test_the_head_has_the_classes_of_its_task(backbone):
 def test_lora_shows_what_is_counted(lora_record, settings):
     fig, text = lora_figure(*settings)
     left, _ = fig.axes
-    found = memory(*settings)
+    memories = memory(*settings)
     shown = [note.get_text() for note in left.texts]
     for part in ("weights", "gradients", "state"):
-        for one in found.values():
-            count = getattr(one, part)
+        for cost in memories.values():
+            count = getattr(cost, part)
             assert (explorer_lora.size(count) if count else "0") in shown
     bars = sorted(bar.get_x() + bar.get_width() for bar in left.patches)
-    wanted = sorted(max(1e3, getattr(one, part)) for one in found.values() for part in ("weights", "gradients", "state"))
+    wanted = sorted(max(1e3, getattr(cost, part)) for cost in memories.values() for part in ("weights", "gradients", "state"))
     assert bars == pytest.approx(wanted), "each bar ends at its number of bytes"
     assert left.get_xscale() == "log" and "logarithmic" in left.get_xlabel() and "activations" in left.get_xlabel()
     assert min(wanted) >= left.get_xlim()[0] and max(wanted) < left.get_xlim()[1]
     for words in settings[1:2] + (f"rank {settings[2]}",) + settings[3:]:
         assert words in text and words in fig.get_suptitle()
-    assert f"{found['LoRA'].trainable:,}" in text and f"{found['everything'].trainable:,}" in text
+    assert f"{memories['LoRA'].trainable:,}" in text and f"{memories['everything'].trainable:,}" in text
 
 
 def test_times_fewer_are_of_the_adapted_weights_and_of_the_whole_model(lora_record):
@@ -574,7 +574,7 @@ def test_times_fewer_are_of_the_adapted_weights_and_of_the_whole_model(lora_reco
 def test_accuracy_is_beside_it_where_it_is_recorded(lora_record):
     fig, text = lora_figure("glyphnet", "every convolution", 4, "SGD", "bfloat16")
     right = fig.axes[1]
-    means = {name: np.mean([one.inside for one in draws]) for name, draws in lora_record("digits")[10].items()}
+    means = {name: np.mean([scores.inside for scores in draws]) for name, draws in lora_record("digits")[10].items()}
     order = ["head only", "LoRA rank 4", "LoRA rank 32", "everything"]
     assert [label.get_text() for label in right.get_yticklabels()] == order[::-1]
     assert ", ".join(f"{name} {means[name]:.3f}" for name in order) in text
@@ -613,7 +613,7 @@ def test_lora_of_what_there_is_not_is_told():
 
 @pytest.mark.slow
 def test_every_corner_of_the_lora_explorer_draws_another_figure(lora_record, drawn):
-    explorer, seen = LoraExplorer(), set()
+    explorer, pictures = LoraExplorer(), set()
     for backbone, known in BACKBONES.items():
         explorer.backbone.value = backbone
         assert list(explorer.layers.options) == list(known.layers)
@@ -626,8 +626,8 @@ def test_every_corner_of_the_lora_explorer_draws_another_figure(lora_record, dra
                 explorer.rank.value, explorer.optimizer.value, explorer.precision.value = rank, optimizer, precision
                 text = alt(explorer.picture.value)
                 assert f"{known.title}, {layers}, rank {rank}, {optimizer}, {precision}." in text
-                seen.add(picture(image(*drawn[-1])).tobytes())
-    assert len(seen) == 5 * 2 * 2
+                pictures.add(picture(image(*drawn[-1])).tobytes())
+    assert len(pictures) == 5 * 2 * 2
     assert not plt.get_fignums(), "no figure is left for pyplot to show"
 
 
@@ -669,15 +669,15 @@ def formats_record(tmp_path, monkeypatch):
     notes = {"TensorRT": "TensorRT needs a GPU.", "torch.compile": "InductorError: no working compiler, " + "and so on " * 20}
 
     def made(scale):
-        found = {}
+        entries = {}
         for place, name in enumerate(formats.NEEDS):
             rows = {
                 batch: made_format(name, batch, scale * batch * (10 - place), 2e-5 * (name == "AOTInductor"))
                 for batch in (1, 8)
             }
             without = dict.fromkeys(rows, formats.Format(name, formats.NEEDS[name].python, note=notes.get(name, "")))
-            found[name] = formats._kept(without if name in notes else rows)
-        return found
+            entries[name] = formats._kept(without if name in notes else rows)
+        return entries
 
     kept = {
         "models": {"glyphnet": made(0.1), "resnet18": made(40)},
@@ -743,7 +743,7 @@ def test_recording_measures_each_model_in_each_format(monkeypatch, tmp_path, cap
     for rows in formats.recorded("tiny").values():
         for row in rows:
             assert bool(row.note) == (row.name == "TensorRT")
-            assert row.note or (row.parity.ok and [one.batch for one in row.parity.rows] == [1, 8])
+            assert row.note or (row.parity.ok and [compared.batch for compared in row.parity.rows] == [1, 8])
 
 
 @pytest.mark.parametrize("absent", [(), ("Python",), ("PyTorch",), ("Python", "PyTorch")])
@@ -805,15 +805,15 @@ def test_formats_of_what_there_is_not_are_told(formats_record):
 
 @pytest.mark.slow
 def test_every_corner_of_the_export_explorer_draws_another_figure(formats_record, drawn):
-    explorer, seen = ExportExplorer(), set()
+    explorer, pictures = ExportExplorer(), set()
     for model, batch, absent in itertools.product(("glyphnet", "resnet18"), (1, 8), itertools.product((False, True), repeat=2)):
         explorer.model.value, explorer.batch.value = model, batch
         for box, value in zip(explorer.absent, absent, strict=True):
             box.value = value
         text = alt(explorer.picture.value)
         assert formats.MODELS[model].about in text.replace("&#x27;", "'") and f"batch of {batch}" in text
-        seen.add(picture(image(*drawn[-1])).tobytes())
-    assert len(seen) == 2 * 2 * 4
+        pictures.add(picture(image(*drawn[-1])).tobytes())
+    assert len(pictures) == 2 * 2 * 4
     explorer.model.value = "MiniLM"
     assert "No formats are recorded yet for MiniLM." in explorer.picture.value and not explorer.batch.options
     explorer.model.value = "glyphnet"

@@ -174,10 +174,10 @@ def test_a_warning_of_the_model_itself_is_passed_on():
             return inputs[0] / 255
 
     model = Warning()
-    with warnings.catch_warnings(record=True) as seen:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         to_torchscript(model, torch.ones(2, 3))
-    assert {str(warning.message) for warning in seen} == {"inputs in 0 to 255"}
+    assert {str(warning.message) for warning in caught} == {"inputs in 0 to 255"}
 
 
 def test_a_branch_on_values_is_refused_by_torch_export_in_one_sentence(capfd):
@@ -227,8 +227,8 @@ def test_several_inputs_and_a_second_dynamic_dimension():
 
 def test_positional_inputs_without_names():
     class Sum(nn.Module):
-        def forward(self, first, *others):
-            return first + sum(others)
+        def forward(self, first, *rest):
+            return first + sum(rest)
 
     x = torch.randn(3, 2)
     assert torch.equal(to_program(Sum(), (x, x, x)).module()(x[:1], x[:1], x[:1]), x[:1] + 2 * x[:1])
@@ -556,9 +556,9 @@ def test_the_largest_error_is_relative_to_the_largest_output_of_its_batch(small)
             out[place] -= 0.01
         return out
 
-    found = largest_error(small, exported, x, (1, 4, 8))
-    assert found["error"] == pytest.approx(0.01 / y[:4].abs().max().item(), rel=1e-4)
-    assert (found["batch_size"], found["index"]) == (4, tuple(int(i) for i in place))
+    worst = largest_error(small, exported, x, (1, 4, 8))
+    assert worst["error"] == pytest.approx(0.01 / y[:4].abs().max().item(), rel=1e-4)
+    assert (worst["batch_size"], worst["index"]) == (4, tuple(int(i) for i in place))
 
 
 @on_every_device
@@ -570,8 +570,8 @@ def test_the_largest_error_leaves_every_module_in_its_mode(small):
 @on_every_device
 @pytest.mark.parametrize("spoil", [lambda y: y[:, :1], lambda y: y.squeeze(), lambda y: y * math.nan, lambda y: y.view(99)])
 def test_what_cannot_be_compared_is_infinitely_wrong(small, spoil):
-    found = largest_error(small, lambda x: spoil(small(x)) if len(x) == 1 else small(x), torch.randn(8, 3))
-    assert (found["error"], found["batch_size"]) == (math.inf, 1)
+    worst = largest_error(small, lambda x: spoil(small(x)) if len(x) == 1 else small(x), torch.randn(8, 3))
+    assert (worst["error"], worst["batch_size"]) == (math.inf, 1)
 
 
 @on_every_device
@@ -608,9 +608,9 @@ def test_minilm_is_exported_for_any_number_of_texts_and_tokens():
 
     backbone = text_backbone()
     example = tuple(backbone.preprocess(["one text", "a longer one"]).values())
-    others = tuple(backbone.preprocess([" ".join(["word"] * count) for count in range(1, 12)]).values())
-    assert parity(backbone.encoder, to_program(backbone.encoder, example, axes={1: "tokens"}), others).ok
-    assert parity(backbone.encoder, to_torchscript(backbone.encoder, example, freeze_branches=True), others).ok
+    texts = tuple(backbone.preprocess([" ".join(["word"] * count) for count in range(1, 12)]).values())
+    assert parity(backbone.encoder, to_program(backbone.encoder, example, axes={1: "tokens"}), texts).ok
+    assert parity(backbone.encoder, to_torchscript(backbone.encoder, example, freeze_branches=True), texts).ok
     with pytest.raises(ValueError, match=r"prepares them in Python: export what comes after, as text_backbone\(\).encoder.$"):
         to_program(backbone, example[:1])
 

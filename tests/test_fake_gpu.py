@@ -140,8 +140,8 @@ def test_training_gives_the_numbers_of_the_cpu():
 
     with fake_gpu():
         there = train("cuda")
-    for one, other in zip(train("cpu"), there, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for cpu_value, gpu_value in zip(train("cpu"), there, strict=True):
+        torch.testing.assert_close(cpu_value, gpu_value, rtol=0, atol=0)
 
 
 def test_a_module_and_its_copy_are_there(x):

@@ -85,16 +85,16 @@ def state(model):
     return tensors, grads, flags(model), [module.training for module in model.modules()]
 
 
-def assert_same(one, other):
-    for mine, theirs in zip(one[:2], other[:2], strict=True):
+def assert_same(after, before):
+    for mine, theirs in zip(after[:2], before[:2], strict=True):
         assert mine.keys() == theirs.keys()
         for name, tensor in mine.items():
             assert (tensor is None) == (theirs[name] is None) and (tensor is None or torch.equal(tensor, theirs[name])), name
-    assert one[2:] == other[2:]
+    assert after[2:] == before[2:]
 
 
-def same_parameters(one, other):
-    return [id(parameter) for parameter in one] == [id(parameter) for parameter in other]
+def same_parameters(first, second):
+    return [id(parameter) for parameter in first] == [id(parameter) for parameter in second]
 
 
 # --- what trains --------------------------------------------------------------------------------------------------
@@ -233,16 +233,16 @@ def bytes_of(tensors):
 def test_the_report_counts_the_bytes_that_training_takes(tiny, dtype):
     tiny.body.to(dtype)
     freeze(tiny, ["stem.bias", "head"])
-    found = report(tiny, STAGES)
+    counted = report(tiny, STAGES)
     optimizer = torch.optim.AdamW(tiny.parameters())
     for parameter in tiny.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert found.gradient_bytes == bytes_of(p.grad for p in tiny.parameters() if p.grad is not None)
-    assert found.adamw_bytes == bytes_of(tensor for values in optimizer.state.values() for tensor in values.values())
-    assert found.stages == {"stem": (6 + 24 + 12, 6 + 30 + 12), "body": (36, 36), "head": (0, 21)}
-    assert (found.trainable, found.all) == (78, sum(p.numel() for p in tiny.parameters()))
+    assert counted.gradient_bytes == bytes_of(p.grad for p in tiny.parameters() if p.grad is not None)
+    assert counted.adamw_bytes == bytes_of(tensor for values in optimizer.state.values() for tensor in values.values())
+    assert counted.stages == {"stem": (6 + 24 + 12, 6 + 30 + 12), "body": (36, 36), "head": (0, 21)}
+    assert (counted.trainable, counted.all) == (78, sum(p.numel() for p in tiny.parameters()))
 
 
 def test_the_report_names_frozen_batchnorms_that_move(tiny):
@@ -371,9 +371,9 @@ def test_groups_are_a_partition_of_the_trainable_parameters(data):
     for parameter in model.parameters():
         parameter.requires_grad_(data.draw(st.booleans()))
     groups = parameter_groups(model, 0.1, 2.0, 0.05, chosen)
-    found = [id(parameter) for group in groups for parameter in group["params"]]
-    assert len(found) == len(set(found))
-    assert set(found) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    ids = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert all(group["params"] and set(group) == {"params", "lr", "weight_decay", "name"} for group in groups)
     assert all((parameter.ndim > 1) == (group["weight_decay"] == 0.05) for group in groups for parameter in group["params"])
     order = list(stages(model) if chosen is None else chosen) or ["model"]
@@ -402,14 +402,14 @@ SCHEDULES = {
 def test_the_learning_rates_keep_their_ratios_under_torchs_schedulers(tiny, schedule):
     optimizer = torch.optim.AdamW(parameter_groups(tiny, 0.1, factor=2, stages=STAGES))
     scheduler = schedule(optimizer)
-    seen = set()
+    highest = set()
     for _ in range(7):
         lrs = [group["lr"] for group in optimizer.param_groups]
         assert lrs == pytest.approx([lrs[-1] / 4] * 2 + [lrs[-1] / 2] + [lrs[-1]] * 2)
-        seen.add(lrs[-1])
+        highest.add(lrs[-1])
         optimizer.step()
         scheduler.step()
-    assert len(seen) == 7
+    assert len(highest) == 7
 
 
 @pytest.mark.parametrize(
@@ -470,12 +470,12 @@ def test_nothing_to_add_adds_no_group(tiny):
 
 def steps(optimizer, scheduler, count):
     """The learning rates of the last group before each of `count` steps, and after them."""
-    seen = [optimizer.param_groups[-1]["lr"]]
+    lrs = [optimizer.param_groups[-1]["lr"]]
     for _ in range(count):
         optimizer.step()
         scheduler.step()
-        seen.append(optimizer.param_groups[-1]["lr"])
-    return seen
+        lrs.append(optimizer.param_groups[-1]["lr"])
+    return lrs
 
 
 def parameter():
@@ -556,17 +556,17 @@ def test_a_group_that_joins_follows_the_schedule_as_if_there_from_the_start(name
     def check(make, joins, lr):
         total = 14
         wanted = torch.optim.SGD([{"params": [parameter()], "lr": 0.2}, {"params": [parameter()], "lr": lr}])
-        found = torch.optim.SGD([parameter()], lr=0.2)
-        theirs, ours = make(wanted), make(found)
+        joined = torch.optim.SGD([parameter()], lr=0.2)
+        theirs, ours = make(wanted), make(joined)
         for step in range(total):
             for _ in range(joins.count(step)):
-                unfreeze_into(found, [parameter()], lr, scheduler=ours)
-            groups = found.param_groups
+                unfreeze_into(joined, [parameter()], lr, scheduler=ours)
+            groups = joined.param_groups
             assert groups[0]["lr"] == wanted.param_groups[0]["lr"]
             for group in groups[1:]:
                 assert group["lr"] == pytest.approx(wanted.param_groups[1]["lr"], rel=1e-9, abs=1e-12), step
             assert ours.get_last_lr() == [group["lr"] for group in groups] or not joins
-            for optimizer, scheduler in ((wanted, theirs), (found, ours)):
+            for optimizer, scheduler in ((wanted, theirs), (joined, ours)):
                 optimizer.step()
                 scheduler.step()
 
@@ -578,11 +578,11 @@ def test_a_group_that_joins_is_reduced_on_plateaus_like_the_others():
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, min_lr=0.2)
     scheduler.step(1.0)
     unfreeze_into(optimizer, [parameter()], 0.8, scheduler=scheduler)
-    seen = []
+    lrs = []
     for _ in range(3):
         scheduler.step(1.0)
-        seen.append([group["lr"] for group in optimizer.param_groups])
-    assert seen == [[0.5, 0.4], [0.25, 0.2], [0.2, 0.2]]
+        lrs.append([group["lr"] for group in optimizer.param_groups])
+    assert lrs == [[0.5, 0.4], [0.25, 0.2], [0.2, 0.2]]
 
 
 def cosine_in_a_chain(optimizer):
@@ -679,14 +679,14 @@ def test_joining_tells_bad_input_in_one_sentence(tiny, change, kind, message):
 # --- gradual unfreezing -------------------------------------------------------------------------------------------
 
 
-def run(model, task, schedule, steps, seen=None, **settings):
+def run(model, task, schedule, steps, records=None, **settings):
     """`fit` with a schedule; what was in the model and the learning rates before each step."""
 
     def before_step(step, optimizer, scheduler):
         schedule(step, optimizer, scheduler)
-        if seen is not None:
+        if records is not None:
             lrs = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-            seen.append((state(model), {name: lrs.get(id(p)) for name, p in model.named_parameters()}))
+            records.append((state(model), {name: lrs.get(id(p)) for name, p in model.named_parameters()}))
 
     settings = {"lr": 0.1, "groups": schedule.groups, "before_step": before_step, "progress": False} | settings
     return fit(model, task, steps=steps, **settings)
@@ -696,9 +696,9 @@ def test_the_head_trains_first_and_a_stage_more_at_equal_intervals(tiny, task):
     schedule = GradualUnfreezing(tiny, 0.1, 12, factor=2, stages=STAGES)
     assert trainable(tiny) == ["head.weight", "head.bias"]
     assert schedule.starts == {"head": 0, "body": 4, "stem": 8}
-    seen = []
-    history = run(tiny, task, schedule, 12, seen)
-    for step, ((_, _, flags_then, modes), lrs) in enumerate(seen):
+    records = []
+    history = run(tiny, task, schedule, 12, records)
+    for step, ((_, _, flags_then, modes), lrs) in enumerate(records):
         stages_now = {name.partition(".")[0] for name, flag in flags_then.items() if flag}
         wanted = {"head"} | ({"body"} if step >= 4 else set()) | ({"stem", "norm", "token"} if step >= 8 else set())
         assert stages_now == wanted
@@ -706,12 +706,12 @@ def test_the_head_trains_first_and_a_stage_more_at_equal_intervals(tiny, task):
         for name, lr in lrs.items():
             depth = {"head": 0, "body": 1}.get(name.partition(".")[0], 2)
             assert lr is None or lr == pytest.approx(history.lr[step] / 2**depth, rel=1e-9)
-        of = dict(zip((name for name, _ in tiny.named_modules()), modes, strict=True))
-        assert of["norm"] == (step >= 8) and of["body.1"] == of["body.3"] == (step >= 4)
+        mode_of = dict(zip((name for name, _ in tiny.named_modules()), modes, strict=True))
+        assert mode_of["norm"] == (step >= 8) and mode_of["body.1"] == mode_of["body.3"] == (step >= 4)
     for name in ("stem.weight", "norm.running_mean", "norm.num_batches_tracked", "token"):
-        values = [tensors[name] for (tensors, *_), _ in seen]
+        values = [tensors[name] for (tensors, *_), _ in records]
         assert all(torch.equal(value, values[0]) for value in values[:9]) and not torch.equal(values[9], values[8])
-    moved = [tensors["body.1.running_mean"] for (tensors, *_), _ in seen]
+    moved = [tensors["body.1.running_mean"] for (tensors, *_), _ in records]
     assert torch.equal(moved[0], moved[4]) and not torch.equal(moved[4], moved[5])
     assert trainable(tiny) == list(flags(tiny))
 
@@ -805,7 +805,7 @@ def test_the_search_leaves_model_optimizer_and_random_states_bit_identical(tiny,
     data = batches(task)
     if broken:
         data[5] = (data[5][0], data[5][1] + 100)
-    before, held = state(tiny), [id(p) for p in tiny.parameters()]
+    before, ids = state(tiny), [id(p) for p in tiny.parameters()]
     saved, rngs = copy.deepcopy(optimizer.state_dict()), random_states()
 
     def drawing():
@@ -819,7 +819,7 @@ def test_the_search_leaves_model_optimizer_and_random_states_bit_identical(tiny,
     else:
         find_lr(tiny, optimizer, drawing())
     assert_same(state(tiny), before)
-    assert [id(p) for p in tiny.parameters()] == held
+    assert [id(p) for p in tiny.parameters()] == ids
     assert random_states() == rngs
     after = optimizer.state_dict()
     assert after["param_groups"] == saved["param_groups"]
@@ -837,18 +837,18 @@ def test_the_search_is_training_with_a_rising_learning_rate_whose_groups_keep_th
     freeze(tiny, ["stem", "norm"])
     optimizer = a_run_under_way(tiny, task, OPTIMIZERS["SGD"])
     data = batches(task, 5)
-    found = find_lr(tiny, optimizer, data, 1e-4, 1e-2)
-    assert found.lrs == pytest.approx([1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2])
+    curve = find_lr(tiny, optimizer, data, 1e-4, 1e-2)
+    assert curve.lrs == pytest.approx([1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2])
     train_mode(tiny)
     wanted = []
-    for lr, (inputs, labels) in zip(found.lrs, data, strict=True):
+    for lr, (inputs, labels) in zip(curve.lrs, data, strict=True):
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr, lr / 4
         loss = F.cross_entropy(tiny(inputs), labels)
         wanted.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert found.losses == pytest.approx(wanted, rel=1e-5)
+    assert curve.losses == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_search_works_beside_a_scheduler(tiny, task):
@@ -860,20 +860,20 @@ def test_the_search_works_beside_a_scheduler(tiny, task):
 
 def test_the_search_stops_when_the_loss_blows_up(task):
     model = nn.Linear(4, 3)
-    found = find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), batches(task, 60), 1e-3, 1e4)
-    assert 2 < len(found.lrs) == len(found.losses) < 60
-    smallest = np.minimum.accumulate(found.losses)
-    assert found.losses[-1] > 4 * smallest[-1]
-    assert all(loss <= 4 * low for loss, low in zip(found.losses[:-1], smallest[:-1], strict=True))
-    assert 1e-3 < found.suggestion < found.lrs[-1]
+    curve = find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), batches(task, 60), 1e-3, 1e4)
+    assert 2 < len(curve.lrs) == len(curve.losses) < 60
+    smallest = np.minimum.accumulate(curve.losses)
+    assert curve.losses[-1] > 4 * smallest[-1]
+    assert all(loss <= 4 * low for loss, low in zip(curve.losses[:-1], smallest[:-1], strict=True))
+    assert 1e-3 < curve.suggestion < curve.lrs[-1]
 
 
 def test_the_search_stops_before_a_loss_that_is_not_finite(task):
     data = batches(task, 8)
     data[3] = (data[3][0] * torch.nan, data[3][1])
     model = nn.Linear(4, 3)
-    found = find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), data)
-    assert len(found.lrs) == 3 and np.isfinite(found.losses).all()
+    curve = find_lr(model, torch.optim.SGD(model.parameters(), lr=1.0), data)
+    assert len(curve.lrs) == 3 and np.isfinite(curve.losses).all()
 
 
 def test_the_suggestion_is_where_the_loss_falls_most_steeply():
@@ -922,10 +922,10 @@ def test_the_search_tells_bad_input_in_one_sentence(task, call, message):
 def test_the_head_becomes_the_probe_and_nothing_else_changes(tiny, task):
     tiny.norm.eval()
     freeze(tiny, ["stem", "head.bias"])
-    before, head, held = state(tiny), tiny.head, [id(p) for p in tiny.parameters()]
+    before, head, ids = state(tiny), tiny.head, [id(p) for p in tiny.parameters()]
     probe_head(tiny, "head", task.inputs, task.labels, penalty=0.01)
     probe = linear_probe(extract(drop_head(tiny, "head"), task.inputs), task.labels, 3, 0.01)
-    assert tiny.head is head and [id(p) for p in tiny.parameters()] == held
+    assert tiny.head is head and [id(p) for p in tiny.parameters()] == ids
     assert torch.equal(tiny.head.weight, probe.weight) and torch.equal(tiny.head.bias, probe.bias)
     after = state(tiny)
     for name in ("head.weight", "head.bias"):
@@ -968,14 +968,14 @@ def test_a_head_that_cannot_be_a_probe_is_told(tiny, task, head, message):
 
 def test_lp_ft_is_a_probe_and_then_fit(tiny, task):
     train_only(tiny, "head")
-    other = copy.deepcopy(tiny)
+    twin = copy.deepcopy(tiny)
     history = lp_ft(tiny, "head", task, steps=4, lr=0.01, penalty=0.1, batch_size=16, validation=task, progress=False)
-    probe_head(other, "head", task.inputs, task.labels, 0.1)
-    other.requires_grad_(True)
-    wanted = fit(other, task, steps=4, lr=0.01, batch_size=16, validation=task, progress=False)
+    probe_head(twin, "head", task.inputs, task.labels, 0.1)
+    twin.requires_grad_(True)
+    wanted = fit(twin, task, steps=4, lr=0.01, batch_size=16, validation=task, progress=False)
     assert (history.loss, history.accuracy) == (wanted.loss, wanted.accuracy)
     assert trainable(tiny) == list(flags(tiny))
-    assert_same(state(tiny), state(other))
+    assert_same(state(tiny), state(twin))
 
 
 # --- early stopping -----------------------------------------------------------------------------------------------
@@ -1002,7 +1002,7 @@ def test_an_equal_score_is_no_better_and_the_first_of_the_equals_is_kept(tiny):
 def test_the_best_state_comes_back_into_the_same_parameters(tiny, task):
     stopping = EarlyStopping(tiny, 3)
     stopping.step(0.5)
-    best, held = state(tiny)[0], [id(p) for p in tiny.parameters()]
+    best, ids = state(tiny)[0], [id(p) for p in tiny.parameters()]
     fit(tiny, task, steps=3, lr=0.1, progress=False)
     tiny.scale.fill_(7)  # not in a state dict
     stopping.step(0.4)
@@ -1010,7 +1010,7 @@ def test_the_best_state_comes_back_into_the_same_parameters(tiny, task):
     for _ in range(2):  # a second time too
         stopping.restore()
         assert all(torch.equal(tensor, best[name]) for name, tensor in state(tiny)[0].items())
-        assert [id(p) for p in tiny.parameters()] == held and all(p.is_leaf for p in tiny.parameters())
+        assert [id(p) for p in tiny.parameters()] == ids and all(p.is_leaf for p in tiny.parameters())
         nn.init.zeros_(tiny.head.weight)
 
 

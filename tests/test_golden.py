@@ -34,49 +34,51 @@ from grader.observe import run
 from grader.setting import CPU, FAKE_GPU, GPU, Setting
 
 RECORDS = [
-    pytest.param(topic, setting, of, id=f"{of} {setting} {topic}")
-    for of in all_versions()
+    pytest.param(topic, setting, version, id=f"{version} {setting} {topic}")
+    for version in all_versions()
     for setting in SETTINGS
     for topic in TOPICS.values()
-    if path_of(topic, setting, of).exists()
+    if path_of(topic, setting, version).exists()
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("topic", "setting", "of"), [row for row in RECORDS if row.values[1:] != (CPU, all_versions()[-1])])
-def test_facts_made_from_what_was_recorded_are_those_of_the_truth_table(topic, setting, of):
+@pytest.mark.parametrize(
+    ("topic", "setting", "version"), [row for row in RECORDS if row.values[1:] != (CPU, all_versions()[-1])]
+)
+def test_facts_made_from_what_was_recorded_are_those_of_the_truth_table(topic, setting, version):
     """With whatever device, precision and version: what the newest gives on the CPU, the proofs run again."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this processor draws numbers with other last bits, and some facts ask whether a parameter kept all of its")
-    assert facts_that_differ(topic, read(path_of(topic, setting, of)), setting) == {}
+    assert facts_that_differ(topic, read(path_of(topic, setting, version)), setting) == {}
 
 
 @pytest.mark.parametrize("topic", TOPICS.values())
 def test_every_right_solution_is_recorded_in_every_experiment(topic):
     newest = read(path_of(topic, CPU, all_versions()[-1]))
     wanted = {
-        (number, experiment.key, who, seed)
+        (number, experiment.key, solution, seed)
         for number, exercise in exercises(topic).items()
         for experiment in exercise.experiments
-        for who in right_solutions(exercise)
+        for solution in right_solutions(exercise)
         for seed in SEEDS
     }
     assert {tuple(key) for *key, _ in each(newest.results)} == wanted
     assert not [key for *key, raw in each(newest.results) if "problem" in raw]
 
 
-@pytest.mark.parametrize(("topic", "setting", "of"), RECORDS)
-def test_a_record_says_what_it_was_measured_on(topic, setting, of):
-    about = read(path_of(topic, setting, of)).about
+@pytest.mark.parametrize(("topic", "setting", "version"), RECORDS)
+def test_a_record_says_what_it_was_measured_on(topic, setting, version):
+    about = read(path_of(topic, setting, version)).about
     assert about.device and about.date and about.system and about.precision == setting.precision
     assert (about.driver is None) == (setting.device == "cpu")
-    assert of == f"torch-{about.versions['torch'].partition('+')[0]}"
+    assert version == f"torch-{about.versions['torch'].partition('+')[0]}"
 
 
 def test_deviations_are_those_of_the_records():
     kept = json.loads((FOLDER / "deviations.json").read_text(encoding="utf-8"))
     assert kept == deviations()
-    recorded = any(path_of("lora", GPU, of).exists() for of in all_versions())
+    recorded = any(path_of("lora", GPU, version).exists() for version in all_versions())
     assert (kept["devices"] != AWAITS) == recorded, "where no GPU was recorded it says so"
     assert kept["devices"] == AWAITS or all("cuda" in name and name.count("torch-") == 1 for name in kept["devices"])
     assert kept["versions"] and all(name.count("torch-") == 2 for name in kept["versions"])
@@ -88,9 +90,9 @@ def test_verify_finds_what_was_recorded_here_again():
     here = measure("start", CPU)
     assert facts_that_differ("start", here, CPU) == {}
     if versions() in all_versions():
-        found = between(here.results, read(path_of("start", CPU)).results)
-        assert len(found) == len(here.results["0.1"]) > 0
-        assert all(deviation.far < 1e-5 and not deviation.other for deviation in found.values())
+        compared = between(here.results, read(path_of("start", CPU)).results)
+        assert len(compared) == len(here.results["0.1"]) > 0
+        assert all(deviation.far < 1e-5 and not deviation.other for deviation in compared.values())
 
 
 def test_verify_says_in_a_table_where_a_machine_deviates(monkeypatch):
@@ -142,19 +144,19 @@ def test_what_cannot_be_recorded_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "far", "differs"),
+    ("measured", "far", "differs"),
     [
         ({"x": torch.tensor([1.0, 2.02]), "n": 1}, 0.01, None),
         ({"x": torch.tensor([1.0]), "n": 1}, 0.0, "who, x: (2,) tensor and (1,) tensor"),
         ({"x": torch.tensor([1.0, 2.0]), "n": 2}, 0.0, "who, n: 1 and 2"),
     ],
 )
-def test_deviations_tell_numbers_from_what_is_no_number(other, far, differs):
+def test_deviations_tell_numbers_from_what_is_no_number(measured, far, differs):
     def results(raw):
         return {"9.1": {"e": {"who": {0: raw}}}}
 
-    found = between(results({"x": torch.tensor([1.0, 2.0]), "n": 1}), results(other))["9.1", "e"]
-    assert found.far == pytest.approx(far, rel=0.02) and found.other == differs
+    deviation = between(results({"x": torch.tensor([1.0, 2.0]), "n": 1}), results(measured))["9.1", "e"]
+    assert deviation.far == pytest.approx(far, rel=0.02) and deviation.other == differs
 
 
 def test_near_is_relative_to_what_is_large_and_never_to_what_is_small():
@@ -174,7 +176,7 @@ def test_one_tolerance_for_each_precision_says_what_is_rounding():
 
 
 @pytest.mark.parametrize(
-    ("who", "off", "differs"),
+    ("solution", "off", "differs"),
     [
         ("reference", 0.0, []),
         ("another solution", 5e-5, ["another solution: y at 0.1 times the tolerance"]),
@@ -184,15 +186,15 @@ def test_one_tolerance_for_each_precision_says_what_is_rounding():
         ("broken", 0.0, ["broken: it raises in the truth table, and not here"]),
     ],
 )
-def test_what_verify_compares_is_what_the_proofs_hold(monkeypatch, who, off, differs):
+def test_what_verify_compares_is_what_the_proofs_hold(monkeypatch, solution, off, differs):
     """Facts at the tolerance, a tenth of it and ten times it: the reference's of right solutions, their own of mistakes."""
     monkeypatch.setattr(command, "exercises", lambda _: {"9.1": SimpleNamespace(experiments=(Halves(),))})
     table = {"halves": {"reference": {"y": "half"}, "off": {"y": "other"}, "broken": None}}
     monkeypatch.setattr(golden, "load", lambda _: {"9.1": table})
     raw = run(Halves(), lambda x: x / 2 + off, 0, "9.1").raw
-    made = Record(About("", None, "", {}, "", ""), {"9.1": {"halves": {who: {0: raw}}}})
-    found = facts_that_differ("a topic", made, CPU)
-    assert found == ({("9.1", "halves"): differs} if differs else {})
+    made = Record(About("", None, "", {}, "", ""), {"9.1": {"halves": {solution: {0: raw}}}})
+    differing = facts_that_differ("a topic", made, CPU)
+    assert differing == ({("9.1", "halves"): differs} if differs else {})
 
 
 def test_a_setting_leaves_torch_as_it_was():

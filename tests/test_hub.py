@@ -317,22 +317,22 @@ def failures(dead_url, tmp_path_factory):
 from torchvision.models import ResNet18_Weights
 from torchvision.models.quantization import ResNet18_QuantizedWeights
 from torchvision.models._api import register_model
-said = {}
+messages = {}
 for word, os.environ["WARMSTART_MIRROR"] in json.loads(sys.argv[1]).items():
     os.environ["WARMSTART_OFFLINE"] = "1" if word == "offline" else ""
-    said[word] = outcome(hub.torchvision_model, ResNet18_Weights.IMAGENET1K_V1)
+    messages[word] = outcome(hub.torchvision_model, ResNet18_Weights.IMAGENET1K_V1)
 register_model("untrained")(lambda: None)
 wrong = ["resnet18_weights.imagenet1k_v3", ResNet18_Weights, ResNet18_QuantizedWeights.IMAGENET1K_FBGEMM_V1]
-print(json.dumps([said, [outcome(hub.weights_file, weights) for weights in wrong]]))
+print(json.dumps([messages, [outcome(hub.weights_file, weights) for weights in wrong]]))
 """
     with closing(Server()) as server:
         server.files[RESNET] = b"r" * 5000
         mirrors = {word: f"{server.url}/{word}/" for word in RESNET_FAILURES}
         mirrors |= {"dead": dead_url, "tls": server.url.replace("http:", "https:"), "offline": ""}
-        said, of_none = python(code, home, json.dumps(mirrors), WARMSTART_TIMEOUT="0.5")
+        messages, of_none = python(code, home, json.dumps(mirrors), WARMSTART_TIMEOUT="0.5")
     mirrors["offline"] = "https://download.pytorch.org/models"
     by_word = {
-        word: (said[word], f"{url.rstrip('/')}/{RESNET}", len(server.asked(word)), home / "torch/hub/checkpoints")
+        word: (messages[word], f"{url.rstrip('/')}/{RESNET}", len(server.asked(word)), home / "torch/hub/checkpoints")
         for word, url in mirrors.items()
     }
     return by_word, of_none
@@ -340,10 +340,10 @@ print(json.dumps([said, [outcome(hub.weights_file, weights) for weights in wrong
 
 @pytest.mark.parametrize("word", RESNET_FAILURES)
 def test_a_torchvision_download_that_fails_says_so_in_one_sentence_and_leaves_nothing(failures, word):
-    said, url, asked, cache = failures[0][word]
+    error, url, asked, cache = failures[0][word]
     reason, tries = RESNET_FAILURES[word]
     reason = reason.format(digest=sha256(b"x" * 5000)[:8])
-    assert said == f"DownloadFailed: could not get {RESNET} from {url}: {reason}. Put the file at {cache / RESNET}, {INSTEAD}"
+    assert error == f"DownloadFailed: could not get {RESNET} from {url}: {reason}. Put the file at {cache / RESNET}, {INSTEAD}"
     assert asked == tries
     assert files_in(cache) == []
 
@@ -396,8 +396,8 @@ BertModel(config).save_pretrained(folder)
 AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
 print(json.dumps(outputs(folder)))
 """
-    found = python(BERT + make, home, home / "saved")
-    return {file.name: file.read_bytes() for file in (home / "saved").iterdir()}, found
+    computed = python(BERT + make, home, home / "saved")
+    return {file.name: file.read_bytes() for file in (home / "saved").iterdir()}, computed
 
 
 @pytest.fixture
@@ -417,14 +417,14 @@ def advice(name, url, reason):
 
 
 def test_a_hugging_face_model_is_the_saved_one_and_later_needs_neither_server_nor_network(hub, bert, dead_url, tmp_path):
-    files, found = bert
+    files, computed = bert
     code = "folder = hub.huggingface_folder('tiny/bert'); print(json.dumps([str(folder), outputs(folder)]))"
     folder = cached(tmp_path, "tiny/bert") / "snapshots" / COMMIT
     assert python(FETCH, tmp_path, HF_ENDPOINT=hub.url) == str(folder)
     assert files_in(folder) == sorted(files)
     assert len(hub.asked("cdn")) == 1
     before = list(hub.requests)
-    assert python(BERT + code, tmp_path, HF_ENDPOINT=hub.url, WARMSTART_OFFLINE="1") == [str(folder), found]
+    assert python(BERT + code, tmp_path, HF_ENDPOINT=hub.url, WARMSTART_OFFLINE="1") == [str(folder), computed]
     assert hub.requests == before
     assert python(FETCH, tmp_path, HF_ENDPOINT=dead_url) == str(folder)
 
@@ -442,10 +442,10 @@ def test_a_damaged_hugging_face_file_is_noticed_and_fetched_again(hub, dead_url,
 folder = hub.huggingface_folder("tiny/bert")
 for file in ("model.safetensors", "config.json"):
     (folder / file).write_bytes((folder / file).read_bytes()[:-1] + b"?")
-said = []
+messages = []
 for os.environ["WARMSTART_OFFLINE"] in "10":
-    said.append(outcome(hub.huggingface_folder, "tiny/bert"))
-print(json.dumps(said))
+    messages.append(outcome(hub.huggingface_folder, "tiny/bert"))
+print(json.dumps(messages))
 """
     folder = cached(tmp_path, "tiny/bert") / "snapshots" / COMMIT
     assert python(code, tmp_path, HF_ENDPOINT=hub.url) == [
@@ -484,16 +484,16 @@ def hf_failures(bert, tmp_path_factory):
     with closing(Server()) as server:
         server.repository = bert[0]
         server.files = {sha256(content): content for content in bert[0].values()}
-        said = python(code, home, json.dumps(list(HF_FAILURES)), HF_ENDPOINT=server.url, WARMSTART_TIMEOUT="0.5")
-    return server, home, said
+        messages = python(code, home, json.dumps(list(HF_FAILURES)), HF_ENDPOINT=server.url, WARMSTART_TIMEOUT="0.5")
+    return server, home, messages
 
 
 @pytest.mark.parametrize("name", HF_FAILURES)
 def test_a_hugging_face_download_that_fails_says_so_in_one_sentence_and_leaves_no_weights(hf_failures, name):
-    server, home, said = hf_failures
+    server, home, messages = hf_failures
     reason, tries = HF_FAILURES[name]
     weights = server.repository["model.safetensors"]
-    assert said[name] == advice(name, server.url, reason.format(size=len(weights)))
+    assert messages[name] == advice(name, server.url, reason.format(size=len(weights)))
     assert len(server.asked(f"cdn/{name.split('/')[0]}")) <= tries
     assert not {"model.safetensors", sha256(weights)} & set(files_in(cached(home, name)))
 
@@ -536,7 +536,7 @@ def test_huggingface_hub_is_left_as_it_was(bert, dead_url, tmp_path):
     code = """
 from huggingface_hub import constants, get_session
 before = constants.HF_HUB_DISABLE_XET, len(get_session().event_hooks["request"])
-said = outcome(hub.huggingface_folder, "tiny/bert")
-print(json.dumps([said, before == (constants.HF_HUB_DISABLE_XET, len(get_session().event_hooks["request"]))]))
+message = outcome(hub.huggingface_folder, "tiny/bert")
+print(json.dumps([message, before == (constants.HF_HUB_DISABLE_XET, len(get_session().event_hooks["request"]))]))
 """
     assert python(code, tmp_path, HF_ENDPOINT=dead_url) == [advice("tiny/bert", dead_url, "nothing answers there"), True]

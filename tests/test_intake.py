@@ -132,8 +132,8 @@ def class_of(tmp_path):
 
 
 def test_every_file_is_looked_at_in_the_order_of_the_names(class_of):
-    found = class_of(["b_02_features.ipynb", "section 2/a_02_features.ipynb", "x.ipynb"])
-    assert [(one.file, one.gradable) for one in found] == [
+    submissions = class_of(["b_02_features.ipynb", "section 2/a_02_features.ipynb", "x.ipynb"])
+    assert [(submission.file, submission.gradable) for submission in submissions] == [
         ("b_02_features.ipynb", True),
         ("section 2/a_02_features.ipynb", True),
         ("x.ipynb", False),
@@ -141,8 +141,8 @@ def test_every_file_is_looked_at_in_the_order_of_the_names(class_of):
 
 
 def test_of_several_files_the_one_with_the_expected_name_counts(class_of):
-    copy, expected, other = class_of(["ada_02_features (1).ipynb", "ada_02_features.ipynb", "bob_02_features.ipynb"])
-    assert (expected.gradable, expected.note, other.gradable, other.note) == (True, "", True, "")
+    copy, expected, of_bob = class_of(["ada_02_features (1).ipynb", "ada_02_features.ipynb", "bob_02_features.ipynb"])
+    assert (expected.gradable, expected.note, of_bob.gradable, of_bob.note) == (True, "", True, "")
     assert not copy.gradable
     assert copy.note == (
         "expected one file of ada, got ada_02_features (1).ipynb, ada_02_features.ipynb. ada_02_features.ipynb counts; "
@@ -158,7 +158,7 @@ def test_of_several_files_the_one_with_the_expected_name_counts(class_of):
     ],
 )
 def test_of_several_files_with_equal_right_none_is_graded(class_of, files):
-    assert [astuple(one)[1:] for one in class_of(files)] == 2 * [
+    assert [astuple(submission)[1:] for submission in class_of(files)] == 2 * [
         (
             "ada",
             False,
@@ -169,4 +169,4 @@ def test_of_several_files_with_equal_right_none_is_graded(class_of, files):
 
 
 def test_files_that_do_not_say_whose_they_are_have_nothing_in_common(class_of):
-    assert all("one file of" not in one.note for one in class_of(["a.ipynb", "b.ipynb"]))
+    assert all("one file of" not in submission.note for submission in class_of(["a.ipynb", "b.ipynb"]))

@@ -412,16 +412,16 @@ def assert_shows_something(figure: Locator) -> None:
     made = base64.b64decode(figure.get_attribute("src").partition("base64,")[2])
     assert_not_blank(shades_of(made))
     coarse = tuple(side // 8 for side in Image.open(io.BytesIO(made)).size)  # so that a shift by one pixel matters little
-    wanted, seen = shades_of(made, coarse), shades_of(figure.screenshot(), coarse)
-    alike = np.corrcoef(wanted.ravel(), seen.ravel())[0, 1]
+    wanted, shown = shades_of(made, coarse), shades_of(figure.screenshot(), coarse)
+    alike = np.corrcoef(wanted.ravel(), shown.ravel())[0, 1]
     assert alike > 0.85, f"the page does not show the figure: the correlation with it is {alike:.2f}"
 
 
 def assert_not_blank(shades: np.ndarray) -> None:
     """A figure with more in it than axes and a title."""
     inked = (np.abs(shades - np.bincount(shades.ravel()).argmax()) > 20).mean()
-    seen = f"{len(np.unique(shades))} shades, standard deviation {shades.std():.1f}, {inked:.1%} inked"
-    assert len(np.unique(shades)) > 50 and shades.std() > 15 and inked > 0.025, f"the figure is blank: {seen}"
+    description = f"{len(np.unique(shades))} shades, standard deviation {shades.std():.1f}, {inked:.1%} inked"
+    assert len(np.unique(shades)) > 50 and shades.std() > 15 and inked > 0.025, f"the figure is blank: {description}"
 
 
 def assert_stands_out(shades: np.ndarray) -> None:

@@ -401,10 +401,10 @@ def test_injection_and_removal_are_an_identity(targets, frozen):
     randomise(net)
     assert not torch.allclose(net(ids()), y)
     assert lora.remove(net) == names
-    others = [name for name in flags if not any(name.startswith(f"{layer}.") for layer in names)]
+    outside = [name for name in flags if not any(name.startswith(f"{layer}.") for layer in names)]
     tied = "tokens.weight" if "out" in names and "tokens" not in names else None
-    assert not any(dict(net.named_parameters())[name].requires_grad for name in others if name != tied)
-    finetune.unfreeze(net, [name for name in others if flags[name]])
+    assert not any(dict(net.named_parameters())[name].requires_grad for name in outside if name != tied)
+    finetune.unfreeze(net, [name for name in outside if flags[name]])
     assert_unchanged(net, before)
     assert torch.equal(net(ids()), y) and list(net.state_dict()) == keys
 
@@ -435,10 +435,10 @@ def test_several_adapters_sum_and_switch(net):
             torch.testing.assert_close(net(ids()), outputs[names], atol=1e-4, rtol=1e-4)
     assert torch.equal(outputs[()], plain)
     x, layer = torch.randn(3, 6), net.blocks[0].query
-    one, two = layer.adapters["default"], layer.adapters["second"]
-    wanted = layer.base(x) + x @ (8.0 * one.B @ one.A + 16.0 * two.B @ two.A).T
+    first, second = layer.adapters["default"], layer.adapters["second"]
+    wanted = layer.base(x) + x @ (8.0 * first.B @ first.A + 16.0 * second.B @ second.A).T
     torch.testing.assert_close(layer(x), wanted, atol=1e-4, rtol=1e-4)
-    assert layer.A is one.A and net.mix.active == ("default",) and net.conv.active == ("second",)
+    assert layer.A is first.A and net.mix.active == ("default",) and net.conv.active == ("second",)
     with pytest.raises(ValueError, match=r"^not an adapter of Net: 'third'. Choose from \['default', 'second'\].$"):
         lora.activate(net, "third")
     with pytest.raises(ValueError, match=r"^not an adapter of the layer: 'third'. Choose from \['default', 'second'\].$"):
@@ -610,17 +610,17 @@ def test_a_checkpoint_says_whether_it_is_merged(adapted, saved, into):
     if saved:
         lora.merge(adapted)
     merged = adapted(ids())
-    other = Net().eval()
-    lora.inject(other, ["query", "value", "conv", "mix"], rank=2, alpha=6)
-    randomise(other)
+    loaded = Net().eval()
+    lora.inject(loaded, ["query", "value", "conv", "mix"], rank=2, alpha=6)
+    randomise(loaded)
     if into:
-        lora.merge(other)
-    other.load_state_dict(adapted.state_dict())
-    assert [layer.merged for layer in lora.layers(other).values()] == [saved] * 6
-    assert torch.equal(other(ids()), merged)
+        lora.merge(loaded)
+    loaded.load_state_dict(adapted.state_dict())
+    assert [layer.merged for layer in lora.layers(loaded).values()] == [saved] * 6
+    assert torch.equal(loaded(ids()), merged)
     if saved:
-        lora.unmerge(other)
-    assert torch.equal(other(ids()), y)
+        lora.unmerge(loaded)
+    assert torch.equal(loaded(ids()), y)
 
 
 def test_a_checkpoint_of_something_else_leaves_a_merged_layer_alone(adapted):
@@ -647,11 +647,11 @@ def test_copies_compute_the_same_and_can_be_unmerged(adapted, merged):
     now, file = adapted(ids()), io.BytesIO()
     torch.save(adapted, file)
     file.seek(0)
-    for other in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted)), torch.load(file, weights_only=False)):
-        assert torch.equal(other(ids()), now) and other.out.weight is other.tokens.weight
+    for twin in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted)), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(ids()), now) and twin.out.weight is twin.tokens.weight
         if merged:
-            lora.unmerge(other)
-        assert torch.equal(other(ids()), y) and trainable(other) == trainable(adapted)
+            lora.unmerge(twin)
+        assert torch.equal(twin(ids()), y) and trainable(twin) == trainable(adapted)
 
 
 def test_another_dtype_while_merged_reaches_the_weight_that_is_kept(adapted):
@@ -663,12 +663,12 @@ def test_another_dtype_while_merged_reaches_the_weight_that_is_kept(adapted):
     assert adapted(ids()).dtype == torch.float64
 
 
-def assert_same(one, other):
+def assert_same(got, wanted):
     """Bit for bit on the CPU; on a GPU, a trace may fuse operations into a kernel that rounds otherwise."""
-    if one.is_cuda:
-        torch.testing.assert_close(one, other)
+    if got.is_cuda:
+        torch.testing.assert_close(got, wanted)
     else:
-        assert torch.equal(one, other)
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.real(reason="a tensor of the fake GPU cannot be traced or exported")

@@ -228,9 +228,9 @@ def test_the_table_keeps_its_row_if_mutants_are_left_out_or_the_score_fell():
 def test_a_declaration_that_is_out_of_date_is_told():
     ran = some("named", "survived")
     declared = {"x -> 0": "is rejected", "x -> 1": "survives", "x -> 2": "is no mutant"}
-    told = ["declared equivalent, but rejected (named): x -> 0", "declared equivalent, but no mutant any more: x -> 2"]
-    assert list(ran.out_of_date(declared)) == told
-    assert all(any(line.endswith(text) for line in report(ran, declared, None)) for text in told)
+    lines = ["declared equivalent, but rejected (named): x -> 0", "declared equivalent, but no mutant any more: x -> 2"]
+    assert list(ran.out_of_date(declared)) == lines
+    assert all(any(line.endswith(text) for line in report(ran, declared, None)) for text in lines)
 
 
 def test_every_solution_has_mutants_and_those_declared_equivalent_are_among_them(root):

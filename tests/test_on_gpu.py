@@ -44,7 +44,6 @@ CPU_ONLY = {
     ("5.5", "in_numpy"): NUMPY,
     ("5.5", "summaries_first_and_then_all_at_once"): MADE_THERE,
     ("6.5", "GroupsAsSamples"): MADE_THERE,
-    ("6.5", "OtherWeight"): MADE_THERE,
     ("6.5", "Parametrized"): MADE_THERE,
     ("6.5", "Patches"): MADE_THERE,
     ("6.5", "Twin"): MADE_THERE,

@@ -115,7 +115,7 @@ def made_up(monkeypatch):
 
 def test_a_strategy_recorded_later_leaves_the_others_their_date(made_up, monkeypatch):
     everything = record("word order", [])
-    assert [list(one["scores"]["100"]) for one in everything] == [list(RECORDED["word order"][100])]
+    assert [list(recording["scores"]["100"]) for recording in everything] == [list(RECORDED["word order"][100])]
     first = {"scores": {"100": everything[0]["scores"]["100"]}, "date": "2026-01-01", "machine": "an old one"}
     assert record("word order", [first | {"updates": []}]) == [first | {"updates": []}], "nothing is missing"
     monkeypatch.setitem(RECORDED, "word order", {100: ("LP-FT", *RECORDED["word order"][100]), 10: ("everything",)})
@@ -175,8 +175,8 @@ def test_what_chapter_04_says_of_the_record_holds():
         ("LP-FT", "everything", "inside"): (0, 0.02),
         ("LP-FT", "everything", "outside"): (0.05, 0.15),
     }
-    for (one, other, key), (low, high) in differences.items():
-        assert low < mean(ten[one], key) - mean(ten[other], key) < high, "the four signs of Kumar et al. 2022"
+    for (strategy, baseline, key), (low, high) in differences.items():
+        assert low < mean(ten[strategy], key) - mean(ten[baseline], key) < high, "the four signs of Kumar et al. 2022"
     assert all(a.outside > b.outside for a, b in zip(ten["LP-FT"], ten["everything"], strict=True)), "in every draw"
     for way in ("gradual unfreezing", "discriminative"):
         assert all(mean(by[way], key) > mean(by["everything"], key) for by in table.values() for key in ("outside", "source"))

@@ -33,10 +33,10 @@ def test_fit_learns(task, digits_net):
 
 
 def test_same_seed_trains_the_same_model(task, digits_net):
-    one, other = copy.deepcopy(digits_net), copy.deepcopy(digits_net)
-    for model in (one, other):
+    first, second = copy.deepcopy(digits_net), copy.deepcopy(digits_net)
+    for model in (first, second):
         fit(model, task, steps=5, lr=0.01, batch_size=7, seed=3, progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
 
 
 def test_frozen_parts_stay_bit_identical_buffers_included(task, digits_net):
@@ -67,11 +67,11 @@ def test_learning_rate_rises_then_falls_to_zero(task, digits_net):
 
 
 def test_every_example_is_used_once_per_pass(task):
-    seen = []
+    used = []
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    model.register_forward_pre_hook(lambda _, args: seen.extend(args[0][:, 0, 1, 1].tolist()))
+    model.register_forward_pre_hook(lambda _, args: used.extend(args[0][:, 0, 1, 1].tolist()))
     fit(model, task, steps=6, lr=0.1, batch_size=20, progress=False)
-    assert sorted(seen[:60]) == sorted(seen[60:]) == sorted(task.inputs[:, 0, 1, 1].tolist())
+    assert sorted(used[:60]) == sorted(used[60:]) == sorted(task.inputs[:, 0, 1, 1].tolist())
 
 
 def test_history_holds_validation_accuracy_and_draws_itself(task, digits_net):
@@ -90,10 +90,10 @@ def test_history_holds_validation_accuracy_and_draws_itself(task, digits_net):
 
 @pytest.mark.cpu(reason="gradients of a convolution on a GPU need not have the same bits twice")
 def test_fit_is_adamw_on_the_documented_schedule_to_the_last_bit(task, digits_net):
-    other = copy.deepcopy(digits_net)
+    twin = copy.deepcopy(digits_net)
     history = fit(digits_net, task, steps=13, lr=0.03, batch_size=25, weight_decay=0.2, seed=5, device="cpu", progress=False)
     seed_everything(5)
-    optimizer = torch.optim.AdamW(other.parameters(), lr=0.03, weight_decay=0.2)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=0.03, weight_decay=0.2)
     losses, lrs, queue = [], [], torch.randperm(60)
     for step in range(13):
         lr = 0.03 * min(step + 1, 0.5 + 0.5 * np.cos(np.pi * max(0, step - 1) / 13))
@@ -101,29 +101,29 @@ def test_fit_is_adamw_on_the_documented_schedule_to_the_last_bit(task, digits_ne
         if len(queue) < 25:
             queue = torch.randperm(60)
         rows, queue = queue[:25], queue[25:]
-        loss = F.cross_entropy(other(task.inputs[rows]), task.labels[rows])
+        loss = F.cross_entropy(twin(task.inputs[rows]), task.labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
         lrs.append(lr)
     assert (history.loss, history.lr) == (losses, lrs)
-    assert all(torch.equal(a, b) for a, b in zip(digits_net.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(digits_net.state_dict().values(), twin.state_dict().values(), strict=True))
 
 
 def test_groups_keep_their_own_learning_rate_and_weight_decay(task, digits_net):
-    seen = []
+    settings = []
 
     def before_step(step, optimizer, scheduler):
         assert scheduler.optimizer is optimizer
-        seen.append((step, [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]))
+        settings.append((step, [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]))
 
     groups = [{"params": digits_net.conv.parameters(), "lr": 0.001}, {"params": [digits_net.fc.weight], "weight_decay": 0.5}]
     history = fit(digits_net, task, steps=8, lr=0.1, groups=groups, before_step=before_step, device="cpu", progress=False)
-    assert [step for step, _ in seen] == list(range(8))
-    assert [group[1][0] for _, group in seen] == history.lr
-    for _, ((low, decay), (high, other)) in seen:
-        assert low == pytest.approx(high / 100) and (decay, other) == (1e-4, 0.5)
+    assert [step for step, _ in settings] == list(range(8))
+    assert [group[1][0] for _, group in settings] == history.lr
+    for _, ((low, decay), (high, own_decay)) in settings:
+        assert low == pytest.approx(high / 100) and (decay, own_decay) == (1e-4, 0.5)
     assert "weight_decay" not in groups[0]  # the caller's are not written into
 
 
@@ -135,10 +135,10 @@ def test_what_is_in_no_group_does_not_train(task, digits_net):
 
 
 def test_accuracy_is_measured_every_so_many_steps_and_changes_nothing(task, digits_net):
-    other = copy.deepcopy(digits_net)
+    twin = copy.deepcopy(digits_net)
     history = fit(digits_net, task, steps=7, lr=0.02, validation=task, every=3, progress=False)
     assert list(history.accuracy) == [3, 6, 7]
-    assert history.loss == fit(other, task, steps=7, lr=0.02, progress=False).loss
+    assert history.loss == fit(twin, task, steps=7, lr=0.02, progress=False).loss
     assert history.accuracy[7] == evaluate(digits_net, task)
 
 

@@ -32,13 +32,13 @@ def batch_norm(x: Tensor, layer: _BatchNorm) -> Tensor:
         ValueError: the batch has to normalise, and gives one value per channel.
     """
     expect.tensor("x", x, ("n", layer.num_features, "..."))
-    others = [0, *range(2, x.ndim)]
+    pooled_dims = [0, *range(2, x.ndim)]
     mean, var = layer.running_mean, layer.running_var
     if layer.training or mean is None:
         n = x.numel() // x.shape[1]
         if n < 2:
             raise ValueError(f"x must give at least 2 values per channel, got shape {tuple(x.shape)}. Use a larger batch.")
-        mean, var = x.mean(others), x.var(others, correction=0)
+        mean, var = x.mean(pooled_dims), x.var(pooled_dims, correction=0)
         if layer.training and layer.track_running_stats:
             layer.num_batches_tracked += 1
             rate = 1 / layer.num_batches_tracked if layer.momentum is None else layer.momentum
@@ -90,14 +90,14 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def same(one: Tensor | None, other: Tensor | None) -> bool:
+def same(first: Tensor | None, second: Tensor | None) -> bool:
     """Equal in shape, dtype and values; NaN equals NaN."""
-    if one is None or other is None:
-        return one is other
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if first is None or second is None:
+        return first is second
+    if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    other = other.to(one.device)
-    return bool(((one == other) | ((one != one) & (other != other))).all())  # only NaN is not itself
+    second = second.to(first.device)
+    return bool(((first == second) | ((first != first) & (second != second))).all())  # only NaN is not itself
 
 
 def widened(values: Tensor) -> Tensor:

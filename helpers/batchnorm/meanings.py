@@ -40,8 +40,8 @@ def what_is_frozen(layer: nn.Module, x: Tensor) -> dict[str, bool]:
     if stores:
         pool = Pool("x")
         pool.add(x)
-        found = compare(layer, pool)
-        if found.mean_shift < 0.01 and found.std_ratio < 1.01:
+        difference = compare(layer, pool)
+        if difference.mean_shift < 0.01 and difference.std_ratio < 1.01:
             raise ValueError(
                 "x must have other statistics than those stored, got the same within 1%, so the output would not show "
                 "which of them normalise. Shift it: x + 1."

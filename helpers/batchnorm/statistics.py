@@ -85,11 +85,11 @@ def recompute_statistics(model: nn.Module, batches: Iterable, passes: str = "one
     pools = _pools(model)
     with _measuring(model, pools), torch.no_grad():
         (_measure_together if passes == "one" else _measure_in_order)(model, pools, batches)
-        found = {layer: pool.statistics() for layer, pool in pools.items() if pool.calls}
-    if not found:
+        measured = {layer: pool.statistics() for layer, pool in pools.items() if pool.calls}
+    if not measured:
         raise ValueError("batches must reach a BatchNorm, got none that did. Call the model that runs them.")
     with torch.no_grad():
-        for layer, statistics in found.items():
+        for layer, statistics in measured.items():
             _store(layer, *statistics, pools[layer].calls)
 
 
@@ -221,33 +221,33 @@ def _measure_in_order(model: nn.Module, pools: dict[_BatchNorm, Pool], batches: 
             f"got {expect.describe(batches)}. Pass a list or a DataLoader."
         )
     calls = target = 0  # calls of layers in this forward pass so far, and before the one that is measured
-    found: _BatchNorm | None = None
+    current: _BatchNorm | None = None
     order = 'layers must run in the same order for every batch, got {} in place of {}. Use passes="one".'
 
     def measure(layer: _BatchNorm, x: Tensor) -> None:
-        nonlocal calls, found
+        nonlocal calls, current
         calls += 1
         if calls <= target:
             return
-        if found not in (None, layer):
-            raise ValueError(order.format(pools[layer].name, pools[found].name))
-        found = layer
+        if current not in (None, layer):
+            raise ValueError(order.format(pools[layer].name, pools[current].name))
+        current = layer
         pools[layer].add(x)
         raise _Reached
 
     with _hooks(pools, measure):
         while True:
-            found = None
+            current = None
             for batch in _checked(batches):
                 calls = 0
                 try:
                     model(batch)
                 except _Reached:
                     continue
-                if found is None:
+                if current is None:
                     return  # every call is measured
-                raise ValueError(order.format("nothing", pools[found].name))
-            _store(found, *pools[found].statistics(), pools[found].calls)
+                raise ValueError(order.format("nothing", pools[current].name))
+            _store(current, *pools[current].statistics(), pools[current].calls)
             target += 1
 
 

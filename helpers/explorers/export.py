@@ -49,14 +49,14 @@ def export_figure(model: str, batch: int | None, absent: Collection[str]) -> tup
     _plot_proof(axes[3], rows, fits)
     where = f" without {' and '.join(absent)}" if absent else ""
     best = fastest([row for row, fit in zip(rows, fits, strict=True) if fit])
-    found = f"fastest{where}: {best or 'none is recorded'}"
+    headline = f"fastest{where}: {best or 'none is recorded'}"
     about = formats.circumstances()
-    fig.suptitle(f"{known.about}; batch of {batch}\n{found}", fontsize=10)
+    fig.suptitle(f"{known.about}; batch of {batch}\n{headline}", fontsize=10)
     threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
     caption = f"{threads}, {about['machine']}, torch {about['versions']['torch']}, {about['date']}"
     fig.supxlabel(caption, fontsize=8, color="0.3")
-    said = "; ".join(_said(row, fit) for row, fit in zip(rows, fits, strict=True))
-    return fig, f"Formats of {known.about}, batch of {batch}, {threads}. {found[0].upper()}{found[1:]}. {said}."
+    descriptions = "; ".join(_described(row, fit) for row, fit in zip(rows, fits, strict=True))
+    return fig, f"Formats of {known.about}, batch of {batch}, {threads}. {headline[0].upper()}{headline[1:]}. {descriptions}."
 
 
 def batches(model: str) -> dict[int, formats.Formats]:
@@ -75,8 +75,8 @@ def fastest(rows: Sequence[formats.Format]) -> str:
     right = [row for row in rows if row.milliseconds and row.parity.ok]
     if not right:
         return ""
-    first, *others = sorted(right, key=lambda row: row.milliseconds[1])
-    close = [row.name for row in others if row.milliseconds[0] <= first.milliseconds[2]]
+    first, *slower = sorted(right, key=lambda row: row.milliseconds[1])
+    close = [row.name for row in slower if row.milliseconds[0] <= first.milliseconds[2]]
     return f"{first.name}, not told apart from {listed(close)}" if close else first.name
 
 
@@ -161,7 +161,7 @@ def _bare(ax: Axes) -> None:
     ax.spines[:].set_visible(False)
 
 
-def _said(row: formats.Format, fit: bool) -> str:
+def _described(row: formats.Format, fit: bool) -> str:
     """A row in words."""
     start = row.name if fit else f"{row.name} (does not fit)"
     if not row.milliseconds:

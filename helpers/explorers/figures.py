@@ -99,13 +99,13 @@ def freezing_figure(task: str, depth: int, labels_per_class: int | None) -> tupl
     fig = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(1, 1))
     memory = _plot_parameters(left, chosen)
-    found = _plot_depths(right, task, depth, labels_per_class)
+    accuracy = _plot_depths(right, task, depth, labels_per_class)
     given = f"; recorded with {labels_per_class} labels per class" if labels_per_class in recorded_depths(task) else ""
     fig.suptitle(f"{task}, {strategy}: {chosen.trainable:,} of {chosen.all:,} parameters train{given}", fontsize=10)
     trains = [f"{_short(stage)} {count:,}" for stage, (trainable, count) in chosen.stages.items() if trainable]
     return fig, (
         f"Freezing on {task}, {strategy}: {chosen.trainable:,} of {chosen.all:,} parameters train ({', '.join(trains)}). "
-        f"Training takes {memory}. {found}"
+        f"Training takes {memory}. {accuracy}"
     )
 
 
@@ -166,7 +166,7 @@ def _plot_depths(ax: Axes, task: str, depth: int, labels_per_class: int | None) 
         message = f"no depth is recorded yet for {task}" + (f"\nwith {labels_per_class} per class" if everything else "")
         ax.text(0.5, 0.5, message, ha="center", va="center", transform=ax.transAxes)
         return message.replace("\n", " ").capitalize() + "."
-    found = []
+    labels = []
     for number, (score, label) in enumerate(SCORES[task].items()):
         draws = {place: _values(results[name], score) for place, name in enumerate(names) if name in results}
         means = {place: statistics.mean(values) for place, values in draws.items()}
@@ -176,16 +176,16 @@ def _plot_depths(ax: Axes, task: str, depth: int, labels_per_class: int | None) 
             ax.plot([place + shift] * len(values), values, linestyle="", alpha=0.5, markersize=5, **style(number))
         ax.plot([place + shift for place in means], list(means.values()), color=style(number)["color"])
         ax.plot([], [], label=now, **style(number))
-        found.append(now)
+        labels.append(now)
     values = [v for by in everything.values() for draws in by.values() for score in SCORES[task] for v in _values(draws, score)]
     ax.set_ylim(min(values) - 0.03, max(1, *values) + 0.015)  # the same for all numbers of labels
     small = {"fontsize": 8.5, "handlelength": 1.5, "columnspacing": 1, "handletextpad": 0.5, "borderpad": 0}
-    ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1), ncols=len(found), frameon=False, **small)
-    return f"Accuracy recorded with {labels_per_class} labels per class, mean over draws: {', '.join(found)}."
+    ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1), ncols=len(labels), frameon=False, **small)
+    return f"Accuracy recorded with {labels_per_class} labels per class, mean over draws: {', '.join(labels)}."
 
 
 def _values(draws: list[strategies.Scores], score: str) -> list[float]:
-    return [getattr(one, score) for one in draws]
+    return [getattr(scores, score) for scores in draws]
 
 
 def _short(stage: str) -> str:
@@ -240,12 +240,12 @@ def drift_figure(kind: str, strength: float, using: str) -> tuple[Figure, str]:
         ax.grid(axis="x", color="0.92")
         ax.set_axisbelow(True)
     _plot_images(fig.add_subplot(grid[0, 2]), kind, strength)
-    _plot_two(fig.add_subplot(grid[1, 2]), {name: one.accuracy for name, one in by.items()}, color, using)
+    _plot_two(fig.add_subplot(grid[1, 2]), {name: measured.accuracy for name, measured in by.items()}, color, using)
     title = shifts.described(kind, strength)
     outlines = " (outlines: stored)" if using != "stored" else ""
     fig.suptitle(f"digits, {title}; {using} statistics{outlines}, measured on {shifts.COUNT} images", fontsize=10)
     layers = ", ".join(f"{layer.name} {layer.mean_shift:.2f} and {layer.std_ratio:.2f}" for layer in chosen.drift)
-    scores = " and ".join(f"{one.accuracy:.3f} with {name}" for name, one in by.items())
+    scores = " and ".join(f"{measured.accuracy:.3f} with {name}" for name, measured in by.items())
     return fig, (
         f"Drift on digits, {title}. Accuracy {scores} statistics. With {using} statistics, from stem to head, the mean is off "
         f"by so many of their standard deviations, and the standard deviation by a factor of: {layers}."

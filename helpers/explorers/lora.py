@@ -141,24 +141,24 @@ def lora_figure(backbone: str, layers: str, rank: int, optimizer: str, precision
     Returns:
         The figure, and its text alternative.
     """
-    found = memory(backbone, layers, rank, optimizer, precision)
+    memories = memory(backbone, layers, rank, optimizer, precision)
     cost = lora.cost(adapted(backbone, layers), rank)
     fig = Figure(figsize=(9, 4.3), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(5, 4))
-    _plot_memory(left, found, optimizer)
+    _plot_memory(left, memories, optimizer)
     scores = _plot_accuracy(right, backbone, layers, rank)
     title = f"{_known(backbone).title}, {layers}, rank {rank}, {optimizer}, {precision}"
-    both, everything = found["LoRA"].trainable, found["everything"].trainable
+    trained, everything = memories["LoRA"].trainable, memories["everything"].trainable
     trains = (
         f"The adapters train {cost['adapter']:,} numbers, {_times(cost['full'], cost['adapter'])} times fewer than "
         f"the {cost['full']:,} weights they adapt."
     )
-    whole = f"With the head {both:,} train, {_times(everything, both)} times fewer than all {everything:,}."
+    whole = f"With the head {trained:,} train, {_times(everything, trained)} times fewer than all {everything:,}."
     fig.suptitle(f"{title}\n{trains}\n{whole}", fontsize=10)
     parts = [
-        f"{name} {size(one.all)}: {size(one.weights)} of weights, {size(one.gradients)} of gradients and "
-        f"{size(one.state) if one.state else 'nothing'} of optimizer state"
-        for name, one in found.items()
+        f"{name} {size(needed.all)}: {size(needed.weights)} of weights, {size(needed.gradients)} of gradients and "
+        f"{size(needed.state) if needed.state else 'nothing'} of optimizer state"
+        for name, needed in memories.items()
     ]
     return fig, f"LoRA of {title}. {trains} {whole} Training takes, without activations, with {'; with '.join(parts)}. {scores}"
 
@@ -171,20 +171,20 @@ def recorded_accuracy(backbone: str) -> dict[str, list[float]]:
     except KeyError:  # the task has not been recorded yet
         return {}
     measured = sorted((name for name in kept if name.startswith("LoRA rank ")), key=lambda name: int(name.split()[-1]))
-    return {name: [one.inside for one in kept[name]] for name in ("head only", *measured, "everything") if kept.get(name)}
+    return {name: [scores.inside for scores in kept[name]] for name in ("head only", *measured, "everything") if kept.get(name)}
 
 
-def _plot_memory(ax: Axes, found: dict[str, Memory], optimizer: str) -> None:
+def _plot_memory(ax: Axes, memories: dict[str, Memory], optimizer: str) -> None:
     """Three bars for each way to train on one logarithmic scale, each with its size beside it."""
     least = 1e3
-    state = "optimizer state" if found["LoRA"].state else "optimizer state: none"
+    state = "optimizer state" if memories["LoRA"].state else "optimizer state: none"
     for number, (part, label) in enumerate((("weights", "weights"), ("gradients", "gradients"), ("state", state))):
-        for place, one in enumerate(found.values()):
-            y, count = place + 0.27 * (number - 1), getattr(one, part)
+        for place, needed in enumerate(memories.values()):
+            y, count = place + 0.27 * (number - 1), getattr(needed, part)
             ax.barh(y, max(count - least, 0), left=least, height=0.25, color=COLORS[number], label=None if place else label)
             ax.text(max(count, least) * 1.15, y, size(count) if count else "0", va="center", fontsize=8.5)
-    ax.set_yticks(range(len(found)), [f"{name}\n{size(one.all)}" for name, one in found.items()])
-    ax.set(xscale="log", xlim=(least, 3e9), ylim=(len(found) - 0.5, -0.5))
+    ax.set_yticks(range(len(memories)), [f"{name}\n{size(needed.all)}" for name, needed in memories.items()])
+    ax.set(xscale="log", xlim=(least, 3e9), ylim=(len(memories) - 0.5, -0.5))
     ax.set_xticks([1e3, 1e4, 1e5, 1e6, 1e7, 1e8], ["1 kB", "10 kB", "100 kB", "1 MB", "10 MB", "100 MB"], fontsize=8.5)
     ax.minorticks_off()
     ax.set_xlabel(f"memory to train with {optimizer}; logarithmic scale\nactivations come on top and are not counted")
@@ -217,8 +217,8 @@ def _plot_accuracy(ax: Axes, backbone: str, layers: str, rank: int) -> str:
     label = f"accuracy on {known.task}, {known.labels} per class; marks are draws\n{about}"
     ax.set_xlabel(f"{label}\nnot recorded: {missing}" if missing else label)
     means = ", ".join(f"{name} {statistics.mean(draws):.3f}" for name, draws in results.items())
-    found = f"Accuracy on {known.task} with {known.labels} labels per class, {about}, mean over draws: {means}."
-    return f"{found} Not recorded: {missing}." if missing else found
+    caption = f"Accuracy on {known.task} with {known.labels} labels per class, {about}, mean over draws: {means}."
+    return f"{caption} Not recorded: {missing}." if missing else caption
 
 
 def _times(many: int, few: int) -> str:

@@ -71,7 +71,7 @@ def static(explorer: type[Explorer]) -> dict[str, str]:
     """An explorer's examples as figures, for pages in which no kernel runs."""
     with Explorer._one_at_a_time:
         drawn = [explorer.figure(*settings) for settings in explorer.examples]
-    return {"text/html": "<br>".join(image(*one) for one in drawn), "text/plain": " ".join(alt for _, alt in drawn)}
+    return {"text/html": "<br>".join(image(*figure) for figure in drawn), "text/plain": " ".join(alt for _, alt in drawn)}
 
 
 class StaticFigure:

@@ -94,22 +94,22 @@ def find_lr(
         top = expect.positive("the optimizer's lr", max(float(group["lr"]) for group in optimizer.param_groups))
         shares = [float(group["lr"]) / top for group in optimizer.param_groups]
         device = next(model.parameters()).device
-        found = LearningRates([], [])
+        curve = LearningRates([], [])
         for lr, (inputs, labels) in zip(np.geomspace(lowest, highest, len(batches)).tolist(), batches, strict=True):
             logits = model(inputs.to(device) if isinstance(inputs, Tensor) else inputs)
             loss = F.cross_entropy(logits, labels.to(device))
             if not loss.isfinite():
                 break
-            found.lrs.append(lr)
-            found.losses.append(loss.item())
-            if loss.item() > 4 * min(found.losses):
+            curve.lrs.append(lr)
+            curve.losses.append(loss.item())
+            if loss.item() > 4 * min(curve.losses):
                 break
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = lr * share
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return found
+    return curve
 
 
 @contextmanager

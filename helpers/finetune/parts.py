@@ -156,13 +156,13 @@ def _chosen(model: nn.Module, parts) -> list[tuple[str, nn.Parameter]]:
                 raise ValueError(f"not a part of this {type(model).__name__}: a {type(part).__name__}. Pass its name instead.")
             ids.update(id(parameter) for parameter in part.parameters())
         elif isinstance(part, str):
-            found = [parameters[part]] if part in parameters else list(modules[part].parameters()) if part in modules else []
-            if not found:
+            members = [parameters[part]] if part in parameters else list(modules[part].parameters()) if part in modules else []
+            if not members:
                 names = [*(name for name, module in modules.items() if any(True for _ in module.parameters())), *parameters]
                 raise ValueError(
                     f"not a part of {type(model).__name__} with parameters: {part!r}. Choose from {_close(part, names)}."
                 )
-            ids.update(map(id, found))
+            ids.update(map(id, members))
         else:
             raise TypeError(f"parts must be modules of the model or names, got {expect.describe(part)}.")
     return [(name, parameter) for name, parameter in everything if id(parameter) in ids]

@@ -97,8 +97,8 @@ def unfreeze_into(
     expect.positive("lr", lr)
     if weight_decay is not None:
         _not_negative("weight_decay", weight_decay)
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    new = [parameter for parameter in parameters if id(parameter) not in held]
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    new = [parameter for parameter in parameters if id(parameter) not in optimized]
     if new:
         now = lr if scheduler is None else lr_now(scheduler, optimizer, lr)
         decay = {} if weight_decay is None else {"weight_decay": weight_decay}

@@ -27,9 +27,9 @@ def replace(model: nn.Module, targets: str | Sequence[str], make: Callable[[nn.M
     Raises:
         ValueError: a target that names nothing, or two of which one is inside the other; the model is as it was.
     """
-    found = _find(model, targets)
-    _put(model, {layer: expect.module("what make gives", make(layer)) for layer in found.values()})
-    return list(found)
+    chosen = _find(model, targets)
+    _put(model, {layer: expect.module("what make gives", make(layer)) for layer in chosen.values()})
+    return list(chosen)
 
 
 def inject(
@@ -58,17 +58,17 @@ def inject(
         ValueError: as for `replace` and `Layer`, a layer that has this adapter or is merged, or a part in `train` that
             is not there or holds what is adapted. The model is as it was.
     """
-    found = _find(model, targets)
+    chosen = _find(model, targets)
     must_be_merged(False, layers(model))
-    for name, layer in found.items():
+    for name, layer in chosen.items():
         try:
             _check_adapter(layer, adapter, rank, alpha, options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     train = [train] if isinstance(train, str) else list(train)
-    _check_train(model, train, layers(model) | found)
+    _check_train(model, train, layers(model) | chosen)
     new = {}
-    for layer in found.values():
+    for layer in chosen.values():
         if isinstance(layer, Layer):
             layer.add(adapter, rank, alpha, **options)
         else:
@@ -76,7 +76,7 @@ def inject(
     _put(model, new)
     finetune.train_only(model, train)
     activate(model, adapter)
-    return list(found)
+    return list(chosen)
 
 
 def layers(model: nn.Module) -> dict[str, Layer]:
@@ -90,13 +90,13 @@ def activate(model: nn.Module, *names: str) -> None:
     Raises:
         ValueError: no layer has an adapter of that name, a layer is merged, or DoRA is to be active beside another.
     """
-    found = _adapted(model)
-    there = list(dict.fromkeys(name for layer in found.values() for name in layer.adapters))
+    adapted = _adapted(model)
+    there = list(dict.fromkeys(name for layer in adapted.values() for name in layer.adapters))
     for name in names:
         if name not in there:
             raise ValueError(f"not an adapter of {type(model).__name__}: {name!r}. Choose from {there}.")
-    must_be_merged(False, found)
-    chosen = {layer: [name for name in names if name in layer.adapters] for layer in found.values()}
+    must_be_merged(False, adapted)
+    chosen = {layer: [name for name in names if name in layer.adapters] for layer in adapted.values()}
     for layer, theirs in chosen.items():
         layer._check_active(theirs)
     for layer, theirs in chosen.items():
@@ -111,14 +111,14 @@ def remove(model: nn.Module) -> list[str]:
     Returns:
         The names of the layers.
     """
-    found = _adapted(model)
-    if "" in found:
+    adapted = _adapted(model)
+    if "" in adapted:
         raise ValueError("the model must hold LoRA layers, got one that is itself a LoRA layer. Take its .base.")
-    _must_be_untied(model, {name: layer for name, layer in found.items() if layer.merged})
-    _put(model, {layer: layer.base for layer in found.values()})
-    for layer in found.values():
+    _must_be_untied(model, {name: layer for name, layer in adapted.items() if layer.merged})
+    _put(model, {layer: layer.base for layer in adapted.values()})
+    for layer in adapted.values():
         finetune.unfreeze(layer.base, layer.trained)
-    return list(found)
+    return list(adapted)
 
 
 def merge(model: nn.Module) -> None:
@@ -127,10 +127,10 @@ def merge(model: nn.Module) -> None:
     Raises:
         ValueError: a layer is merged already, or its weight is another module's too; the model is as it was.
     """
-    found = _adapted(model)
-    must_be_merged(False, found)
-    _must_be_untied(model, found)
-    for layer in found.values():
+    adapted = _adapted(model)
+    must_be_merged(False, adapted)
+    _must_be_untied(model, adapted)
+    for layer in adapted.values():
         layer.merge()
 
 
@@ -140,9 +140,9 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         ValueError: a layer is not merged; the model is as it was.
     """
-    found = _adapted(model)
-    must_be_merged(True, found)
-    for layer in found.values():
+    adapted = _adapted(model)
+    must_be_merged(True, adapted)
+    for layer in adapted.values():
         layer.unmerge()
 
 
@@ -162,14 +162,14 @@ def untie(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: not a LoRA layer, one that is merged, or one whose weight is its own already.
     """
-    found = _adapted(model)
-    if name not in found:
-        raise ValueError(f"not a LoRA layer of {type(model).__name__}: {name!r}. Choose from {listed(found)}.")
-    must_be_merged(False, {name: found[name]})
-    if not _others(model, found[name]):
+    adapted = _adapted(model)
+    if name not in adapted:
+        raise ValueError(f"not a LoRA layer of {type(model).__name__}: {name!r}. Choose from {listed(adapted)}.")
+    must_be_merged(False, {name: adapted[name]})
+    if not _other_holders(model, adapted[name]):
         raise ValueError(f"{name} must share its weight with another module, got a weight of its own. It needs no untying.")
-    weight = found[name].base.weight
-    found[name].base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    weight = adapted[name].base.weight
+    adapted[name].base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
 
 
 def _find(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -185,12 +185,12 @@ def _find(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module
         raise ValueError(f"targets must name a module of {type(model).__name__}, got none. Choose from {_close('', places)}.")
     named = {module for name, module in places if any(_ends(name, target) for target in targets)}
     first = {module: name for name, module in reversed(places) if module in named}
-    found = {name: module for name, module in places if first.get(module) == name}
-    for outer in found:
-        for inner in found:
+    chosen = {name: module for name, module in places if first.get(module) == name}
+    for outer in chosen:
+        for inner in chosen:
             if inner.startswith(f"{outer}."):
                 raise ValueError(f"targets must not lie in one another, got {outer!r} and {inner!r}. Name one of them.")
-    return found
+    return chosen
 
 
 def _put(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
@@ -234,22 +234,22 @@ def _check_train(model: nn.Module, train: list[str], adapted: dict[str, nn.Modul
 
 
 def _adapted(model: nn.Module) -> dict[str, Layer]:
-    found = layers(expect.module("model", model))
-    if not found:
+    adapted = layers(expect.module("model", model))
+    if not adapted:
         raise ValueError(f"{type(model).__name__} must have LoRA layers, got none. Call inject first.")
-    return found
+    return adapted
 
 
 def _must_be_untied(model: nn.Module, layers: dict[str, Layer]) -> None:
     """Two modules with one weight would have two weights if one were merged, and so would a checkpoint."""
     for name, layer in layers.items():
-        others = _others(model, layer)
-        if others:
+        holders = _other_holders(model, layer)
+        if holders:
             way_out = f"Call untie(model, {name!r}) first."
-            raise ValueError(f"{name} must have a weight of its own to be merged, got that of {listed(others)}. {way_out}")
+            raise ValueError(f"{name} must have a weight of its own to be merged, got that of {listed(holders)}. {way_out}")
 
 
-def _others(model: nn.Module, layer: Layer) -> list[str]:
+def _other_holders(model: nn.Module, layer: Layer) -> list[str]:
     """The names of the modules that hold the layer's own weight too."""
     weight = layer.original if layer.merged else layer.base.weight
     modules = [(name, module) for name, module in model.named_modules() if module is not layer and module is not layer.base]

@@ -286,7 +286,7 @@ def record(models: Sequence[str] = tuple(MODELS), rounds: Mapping[int, int] = RO
         rounds: {rows in a batch: how often it is timed}.
         compiled: torch.compile and AOTInductor too.
     """
-    found, models = {}, [_known(name) for name in models]
+    kept, models = {}, [_known(name) for name in models]
     with tempfile.TemporaryDirectory() as folder, _empty_caches(Path(folder)), torch.random.fork_rng(devices=[]):
         compare(nn.Linear(2, 2), torch.ones(2, 2), Path(folder) / "first", rounds=1, compiled=compiled)  # imports
         for name in models:
@@ -298,11 +298,11 @@ def record(models: Sequence[str] = tuple(MODELS), rounds: Mapping[int, int] = RO
             timed = {  # parity has run each batch once before
                 batch: _timed(done, runs, reports, rows_of(rows, batch), often, warm_up=2) for batch, often in rounds.items()
             }
-            found[name] = {row[0].name: _kept(dict(zip(timed, row, strict=True))) for row in zip(*timed.values(), strict=True)}
+            kept[name] = {row[0].name: _kept(dict(zip(timed, row, strict=True))) for row in zip(*timed.values(), strict=True)}
             print(f"{name}, batch of {max(timed)}", timed[max(timed)], sep="\n", flush=True)
     packages = ("torch", "torchvision", "transformers", "onnx", "onnxscript", "onnxruntime")
     return {
-        "models": found,
+        "models": kept,
         "machine": f"{processor()}, {platform.system()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": 1,
@@ -328,7 +328,7 @@ def _known(model: str) -> str:
 def _kept(timed: Mapping[int, Format]) -> dict:
     """One format of one model, as {rows in a batch: row}, for the file."""
     row = next(iter(timed.values()))
-    times = {str(rows): [round(number, 4) for number in one.milliseconds or ()] for rows, one in timed.items()}
+    times = {str(rows): [round(number, 4) for number in measured.milliseconds or ()] for rows, measured in timed.items()}
     return {
         "seconds": row.seconds and round(row.seconds, 3),
         "bytes": row.bytes,

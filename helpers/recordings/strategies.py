@@ -218,11 +218,11 @@ def _recordings(task: str) -> list[dict]:
 
 def _scores(task: str, recordings: list[dict]) -> dict[int, dict[str, list]]:
     """What of `RECORDED` the recordings hold, in its order."""
-    found: dict[int, dict[str, list]] = {labels: {} for labels in RECORDED[task]}
+    scores: dict[int, dict[str, list]] = {labels: {} for labels in RECORDED[task]}
     for labels, by in ((int(n), by) for recording in recordings for n, by in recording["scores"].items()):
-        found.setdefault(labels, {}).update(by)
+        scores.setdefault(labels, {}).update(by)
     return {
-        labels: {name: found[labels][name] for name in names if name in found[labels]}
+        labels: {name: scores[labels][name] for name in names if name in scores[labels]}
         for labels, names in RECORDED[task].items()
     }
 

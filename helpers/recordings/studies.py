@@ -117,7 +117,7 @@ STUDIES: dict[str, Callable[[int], dict]] = {
 def studied(study: str) -> dict[str, list]:
     """Kept results of one of `STUDIES`: {name: what was found with each draw}."""
     draws = next(recording["results"][study] for recording in _recordings() if study in recording["results"])
-    return {name: [found[name] for found in draws] for name in draws[0]}
+    return {name: [results[name] for results in draws] for name in draws[0]}
 
 
 def circumstances() -> str:
@@ -133,8 +133,8 @@ def record(kept: list[dict], processes: int = 1) -> list[dict]:
     results: dict[str, list] = {study: [] for study in missing}
     cells = [(study, draw) for study in missing for draw in range(DRAWS)]
     with ProcessPoolExecutor(processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        for (study, _), found in zip(cells, pool.map(_measure_cell, cells), strict=True):
-            results[study].append(found)
+        for (study, _), measured in zip(cells, pool.map(_measure_cell, cells), strict=True):
+            results[study].append(measured)
     return [*kept, {"results": results} | here_and_now("torch", "scikit-learn")]
 
 
@@ -164,9 +164,9 @@ def _learn(
 def _measure_cell(cell: tuple[str, int]) -> dict[str, float | list[float]]:
     torch.set_num_threads(1)
     study, draw = cell
-    found = {name: _rounded(value) for name, value in STUDIES[study](draw).items()}
-    print(*cell, found, flush=True)
-    return found
+    results = {name: _rounded(value) for name, value in STUDIES[study](draw).items()}
+    print(*cell, results, flush=True)
+    return results
 
 
 def _rounded(value: float | list[float]) -> float | list[float]:

@@ -151,14 +151,14 @@ def _probes(task: Task, arm: str, train: Examples, held_out: dict[str, Examples]
         yield {split: extract(head, table) for split, table in tables.items()}
 
 
-def plain_features(train: Tensor | list[str], *others: Tensor | list[str]) -> list[Tensor]:
+def plain_features(train: Tensor | list[str], *rest: Tensor | list[str]) -> list[Tensor]:
     """Features without a network, for `train` and for others: pixels of images, TF-IDF of texts (fitted on `train`)."""
     if isinstance(train, Tensor):
-        return [inputs.flatten(1) for inputs in (train, *others)]
+        return [inputs.flatten(1) for inputs in (train, *rest)]
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     words = TfidfVectorizer().fit(train)
-    return [torch.from_numpy(words.transform(texts).toarray()).float() for texts in (train, *others)]
+    return [torch.from_numpy(words.transform(texts).toarray()).float() for texts in (train, *rest)]
 
 
 @cache
@@ -183,5 +183,5 @@ def _trained(
 
 
 if __name__ == "__main__":
-    found = record("docstrings", labels_per_class=(2, 5, 10, 20, 50), draws=3)
-    write_text(RECORD, json.dumps({"docstrings": found}, indent=1) + "\n")
+    results = record("docstrings", labels_per_class=(2, 5, 10, 20, 50), draws=3)
+    write_text(RECORD, json.dumps({"docstrings": results}, indent=1) + "\n")

@@ -174,8 +174,8 @@ def test_unfreezing_adds_no_parameters(there_and_back):
     "there_and_back", [ours_there_and_back, falls_short(timm_there_and_back, TIMM_ANEW + "an optimizer holds the old one.")]
 )
 def test_unfreezing_leaves_the_parameters_that_an_optimizer_holds(net, there_and_back):
-    held = list(net.parameters())
-    assert all(one is other for one, other in zip(there_and_back(net).parameters(), held, strict=True))
+    parameters = list(net.parameters())
+    assert all(after is before for after, before in zip(there_and_back(net).parameters(), parameters, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -268,8 +268,8 @@ def test_one_pass_on_equal_batches_equals_torchs_update_bn_after_the_closed_form
     batches = [torch.randn(4, 1, 9, 9) + 3 * number for number in range(5)]
     theirs = copy.deepcopy(net)
     means = {place: [] for place in (1, 4)}
-    for place, found in means.items():
-        theirs[place].register_forward_pre_hook(lambda _, args, found=found: found.append(args[0].mean((0, 2, 3))))
+    for place, per_batch in means.items():
+        theirs[place].register_forward_pre_hook(lambda _, args, per_batch=per_batch: per_batch.append(args[0].mean((0, 2, 3))))
     update_bn(batches, theirs)
     recompute_statistics(net, batches)
     for place, pixels in ((1, 7 * 7), (4, 5 * 5)):
@@ -370,9 +370,9 @@ def test_every_module_keeps_its_mode(net, recompute):
 )
 def test_the_buffers_change_in_place(recompute):
     layer = nn.BatchNorm1d(64)
-    held = layer.running_mean
+    buffer = layer.running_mean
     recompute(layer, rows((7, 7)))
-    assert layer.running_mean is held
+    assert layer.running_mean is buffer
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_no_batches_are_an_error(recompute):
     ],
 )
 def test_the_cut_into_batches_does_not_matter_to_deeper_layers(net, recompute):
-    inputs, other = torch.randn(21, 1, 9, 9) * torch.linspace(0.1, 3, 21).view(-1, 1, 1, 1), copy.deepcopy(net)
+    inputs, twin = torch.randn(21, 1, 9, 9) * torch.linspace(0.1, 3, 21).view(-1, 1, 1, 1), copy.deepcopy(net)
     recompute(net, list(inputs.split(UNEVEN)))
-    recompute(other, list(inputs.split(7)))
-    torch.testing.assert_close(net[4].running_var, other[4].running_var, rtol=1e-4, atol=1e-5)
+    recompute(twin, list(inputs.split(7)))
+    torch.testing.assert_close(net[4].running_var, twin[4].running_var, rtol=1e-4, atol=1e-5)

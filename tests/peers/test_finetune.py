@@ -50,8 +50,8 @@ def by_name(model, groups, value):
     """Parameter name -> `value` of its group; fails if a parameter is in no group or in two."""
     values = [(parameter, value(group)) for group in groups for parameter in group["params"]]
     assert len(values) == len({id(parameter) for parameter, _ in values}) == len(list(model.parameters()))
-    found = {id(parameter): value for parameter, value in values}
-    return {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+    by_id = {id(parameter): value for parameter, value in values}
+    return {name: by_id[id(parameter)] for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("name", list(STAGES))
@@ -168,8 +168,8 @@ def test_every_bias_of_zeros_joins_the_optimizer(net, join):
 def test_what_the_optimizer_holds_does_not_join_twice(net, join):
     optimizer = torch.optim.SGD(net.fc.parameters(), lr=1.0)
     join(optimizer, net)
-    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    assert len(held) == len(set(held))
+    ids = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(ids) == len(set(ids))
 
 
 def assert_all_join(net, modules, join):
@@ -178,8 +178,8 @@ def assert_all_join(net, modules, join):
     optimizer = torch.optim.SGD(net.fc.parameters(), lr=1.0)
     for module in modules:
         join(optimizer, module)
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    assert held == {id(parameter) for module in (net.fc, *modules) for parameter in module.parameters()}
+    ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert ids == {id(parameter) for module in (net.fc, *modules) for parameter in module.parameters()}
     assert all(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 

@@ -55,12 +55,12 @@ def peft_quiet():
 
 def outputs_and_gradients(made, x, A, B):  # noqa: N803
     """With these numbers in A and B: outputs, and the gradients of A and B, in the shapes of ours."""
-    layer, mine, other = made
+    layer, a, b = made
     with torch.no_grad():
-        mine.copy_(A.view_as(mine))
-        other.copy_(B.view_as(other))
+        a.copy_(A.view_as(a))
+        b.copy_(B.view_as(b))
     outputs = layer(x)
-    gradients = torch.autograd.grad(outputs.square().sum() / 2, (mine, other))
+    gradients = torch.autograd.grad(outputs.square().sum() / 2, (a, b))
     return outputs, gradients[0].view_as(A), gradients[1].view_as(B)
 
 
@@ -68,8 +68,8 @@ def matrices(layer):
     return torch.randn(layer.A.shape) / 3, torch.randn(layer.B.shape) / 3
 
 
-def assert_close(one, other, tolerance=1e-6):
-    for mine, theirs in zip(one, other, strict=True):
+def assert_close(got, wanted, tolerance=1e-6):
+    for mine, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * max(1.0, theirs.abs().max().item()))
 
 
@@ -327,14 +327,14 @@ def test_unmerging_gives_every_bit_back_in_bfloat16(make):
 )
 def test_a_checkpoint_saved_while_merged_computes_the_same_when_loaded(inject, merge):
     indices = torch.randint(7, (3, 4))
-    model, other = inject(network(), ["query"])[0], inject(network(), ["query"])[0]
+    model, loaded = inject(network(), ["query"])[0], inject(network(), ["query"])[0]
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter)
     wanted = model(indices)
     merge(model)
-    other.load_state_dict(model.state_dict())
-    assert_close([other(indices)], [wanted], tolerance=1e-5)
+    loaded.load_state_dict(model.state_dict())
+    assert_close([loaded(indices)], [wanted], tolerance=1e-5)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -398,8 +398,8 @@ def test_peft_reads_what_we_save_and_computes_the_same(tmp_path, targets, option
     assert_close([theirs(indices)], [model(indices)], tolerance=1e-5)
     with peft_quiet():
         written = peft.get_peft_model_state_dict(theirs)
-    held = load_file(tmp_path / "adapter_model.safetensors")
-    assert written.keys() == held.keys() and all(torch.equal(written[key], held[key]) for key in held)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert written.keys() == saved.keys() and all(torch.equal(written[key], saved[key]) for key in saved)
 
 
 @pytest.mark.slow
@@ -423,8 +423,8 @@ def test_we_read_what_peft_saves_and_compute_the_same(tmp_path, options):
     assert load_peft(model, tmp_path) == [*LAYERS, "deep.lin"]  # peft matches ends of names
     assert_close([model(indices)], [theirs(indices)], tolerance=1e-5)
     save_peft(model, tmp_path / "again")
-    held = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again")]
-    assert held[0].keys() == held[1].keys() and all(torch.equal(held[0][key], held[1][key]) for key in held[0])
+    saved = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again")]
+    assert saved[0].keys() == saved[1].keys() and all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
     written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert peft.LoraConfig(**written).use_dora == flags.get("use_dora", False)
 
@@ -449,7 +449,7 @@ def test_tensors_that_no_layer_has_are_an_error(tmp_path, read):
     lora.inject(model, ["conv1", "lin"], rank=2)
     save_peft(randomised(model), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    held = load_file(path)
-    save_file({name.replace("model.model.", "model.model.module."): tensor.clone() for name, tensor in held.items()}, path)
+    saved = load_file(path)
+    save_file({name.replace("model.model.", "model.model.module."): tensor.clone() for name, tensor in saved.items()}, path)
     with pytest.raises(ValueError, match=r"module\.conv1"):
         read(tmp_path)

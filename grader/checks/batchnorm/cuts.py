@@ -1,6 +1,6 @@
 """What one can make of several batches in place of their joint mean and variance, for exercises 5.5 and 5.6."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from grader.experiment import Trial
 from grader.near import near
 
-OTHER = "something else"
+BEFORE, DIFFERENT = "as before", "different"
 Known = dict[str, list[Tensor]]  # a name, and the values (channels,) that it stands for
 
 _MOMENTUM = 0.1  # of a moving average: what torch's layers start with
@@ -19,69 +19,69 @@ def rows_of(batch: Tensor) -> Tensor:
     return batch.double().transpose(0, 1).flatten(1)
 
 
-def known_means(batches: list[Tensor], stored: Tensor | None = None) -> Known:
-    """Means by name; `stored` is where a moving average may begin, beside 0 and the first batch."""
-    rows = [rows_of(batch) for batch in batches]
-    together, means = torch.cat(rows, 1), torch.stack([row.mean(1) for row in rows])
-    samples = torch.tensor([len(batch) for batch in batches], dtype=torch.float64)
-    return {
-        "that of all values": [together.mean(1)],
-        "the mean of the batches' means": [means.mean(0)],
-        "counted in samples": [samples @ means / samples.sum(), together.sum(1) / samples.sum()],
-        "a moving average": _moving(means, [0 * means[0], *_there(stored)]),
-        "the last batch's": [means[-1]],
-        "that of all channels together": [together.mean().expand(len(together))],
-    }
+def known_statistics(batches: list[Tensor], stored: Mapping[str, Tensor] | None = None) -> dict[str, Known]:
+    """The means that have a name, as "mean", and the variances, as "var".
 
-
-def known_variances(batches: list[Tensor], stored: Tensor | None = None) -> Known:
-    """Variances by name; `stored` is where a moving average may begin, beside 0, 1 and the first batch."""
+    `stored` is what there was before, under the same two keys: there a moving average may begin, or at 0 and 1, or with
+    the first batch.
+    """
+    before = {key: [value.double()] for key, value in stored.items()} if stored else {"mean": [], "var": []}
     rows = [rows_of(batch) for batch in batches]
     together, means = torch.cat(rows, 1), torch.stack([row.mean(1) for row in rows])
     samples = torch.tensor([len(batch) for batch in batches], dtype=torch.float64)
     values = torch.tensor([row.shape[1] for row in rows], dtype=torch.float64)
     biased = torch.stack([row.var(1, correction=0) for row in rows])
     unbiased = biased * (values / (values - 1).clamp_min(1))[:, None]
-    weighted = samples @ means / samples.sum()
+    n = samples.sum()
+    weighted = samples @ means / n
     as_samples = samples @ (biased + (means - weighted) ** 2)
     squares = together.var(1, correction=0) * values.sum()
-    n = samples.sum()
-    return {
+    zero = torch.zeros_like(means[0])
+    mean = {
+        BEFORE: before["mean"],
+        "that of all values": [together.mean(1)],
+        "the mean of the batches' means": [means.mean(0)],
+        "counted in samples": [weighted, together.sum(1) / n],
+        "a moving average": _moving(means, [zero, *before["mean"]]),
+        "the last batch's": [means[-1]],
+        "that of all channels together": [together.mean().expand(len(together))],
+    }
+    var = {
+        BEFORE: before["var"],
         "that of all values, divided by n - 1": [squares / (values.sum() - 1)],
         "that of all values, divided by n": [squares / values.sum()],
         "the mean of the batches' variances": [
-            *(var.mean(0) for var in (biased, unbiased)),
+            *(variances.mean(0) for variances in (biased, unbiased)),
             *(weights @ biased / weights.sum() for weights in (values, samples)),
             *(weights @ unbiased / weights.sum() for weights in (values, samples, values - 1)),
         ],
         "counted in samples": [as_samples / (n - 1), as_samples / n, squares / (n - 1), squares / n],
         "a moving average": [
-            average
-            for var in (biased, unbiased)
-            for average in _moving(var, [0 * var[0], torch.ones_like(var[0]), *_there(stored)])
+            average for variances in (biased, unbiased) for average in _moving(variances, [zero, zero + 1, *before["var"]])
         ],
         "the last batch's": [biased[-1], unbiased[-1]],
         "that of all channels together": [together.var(correction=c).expand(len(together)) for c in (1, 0)],
     }
+    return {"mean": mean, "var": var}
 
 
-def which(values: Tensor, known: Known, equal: Callable[[Tensor, Tensor], bool] = near) -> str:
+def known_as(values: Tensor, known: Known, equal: Callable[[Tensor, Tensor], bool] = near) -> str:
     """The first name under which the values are known."""
-    return next((name for name, candidates in known.items() if any(equal(values, c) for c in candidates)), OTHER)
+    return next((name for name, candidates in known.items() if any(equal(values, c) for c in candidates)), DIFFERENT)
 
 
-def which_far(var: Tensor, known: Known) -> str:
+def far_known_as(var: Tensor, known: Known) -> str:
     """The same for variances of numbers far from zero, to 1 %: what is right divides by n or n - 1, it is all the same."""
-    right = known["that of all values, divided by n - 1"][0]
-    found = which(var, known, lambda values, wanted: _to_a_part(values, wanted, 0.01))
-    if found.startswith("that of all values"):
+    name = known_as(var, known, lambda values, expected: _to_a_part(values, expected, 0.01))
+    if name.startswith("that of all values"):
         return "right to 1 %"
-    return "lost in rounding: off by more than half of itself" if found == OTHER and not _to_a_part(var, right, 0.5) else found
+    lost = name == DIFFERENT and not _to_a_part(var, known["that of all values, divided by n - 1"][0], 0.5)
+    return "lost in rounding: off by more than half of itself" if lost else name
 
 
-def _to_a_part(values: Tensor, wanted: Tensor, part: float) -> bool:
-    """Whether no channel is off by more than that part of what is wanted."""
-    return bool(((values.double() - wanted).abs() <= part * wanted.abs()).all())
+def _to_a_part(values: Tensor, expected: Tensor, part: float) -> bool:
+    """Whether no channel is off by more than that part of what is expected."""
+    return bool(((values.double() - expected).abs() <= part * expected.abs()).all())
 
 
 def uneven(trial: Trial, sizes: list[tuple[int, ...]], channels: int, offset: float = 0.0, unit: float = 1.0) -> list[Tensor]:
@@ -107,7 +107,3 @@ def _moving(each: Tensor, starts: list[Tensor]) -> list[Tensor]:
             average = (1 - _MOMENTUM) * average + _MOMENTUM * batch
         averages.append(average)
     return averages
-
-
-def _there(stored: Tensor | None) -> list[Tensor]:
-    return [] if stored is None else [stored.double()]

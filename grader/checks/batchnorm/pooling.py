@@ -1,16 +1,28 @@
 """Exercise 5.5: mean and variance over batches, as if they were one."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from grader.checks.batchnorm.cuts import known_means, known_variances, rows_of, uneven, which, which_far
+from grader.checks.batchnorm.cuts import far_known_as, known_as, known_statistics, rows_of, uneven
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor, wrong_return
 from helpers.batchnorm import pooled_statistics
 
 exercise = Exercise(__name__, "5.5", pooled_statistics)
+
+
+def _pooled(subject, batches: Iterable[Tensor], drawn: list[Tensor]) -> dict[str, Tensor]:
+    """What the subject makes of the batches, which have the channels of those drawn; or a sentence about its form."""
+    pair = subject(batches)
+    if not isinstance(pair, tuple | list | Tensor) or len(pair) != 2:
+        raise wrong_return("pooled_statistics must return mean and var", pair)
+    channels = drawn[0].shape[1]
+    return {
+        name: expect_tensor(values, (channels,), name).detach().clone()
+        for name, values in zip(("mean", "var"), pair, strict=True)
+    }
 
 
 @exercise.experiment("mean of all values")
@@ -22,7 +34,7 @@ class MeanOfAllValues(Experiment):
         return {"mean": _pooled(subject, inputs["batches"], inputs["batches"])["mean"]}
 
     def facts(self, raw, inputs):
-        return {"the mean is": which(raw["mean"], known_means(inputs["batches"]))}
+        return {"the mean is": known_as(raw["mean"], known_statistics(inputs["batches"])["mean"])}
 
 
 @exercise.experiment("variance of all values")
@@ -33,7 +45,7 @@ class VarianceOfAllValues(MeanOfAllValues):
         return {"var": _pooled(subject, inputs["batches"], inputs["batches"])["var"]}
 
     def facts(self, raw, inputs):
-        return {"the variance is": which(raw["var"], known_variances(inputs["batches"]))}
+        return {"the variance is": known_as(raw["var"], known_statistics(inputs["batches"])["var"])}
 
 
 @exercise.experiment("every position counts")
@@ -52,15 +64,15 @@ class FarFromZero(Experiment):
         return {"far": far, "near": [batch - 100 for batch in far]}  # exact: the difference of two near float32 numbers
 
     def measure(self, subject, inputs):
-        found = {name: _pooled(subject, batches, batches)["var"] for name, batches in inputs.items()}
-        return {name: var.nan_to_num(-1, -1, -1) for name, var in found.items()}  # NaN is no variance, and neither is -1
+        variances = {name: _pooled(subject, batches, batches)["var"] for name, batches in inputs.items()}
+        return {name: var.nan_to_num(-1, -1, -1) for name, var in variances.items()}  # NaN is no variance, and neither is -1
 
     def facts(self, raw, inputs):
-        words = {name: which_far(raw[name], known_variances(inputs[name])) for name in inputs}
+        words = {name: far_known_as(raw[name], known_statistics(inputs[name])["var"]) for name in inputs}
         return {"the variance is": words["far"], "that of the same values less 100 is": words["near"]}
 
     def notes(self, raw, inputs):
-        right = known_variances(inputs["far"])["that of all values, divided by n - 1"][0]
+        right = known_statistics(inputs["far"])["var"]["that of all values, divided by n - 1"][0]
         return {"the variance is": f"such as {raw['far'][0]:.2g} where {right[0]:.2g} is right"}
 
 
@@ -70,16 +82,15 @@ class BatchesOfOneValue(Experiment):
         return {"batches": [*uneven(trial, [(1,), (4,), (1,), (1,)], 4), *uneven(trial, [(7,)], 4)]}
 
     def measure(self, subject, inputs):
-        var = _pooled(subject, inputs["batches"], inputs["batches"])["var"]
-        return {"finite": bool(var.isfinite().all()), "var": var.nan_to_num(0, 0, 0)}
+        return _variance(subject, inputs["batches"], inputs["batches"])
 
     def facts(self, raw, inputs):
-        found = which(raw["var"], known_variances(inputs["batches"])) if raw["finite"] else "NaN or infinite"
-        return {"the variance is": found}
+        known = known_statistics(inputs["batches"])["var"] | {"0": [torch.tensor(0.0)]}
+        return {"the variance is": known_as(raw["var"], known) if raw["finite"] else "NaN or infinite"}
 
 
 @exercise.experiment("nothing kept")
-class NothingKept(Experiment):
+class NothingKept(BatchesOfOneValue):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -89,26 +100,18 @@ class NothingKept(Experiment):
 
     def measure(self, subject, inputs):
         held: list[int] = []
-        var = _pooled(subject, _one_by_one(inputs["batches"], held), inputs["batches"])["var"]
-        return {"held": max(held, default=0), "finite": bool(var.isfinite().all()), "var": var.nan_to_num(0, 0, 0)}
+        variance = _variance(subject, _one_by_one(inputs["batches"], held), inputs["batches"])
+        return variance | {"held": max(held, default=0)}
 
     def facts(self, raw, inputs):
-        known = known_variances(inputs["batches"]) | {"0": [torch.zeros(len(raw["var"]), dtype=torch.float64)]}
-        return {
-            "the variance is": which(raw["var"], known) if raw["finite"] else "NaN or infinite",
-            "batches in memory at once": "few" if raw["held"] <= len(inputs["batches"]) // 2 else "most of them",
-        }
+        few = raw["held"] <= len(inputs["batches"]) // 2
+        return super().facts(raw, inputs) | {"batches in memory at once": "few" if few else "most of them"}
 
 
-def _pooled(subject, batches, drawn: list[Tensor]) -> dict[str, Tensor]:
-    pair = subject(batches)
-    if not isinstance(pair, tuple | list | Tensor) or len(pair) != 2:
-        raise wrong_return("pooled_statistics must return mean and var", pair)
-    channels = drawn[0].shape[1]
-    return {
-        name: expect_tensor(values, (channels,), name).detach().clone()
-        for name, values in zip(("mean", "var"), pair, strict=True)
-    }
+def _variance(subject, batches: Iterable[Tensor], drawn: list[Tensor]) -> dict:
+    """The variance, and whether it is finite: here that is a fact like any other."""
+    var = _pooled(subject, batches, drawn)["var"]
+    return {"finite": bool(var.isfinite().all()), "var": var.nan_to_num(0, 0, 0)}
 
 
 def _one_by_one(batches: list[Tensor], held: list[int]) -> Iterator[Tensor]:
@@ -122,17 +125,19 @@ def _one_by_one(batches: list[Tensor], held: list[int]) -> Iterator[Tensor]:
         held.append(sum(storage() is not None for storage in given))
 
 
-def _summary(batch: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Number of values per channel, their mean and their sum of squared deviations."""
+Summary = tuple[int, Tensor, Tensor]  # the number of values per channel, their mean, their sum of squared deviations
+
+
+def _summary(batch: Tensor) -> Summary:
     rows = rows_of(batch)
     return rows.shape[1], rows.mean(1), rows.var(1, correction=0) * rows.shape[1]
 
 
-def _merge(summaries) -> tuple[int, Tensor, Tensor]:
-    n, mean, squares = next(summaries := iter(summaries))
-    for count, other, more in summaries:
-        shift = other - mean
-        squares = squares + more + shift**2 * n * count / (n + count)
+def _merge(summaries: Iterable[Summary]) -> Summary:
+    n, mean, squares = 0, 0.0, 0.0
+    for count, its_mean, its_squares in summaries:
+        shift = its_mean - mean
+        squares = squares + its_squares + shift**2 * n * count / (n + count)
         mean = mean + shift * count / (n + count)
         n += count
     return n, mean, squares
@@ -177,13 +182,13 @@ def moving_average(batches):
 @exercise.misconception("last batch only")
 def last_batch_only(batches):
     for batch in batches:
-        n, mean, squares = _summary(batch)
-    return mean.float(), (squares / max(1, n - 1)).float()
+        summary = _summary(batch)
+    return _finish(*summary)
 
 
 @exercise.misconception("divided by n")
 def divided_by_n(batches):
-    n, mean, squares = _merge(_summary(batch) for batch in batches)
+    n, mean, squares = _merge(map(_summary, batches))
     return mean.float(), (squares / n).float()
 
 
@@ -191,8 +196,8 @@ def divided_by_n(batches):
 def channels_pooled_too(batches):
     summaries = []
     for batch in batches:
-        summaries.append(_summary(batch.reshape(-1, 1)))
         channels = batch.shape[1]
+        summaries.append(_summary(batch.reshape(-1, 1)))
     return tuple(values.expand(channels) for values in _finish(*_merge(summaries)))
 
 
@@ -204,12 +209,7 @@ def samples_counted(batches):
 
 @exercise.misconception("read twice")
 def read_twice(batches):
-    n, mean = 0, 0.0
-    for batch in batches:
-        rows = rows_of(batch)
-        mean = mean + rows.sum(1)
-        n += rows.shape[1]
-    mean = mean / n
+    n, mean, _ = _merge(map(_summary, batches))
     squares = torch.zeros_like(mean)
     for batch in batches:
         squares += (rows_of(batch) - mean[:, None]).square().sum(1)

@@ -2,11 +2,14 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
+from grader.checks import traces
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number
 from grader.near import near
 from helpers import expect
@@ -52,27 +55,42 @@ class TheWorstElement(Experiment):
         return {"the error": figure, "`index`": where if figure == RIGHT else None}
 
 
+class _ThreeSizes(Experiment):
+    """Draws three batch sizes, of which the second is the smallest and the one to name."""
+
+    def draw(self, trial: Trial) -> dict:
+        small, middle, large = trial.integer(2, 3), trial.integer(4, 5), trial.integer(6, 8)
+        return {"inputs": trial.normal(large + 3, 3), "sizes": [middle, small, large]}
+
+    def ask(self, subject, inputs: dict, change: Callable[[Tensor], Tensor], sizes: Sequence[int] = ()) -> dict:
+        """Ask about a model whose outputs are all 1, where it is the same how differences are divided and averaged."""
+        sizes = sizes or inputs["sizes"]
+        model = _Table(inputs["inputs"], inputs["inputs"].new_ones(len(inputs["inputs"]), WIDTH))
+        table = copy.deepcopy(model)
+        answer = _ask(subject, model, lambda x: change(table(x)), inputs["inputs"], sizes)
+        named = {sizes[1]: "the worst", None: "None"}.get(answer["batch_size"], "another")
+        return answer | {"batch_size": named}
+
+
 @exercise.experiment("every batch size")
-class EveryBatchSize(Experiment):
+class EveryBatchSize(_ThreeSizes):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        return _sizes(trial) | {"unit": 0.01 + 0.01 * torch.rand((), generator=trial.generator).item()}
+        return super().draw(trial) | {"unit": 0.01 + 0.01 * torch.rand((), generator=trial.generator).item()}
 
     def measure(self, subject, inputs):
         errors = dict(zip(inputs["sizes"], (2, 5, 3), strict=True))
-        return _with_ones(subject, inputs, lambda out: out + inputs["unit"] * errors.get(len(out), 1))
+        return self.ask(subject, inputs, lambda out: out + inputs["unit"] * errors.get(len(out), 1))
 
     def facts(self, raw, inputs):
-        worst, others = [5 * inputs["unit"]], [of * inputs["unit"] for of in (1, 2, 3)]
-        known = {"that of the worst batch size": worst, "that of another batch size": others, "0": [0.0]}
-        figure = _figure(raw, known)
-        named = _batch_size(raw, inputs["sizes"]) if figure == "that of the worst batch size" else None
-        return {"the error": figure, "`batch_size`": named}
+        worst, another = [5 * inputs["unit"]], [times * inputs["unit"] for times in (1, 2, 3)]
+        figure = _figure(raw, {"that of the worst batch size": worst, "that of another batch size": another, "0": [0.0]})
+        return {"the error": figure, "`batch_size`": raw["batch_size"] if figure == "that of the worst batch size" else None}
 
 
 @exercise.experiment("modes")
-class Modes(Experiment):
+class Modes(_ThreeSizes):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
@@ -80,27 +98,23 @@ class Modes(Experiment):
         model = nn.Sequential(nn.Linear(3, 48), nn.BatchNorm1d(48), dropouts, nn.Linear(48, 4))
         model[1].eval()  # frozen
         dropouts[trial.integer(0, 1)].eval()
-        return _sizes(trial) | {"model": model}
+        return super().draw(trial) | {"model": model}
 
     def measure(self, subject, inputs):
         model = inputs["model"]
         raw = _ask(subject, model, copy.deepcopy(model).eval(), inputs["inputs"], inputs["sizes"])
-        return raw | {"modes": [module.training for module in model.modules()]}
+        return raw | {"traces": traces.of(model)}
 
     def facts(self, raw, inputs):
-        modes = list(zip((module.training for module in inputs["model"].modules()), raw["modes"], strict=True))
         far = "far from 0" if raw["kind"] == "a number" else raw["kind"]
-        return {
-            "the error of an exact export": "0, or nearly" if far == "far from 0" and near(raw["error"], 0) else far,
-            "modules that came in train mode": _now({now for was, now in modes if was}),
-            "modules that came in eval mode": _now({now for was, now in modes if not was}),
-        }
+        error = {"the error of an exact export": "0, or nearly" if far == "far from 0" and near(raw["error"], 0) else far}
+        return error | traces.changes(inputs["model"], raw["traces"], "modes")
 
 
 @exercise.experiment("not finite")
-class NotFinite(Experiment):
+class NotFinite(_ThreeSizes):
     def draw(self, trial: Trial) -> dict:
-        drawn = _sizes(trial)
+        drawn = super().draw(trial)
         return drawn | {"place": [trial.integer(0, drawn["sizes"][1] - 1), trial.integer(1, WIDTH - 1)]}
 
     def measure(self, subject, inputs):
@@ -112,41 +126,31 @@ class NotFinite(Experiment):
                 out[row, column] = math.nan
             return out
 
-        return _with_ones(subject, inputs, spoil)
+        return self.ask(subject, inputs, spoil)
 
     def facts(self, raw, inputs):
-        named = _batch_size(raw, inputs["sizes"]) if raw["kind"] == "infinite" else None
-        return {"the error": raw["kind"], "`batch_size`": named}
+        return {"the error": raw["kind"], "`batch_size`": raw["batch_size"] if raw["kind"] == "infinite" else None}
 
 
 @exercise.experiment("another shape")
-class AnotherShape(Experiment):
-    def draw(self, trial: Trial) -> dict:
-        drawn = _sizes(trial)
-        middle, _, large = drawn["sizes"]
-        return drawn | {"sizes with 1": [middle, 1, large]}
-
+class AnotherShape(_ThreeSizes):
     def measure(self, subject, inputs):
-        small = inputs["sizes"][1]
-        column = _with_ones(subject, inputs, lambda out: out[:, :1] if len(out) == small else out)
-        squeezed = _with_ones(subject, inputs | {"sizes": inputs["sizes with 1"]}, torch.squeeze)
-        return {"column": column, "squeezed": squeezed}
+        middle, small, large = inputs["sizes"]
+        column = self.ask(subject, inputs, lambda out: out[:, :1] if len(out) == small else out)
+        return {"column": column, "squeezed": self.ask(subject, inputs, torch.squeeze, [middle, 1, large])}
 
     def facts(self, raw, inputs):
         column, squeezed = raw["column"], raw["squeezed"]
-        named = [_batch_size(column, inputs["sizes"]), _batch_size(squeezed, inputs["sizes with 1"])]
+        infinite = column["kind"] == squeezed["kind"] == "infinite"
         return {
             f"(b, 1) in place of (b, {WIDTH}): the error": column["kind"],
             f"({WIDTH},) in place of (1, {WIDTH}): the error": squeezed["kind"],
-            "`batch_size` of each": named if column["kind"] == squeezed["kind"] == "infinite" else None,
+            "`batch_size` of each": [column["batch_size"], squeezed["batch_size"]] if infinite else None,
         }
 
 
 @exercise.experiment("refusal")
-class Refusal(Experiment):
-    def draw(self, trial: Trial) -> dict:
-        return _sizes(trial)
-
+class Refusal(_ThreeSizes):
     def measure(self, subject, inputs):
         # The types that TorchScript and torch.export raise where a batch size was built in.
         refusals = RuntimeError("shape '[2, 3]' is invalid"), AssertionError("Guard failed: input.size()[0] == 2")
@@ -159,17 +163,17 @@ class Refusal(Experiment):
             return out + 0.01
 
         try:
-            return _with_ones(subject, inputs, refuse)
+            return self.ask(subject, inputs, refuse)
         except Exception as error:
             if error is not refusal:
                 raise
             return {"kind": "none, the exception came through"}
 
     def facts(self, raw, inputs):
-        infinite = all(one["kind"] == "infinite" for one in raw.values())
+        infinite = all(answer["kind"] == "infinite" for answer in raw.values())
         return {
-            **{f"a batch size refused with {name}: the error": one["kind"] for name, one in raw.items()},
-            "`batch_size` of each": [_batch_size(one, inputs["sizes"]) for one in raw.values()] if infinite else None,
+            **{f"a batch size refused with {name}: the error": answer["kind"] for name, answer in raw.items()},
+            "`batch_size` of each": [answer["batch_size"] for answer in raw.values()] if infinite else None,
         }
 
 
@@ -185,34 +189,20 @@ class _Table(nn.Module):
         return self.outputs[(x[:, None] == self.inputs).all(-1).float().argmax(1)]
 
 
-def _sizes(trial: Trial) -> dict:
-    """Three batch sizes, of which the second is the smallest, and more inputs than the largest needs."""
-    small, middle, large = trial.integer(2, 3), trial.integer(4, 5), trial.integer(6, 8)
-    return {"inputs": trial.normal(large + 3, 3), "sizes": [middle, small, large]}
-
-
-def _with_ones(subject, inputs: dict, change: Callable[[Tensor], Tensor]) -> dict:
-    """Ask about a model whose outputs are all 1, where it is the same how differences are divided and averaged."""
-    model = _Table(inputs["inputs"], inputs["inputs"].new_ones(len(inputs["inputs"]), WIDTH))
-    exported = copy.deepcopy(model)
-    return _ask(subject, model, lambda x: change(exported(x)), inputs["inputs"], inputs["sizes"])
-
-
 def _ask(subject, model: nn.Module, exported: Callable, inputs: Tensor, sizes: Sequence[int]) -> dict:
-    """What the subject says, in a form without NaN and infinity."""
-    said = subject(model, exported, inputs, tuple(sizes))
-    if not isinstance(said, dict) or not {"error", "batch_size", "index"} <= said.keys():
-        came = f"a dict with {sorted(map(str, said))}" if isinstance(said, dict) else expect.describe(said)
-        question = " Is there a return?" if said is None else ""
+    """What the subject answers, in a form without NaN and infinity."""
+    answer = subject(model, exported, inputs, tuple(sizes))
+    if not isinstance(answer, dict) or not {"error", "batch_size", "index"} <= answer.keys():
+        came = f"a dict with {sorted(map(str, answer))}" if isinstance(answer, dict) else expect.describe(answer)
+        question = " Is there a return?" if answer is None else ""
         raise WrongReturn(f"largest_error must return a dict with 'error', 'batch_size' and 'index', got {came}.{question}")
-    error = expect_number(said["error"], "'error'")
+    error, size = expect_number(answer["error"], "'error'"), answer["batch_size"]
     kind = "NaN" if math.isnan(error) else "a number" if math.isfinite(error) else "infinite"
-    size = said["batch_size"]
     return {
         "kind": kind,
         "error": error if kind == "a number" else 0.0,
         "batch_size": None if size is None else expect_number(size, "'batch_size'"),
-        "index": _index(said["index"]),
+        "index": _index(answer["index"]),
     }
 
 
@@ -255,166 +245,80 @@ def _figure(raw: dict, known: dict[str, list[float]]) -> str:
     """Which of the known figures the error is, to within 2 %: there may be an epsilon in what it was divided by."""
     if raw["kind"] != "a number":
         return raw["kind"]
-    least = min(abs(one) for several in known.values() for one in several if one)
+    least = min(abs(figure) for figures in known.values() for figure in figures if figure)
     error = 0.0 if near(raw["error"], 0, scale=least) else raw["error"]  # softmax makes nearly 0 of equal differences
-    found = (word for word, several in known.items() if any(abs(error - one) <= 0.02 * abs(one) for one in several))
-    return next(found, "another number")
+    for name, figures in known.items():
+        if any(abs(error - figure) <= 0.02 * abs(figure) for figure in figures):
+            return name
+    return "another number"
 
 
-def _batch_size(raw: dict, sizes: list[int]) -> str:
-    return "the worst" if raw["batch_size"] == sizes[1] else "None" if raw["batch_size"] is None else "another"
+def _worst(rows):
+    return max(rows, key=itemgetter("error"))
 
 
-def _now(modes: set[bool]) -> str:
-    return "some in train, some in eval mode" if len(modes) > 1 else "in train mode" if True in modes else "in eval mode"
+def _worst_but_nan(rows):
+    return _worst([row for row in rows if row["error"] >= 0])
 
 
-class _Comparison:
+@contextmanager
+def _trained_afterwards(model: nn.Module) -> Iterator[None]:
+    yield
+    model.train()
+
+
+def in_pieces(
+    model,
+    exported,
+    inputs,
+    batch_sizes,
+    evaluated=nn.Module.eval,
+    keeping=traces.kept,
+    caught=Exception,
+    skipped=(),
+    broadcast=False,
+    errors=lambda wanted, got: (got - wanted).abs() / wanted.abs().max(),
+    nan=math.inf,
+    figure=torch.max,
+    choose=_worst,
+):
     """A right solution, in pieces that a misconception replaces."""
-
-    for_nan = math.inf
-
-    def __new__(cls, model, exported, inputs, batch_sizes):
-        self = super().__new__(cls)
-        modes = {module: module.training for module in model.modules()}
-        self.prepare(model)
-        found = []
-        with torch.no_grad():
-            for size in batch_sizes:
-                wanted = model(inputs[:size])
-                try:
-                    error, index = self.compare(wanted, self.run(exported, inputs[:size]))
-                except _LeftOut:
-                    continue
-                found.append({"error": error, "batch_size": size, "index": index})
-        self.put_back(model, modes)
-        return self.choose(found)
-
-    def prepare(self, model):
-        model.eval()
-
-    def put_back(self, model, modes):
-        for module, mode in modes.items():
-            module.training = mode
-
-    def run(self, exported, batch):
-        try:
-            return exported(batch)
-        except Exception:
-            return None
-
-    def comparable(self, wanted, got):
-        return got.shape == wanted.shape
-
-    def compare(self, wanted, got):
-        if got is None or not self.comparable(wanted, got):
-            return math.inf, None
-        errors = self.errors(wanted, got)
-        errors = torch.where(errors.isnan(), self.for_nan, errors)
-        return self.one(errors).item(), tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
-
-    def errors(self, wanted, got):
-        return (got - wanted).abs() / wanted.abs().max()
-
-    def one(self, errors):
-        return errors.max()
-
-    def choose(self, found):
-        return max(found, key=lambda one: one["error"])
+    rows = []
+    with keeping(model), torch.no_grad():
+        evaluated(model)
+        for size in batch_sizes:
+            wanted = model(inputs[:size])
+            row = {"error": math.inf, "batch_size": size, "index": None}
+            try:
+                got = exported(inputs[:size])
+            except skipped:
+                continue
+            except caught:
+                got = None
+            if got is not None and (broadcast or got.shape == wanted.shape):
+                each = errors(wanted, got)
+                each = torch.where(each.isnan(), nan, each)
+                row |= {"error": figure(each).item(), "index": torch.unravel_index(each.argmax(), each.shape)}
+            rows.append(row)
+    return choose(rows)
 
 
-class _LeftOut(Exception):
-    """Of the comparison: a batch size."""
-
-
-@exercise.misconception("each element by itself")
-class EachElementByItself(_Comparison):
-    def errors(self, wanted, got):
-        return (got - wanted).abs() / wanted.abs()
-
-
-@exercise.misconception("not relative")
-class NotRelative(_Comparison):
-    def errors(self, wanted, got):
-        return (got - wanted).abs()
-
-
-@exercise.misconception("an average")
-class AnAverage(_Comparison):
-    def one(self, errors):
-        return errors.mean()
-
-
-@exercise.misconception("differences with their sign")
-class DifferencesWithTheirSign(_Comparison):
-    def errors(self, wanted, got):
-        return (got - wanted) / wanted.abs().max()
-
-
-@exercise.misconception("probabilities compared")
-class ProbabilitiesCompared(_Comparison):
-    def errors(self, wanted, got):
-        return (got.softmax(-1) - wanted.softmax(-1)).abs()
-
-
-@exercise.misconception("only the predicted classes")
-class OnlyThePredictedClasses(_Comparison):
-    def errors(self, wanted, got):
-        return (got.argmax(-1) != wanted.argmax(-1)).float()
-
-
-@exercise.misconception("one batch size")
-class OneBatchSize(_Comparison):
-    def choose(self, found):
-        return found[-1]
-
-
-@exercise.misconception("compared in train mode")
-class ComparedInTrainMode(_Comparison):
-    def prepare(self, model):
-        pass
-
-
-@exercise.misconception("left in eval mode")
-class LeftInEvalMode(_Comparison):
-    def put_back(self, model, modes):
-        pass
-
-
-@exercise.misconception("every module to train mode")
-class EveryModuleToTrainMode(_Comparison):
-    def put_back(self, model, modes):
-        model.train()
-
-
-@exercise.misconception("NaN never larger")
-class NanNeverLarger(_Comparison):
-    for_nan = math.nan
-
-    def choose(self, found):
-        worst = {"error": -1.0, "batch_size": None, "index": None}
-        for one in found:
-            if one["error"] > worst["error"]:
-                worst = one
-        return worst
-
-
-@exercise.misconception("shapes that broadcast")
-class ShapesThatBroadcast(_Comparison):
-    def comparable(self, wanted, got):
-        return True
-
-
-@exercise.misconception("the refusal passed on")
-class TheRefusalPassedOn(_Comparison):
-    def run(self, exported, batch):
-        return exported(batch)
-
-
-@exercise.misconception("the refused batch size left out")
-class TheRefusedBatchSizeLeftOut(_Comparison):
-    def run(self, exported, batch):
-        try:
-            return exported(batch)
-        except Exception:
-            raise _LeftOut from None
+exercise.misconceptions_of(
+    in_pieces,
+    {
+        "each element by itself": {"errors": lambda wanted, got: (got - wanted).abs() / wanted.abs()},
+        "not relative": {"errors": lambda wanted, got: (got - wanted).abs()},
+        "an average": {"figure": torch.mean},
+        "differences with their sign": {"errors": lambda wanted, got: (got - wanted) / wanted.abs().max()},
+        "probabilities compared": {"errors": lambda wanted, got: (got.softmax(-1) - wanted.softmax(-1)).abs()},
+        "only the predicted classes": {"errors": lambda wanted, got: (got.argmax(-1) != wanted.argmax(-1)).float()},
+        "one batch size": {"choose": itemgetter(-1)},
+        "compared in train mode": {"evaluated": lambda model: model},
+        "left in eval mode": {"keeping": nullcontext},
+        "every module to train mode": {"keeping": _trained_afterwards},
+        "NaN never larger": {"nan": math.nan, "choose": _worst_but_nan},
+        "shapes that broadcast": {"broadcast": True},
+        "the refusal passed on": {"caught": ()},
+        "the refused batch size left out": {"skipped": Exception},
+    },
+)

@@ -5,12 +5,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from grader.checks import traces
 from grader.checks.export import parity
 from grader.experiment import Exercise, Trial, WrongReturn
 from helpers.export import to_onnx
@@ -21,34 +23,39 @@ INPUT, OUTPUT = "input", "output"
 NEEDED = "onnx", "onnxscript", "onnxruntime"
 
 
-@exercise.experiment("any batch size")
-class AnyBatchSize(parity.Exporting):
+class _ToOnnx(parity.Exporting):
+    """What the experiments of this exercise share."""
+
     points = 2
 
-    def draw(self, trial: Trial) -> dict:
-        width = trial.integer(3, 5)
-        return {
-            "model": nn.Sequential(nn.Linear(width, 3)).eval(),
-            "example": trial.normal(parity.rows(trial), width),
-            "batches": parity.batches(trial, width),
-        }
-
-    def measure(self, subject, inputs):
+    def outputs(self, subject, inputs: dict) -> parity.Outputs:
         with _folder() as folder:
             run, _ = _opened(_exported(subject, inputs, folder))
-            return {"outputs": parity.outputs(run, inputs["batches"])}
+            return parity.outputs(run, inputs["batches"])
+
+    def whose(self, raw: dict, inputs: dict) -> str | None:
+        softmax = {"the softmax of the model's": lambda logits: logits.softmax(1)}
+        return parity.whose(raw["outputs"], inputs["model"], inputs["batches"], **softmax)
+
+
+@exercise.experiment("any batch size")
+class AnyBatchSize(_ToOnnx):
+    def draw_models(self, trial, width):
+        return {"model": nn.Sequential(nn.Linear(width, 3)).eval()}
+
+    def measure(self, subject, inputs):
+        return {"outputs": self.outputs(subject, inputs)}
 
     def facts(self, raw, inputs):
-        return {parity.BATCHES: parity.sizes(raw["outputs"]), "outputs": _whose(raw, inputs)}
+        return {parity.BATCHES: parity.sizes(raw["outputs"]), "outputs": self.whose(raw, inputs)}
 
 
 @exercise.experiment("one file")
-class OneFile(parity.Exporting):
-    points = 2
+class OneFile(_ToOnnx):
+    widths = 36, 48  # small tensors stay in the file in any case: up to 256 bytes, in onnx_ir
 
-    def draw(self, trial: Trial) -> dict:
-        width = trial.integer(36, 48)  # small tensors stay in the file in any case: up to 256 bytes, in onnx_ir
-        return {"model": nn.Sequential(nn.Linear(width, 12)).eval(), "example": trial.normal(parity.rows(trial), width)}
+    def draw_models(self, trial, width):
+        return {"model": nn.Sequential(nn.Linear(width, 12)).eval()}
 
     def measure(self, subject, inputs):
         with _folder() as folder, _folder() as elsewhere:
@@ -64,8 +71,8 @@ class OneFile(parity.Exporting):
         given, answer = raw["names"]
         return {
             "a copy of the file in another folder": raw["alone"],
-            "name of the input": _name(given, INPUT),
-            "name of the output": _name(answer, OUTPUT),
+            "name of the input": INPUT if given == INPUT else "another",
+            "name of the output": OUTPUT if answer == OUTPUT else "another",
         }
 
     def notes(self, raw, inputs):
@@ -73,31 +80,21 @@ class OneFile(parity.Exporting):
 
 
 @exercise.experiment("eval mode")
-class EvalMode(parity.Exporting):
-    points = 2
-
+class EvalMode(_ToOnnx):
     def draw(self, trial: Trial) -> dict:
-        width = trial.integer(3, 5)
-        model = nn.Sequential(nn.Dropout(0.5), parity.norm(trial, width), nn.Linear(width, 3))
-        model[1].eval()  # a BatchNorm that is frozen
-        return {"model": model, "example": trial.normal(1, width), "batches": parity.batches(trial, width)}
+        inputs = super().draw(trial)
+        return inputs | {"example": inputs["example"][:1]}
+
+    def draw_models(self, trial, width):
+        model = nn.Sequential(parity.body(trial, width), nn.Linear(width, 3))
+        model[0][0].eval()  # a BatchNorm that is frozen
+        return {"model": model}
 
     def measure(self, subject, inputs):
-        with _folder() as folder:
-            run, _ = _opened(_exported(subject, inputs, folder))
-            return {"outputs": parity.outputs(run, inputs["batches"]), "modes": parity.modes(inputs["model"])}
+        return {"outputs": self.outputs(subject, inputs), "traces": traces.of(inputs["model"])}
 
     def facts(self, raw, inputs):
-        return {"outputs": _whose(raw, inputs), "modes afterwards": parity.modes_now(inputs["model"], raw["modes"])}
-
-
-def _whose(raw: dict, inputs: dict) -> str | None:
-    softmax = {"the softmax of the model's": lambda logits: logits.softmax(1)}
-    return parity.whose(raw["outputs"], inputs["model"], inputs["batches"], **softmax)
-
-
-def _name(got: str, wanted: str) -> str:
-    return wanted if got == wanted else "another"
+        return {"outputs": self.whose(raw, inputs)} | traces.changes(inputs["model"], raw["traces"], "modes")
 
 
 @contextmanager
@@ -147,50 +144,19 @@ def _opened(path: str | Path) -> tuple[Callable[[Tensor], Tensor], tuple[str, st
     return lambda x: torch.from_numpy(session.run([answer], {given: x.cpu().numpy()})[0]), (given, answer)
 
 
-def _export(model: nn.Module, example: Tensor, path: Path, **changes: object) -> None:
+def _export(model: nn.Module, example: Tensor, path: Path, doubled: bool = True, **changes: object) -> None:
+    rows = torch.cat([example, example]) if doubled else example
     options = {"dynamic_shapes": ({0: "batch"},), "input_names": [INPUT], "output_names": [OUTPUT], "external_data": False}
-    rows = torch.cat([example, example])
     torch.onnx.export(model, (rows,), path, dynamo=True, verbose=False, **options | changes)
 
 
-@exercise.misconception("the example's batch size only")
-def the_examples_batch_size_only(model, example, path):
-    with parity.evaluating(model):
-        torch.onnx.export(
-            model, (example,), path, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], external_data=False, verbose=False
-        )
-
-
-@exercise.misconception("train mode exported")
-def train_mode_exported(model, example, path):
-    _export(model, example, path)
-
-
-@exercise.misconception("left in eval mode")
-def left_in_eval_mode(model, example, path):
-    _export(model.eval(), example, path)
-
-
-@exercise.misconception("one mode for all modules")
-def one_mode_for_all_modules(model, example, path):
-    training = model.training
-    _export(model.eval(), example, path)
-    model.train(training)
-
-
-@exercise.misconception("probabilities exported")
-def probabilities_exported(model, example, path):
-    with parity.evaluating(model):
-        _export(nn.Sequential(model, nn.Softmax(1)).eval(), example, path)
-
-
-@exercise.misconception("weights in a second file")
-def weights_in_a_second_file(model, example, path):
-    with parity.evaluating(model):
-        _export(model, example, path, external_data=True)
-
-
-@exercise.misconception("names left to the exporter")
-def names_left_to_the_exporter(model, example, path):
-    with parity.evaluating(model):
-        _export(model, example, path, input_names=None, output_names=None)
+exercise.misconceptions_of(
+    partial(parity.in_eval_mode, export=_export),
+    {
+        "the example's batch size only": {"dynamic_shapes": None, "doubled": False},
+        "probabilities exported": {"evaluated": lambda model: nn.Sequential(model, nn.Softmax(1)).eval()},
+        "weights in a second file": {"external_data": True},
+        "names left to the exporter": {"input_names": None, "output_names": None},
+        **{key: change for key, change in parity.MODES.items() if key != "not restored after an error"},
+    },
+)

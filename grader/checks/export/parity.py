@@ -1,55 +1,135 @@
-"""What the checks of exports share: whose outputs these are, at which batch sizes, and what became of the model's modes."""
+"""What the checks of exports share: models to export, what their exports compute, and mistakes about modes."""
 
 import copy
 import logging
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from grader.checks import traces
+from grader.checks.networks import trained
 from grader.experiment import Experiment, Trial, expect_tensor
 from grader.near import near
 
-MODEL, OTHERS = "the model's in eval mode", "different"
+MODEL = "the model's in eval mode"
 SIZES = 1, 4, 8
 BATCHES = "batch sizes at which it runs, of 1, 4 and 8"
-MODES = "modes of the modules afterwards"
+ERROR, NO_ERROR = "an error", "no error"
 
 Outputs = list[Tensor | None]  # of one batch after another; None where it did not run
 
 
+class Branch(nn.Module):
+    """Goes one way or the other, depending on the numbers that come in: a trace freezes it, torch.export refuses it."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, width) -> what `body` gives
+        if bool(x.mean() > 0):
+            return self.body(x)
+        return -self.body(x)
+
+
+def body(trial: Trial, width: int) -> nn.Sequential:
+    """Layers that depend on the mode; they are in train mode."""
+    return nn.Sequential(trained(nn.BatchNorm1d(width), trial), nn.Dropout(0.5))
+
+
 class Exporting(Experiment):
-    """What the experiments that export share."""
+    """Draws models, an example (n, width) to export them with, and batches of other sizes to run the exports on."""
 
     seconds = 60.0  # the first export of a process imports for seconds before it starts
     on_fake_gpu = False  # exporters take tensors apart, and TorchScript kills the process with those of the fake GPU
+    widths: ClassVar[tuple[int, int]] = (3, 5)  # the least and the largest
+
+    def draw(self, trial: Trial) -> dict:
+        width = trial.integer(*self.widths)
+        return {
+            **self.draw_models(trial, width),
+            "example": trial.normal((2, 3, 5, 6)[trial.integer(0, 3)], width),  # a number of rows that is not in SIZES
+            "batches": [trial.normal(n, width) for n in SIZES],
+        }
+
+    def draw_models(self, trial: Trial, width: int) -> dict:
+        """The inputs that are models."""
+        raise NotImplementedError
+
+    def export(self, subject, model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
+        """What the subject made of the model, saved, loaded and ready to run."""
+        raise NotImplementedError
+
+    def expected(self, error: Exception) -> bool:
+        """Whether an error is one that some models are exported for; any other one goes on to the learner."""
+        return False
 
 
-def rows(trial: Trial) -> int:
-    """Rows of an example, a number that is not among `SIZES`."""
-    return (2, 3, 5, 6)[trial.integer(0, 3)]
+class EachModel(Exporting):
+    """Exports each of several models, `inputs["models"]`."""
+
+    points = 2
+
+    def measure(self, subject, inputs):
+        raw = {}
+        for name, model in inputs["models"].items():
+            exported, error = attempt(self.export, subject, model, inputs["example"], expected=self.expected)
+            answers = [] if error else outputs(exported, [inputs["example"], *inputs["batches"]])
+            raw[name] = {"outputs": answers, "error": error, "traces": traces.of(model)}
+        return raw
+
+    def whose(self, name: str, raw: dict, inputs: dict) -> str | None:
+        return whose(raw[name]["outputs"], inputs["models"][name], [inputs["example"], *inputs["batches"]])
+
+    def notes(self, raw, inputs):
+        return {name: export["error"] for name, export in raw.items() if export["error"]}
 
 
-def batches(trial: Trial, width: int) -> list[Tensor]:
-    """Inputs (n, width), n from `SIZES`."""
-    return [trial.normal(n, width) for n in SIZES]
+class EvalMode(EachModel):
+    """Whose outputs they are if models come in train mode."""
+
+    def facts(self, raw, inputs):
+        return {f"outputs of {name}": self.whose(name, raw, inputs) for name in raw}
 
 
-def norm(trial: Trial, width: int) -> nn.BatchNorm1d:
-    """A BatchNorm whose statistics are not those of a fresh layer."""
-    layer = nn.BatchNorm1d(width)
-    layer.running_mean.copy_(trial.normal(width))
-    layer.running_var.copy_(0.5 + trial.normal(width).square())
-    return layer
+class ModesAsBefore(EachModel):
+    """What becomes of the modes of models that have a frozen BatchNorm; `inputs["refused"]` cannot be exported."""
+
+    refused: ClassVar[str]  # what that model is
+
+    def draw(self, trial: Trial) -> dict:
+        inputs = super().draw(trial)
+        for model in (*inputs["models"].values(), inputs["refused"]):
+            next(module for module in model.modules() if isinstance(module, nn.BatchNorm1d)).eval()
+        return inputs
+
+    def measure(self, subject, inputs):
+        raw = super().measure(subject, inputs)
+        with silent():
+            _, error = attempt(subject, inputs["refused"], inputs["example"])
+        return raw | {"refused": {"error": error, "traces": traces.of(inputs["refused"])}}
+
+    def facts(self, raw, inputs):
+        facts = {}
+        for name, model in inputs["models"].items():
+            # One that never switched to eval mode has earned nothing by switching nothing back.
+            evaluated = self.whose(name, raw, inputs) == MODEL
+            facts |= self._switched(name, model, raw[name], evaluated)
+        failed = raw["refused"]["error"] != ""
+        facts[self.refused] = ERROR if failed else NO_ERROR
+        return facts | self._switched(self.refused, inputs["refused"], raw["refused"], failed)
+
+    def _switched(self, name: str, model: nn.Module, raw: dict, observable: bool) -> dict[str, str | None]:
+        facts = traces.changes(model, raw["traces"], "modes")
+        return {f"{name}: {fact}": value if observable else None for fact, value in facts.items()}
 
 
-def outputs(exported: Callable[..., Any], inputs: list[Tensor]) -> Outputs:
+def outputs(exported: Callable[[Tensor], Any], inputs: list[Tensor]) -> Outputs:
     """What the export answers to each batch, None where it raises."""
     answers: Outputs = []
     with torch.no_grad():
@@ -63,51 +143,22 @@ def outputs(exported: Callable[..., Any], inputs: list[Tensor]) -> Outputs:
     return answers
 
 
-def sizes(got: Outputs) -> list[int]:
+def sizes(answers: Outputs) -> list[int]:
     """The batch sizes at which it ran."""
-    return [n for n, output in zip(SIZES, got, strict=True) if output is not None]
+    return [n for n, output in zip(SIZES, answers, strict=True) if output is not None]
 
 
-def whose(got: Outputs, model: nn.Module, inputs: list[Tensor], **also: Callable[[Tensor], Tensor]) -> str | None:
-    """Whose outputs they are: the model's in eval mode, one of `also`, or others; None if it never ran."""
-    ran = [(x, output) for x, output in zip(inputs, got, strict=True) if output is not None]
+def whose(answers: Outputs, model: nn.Module, inputs: list[Tensor], **also: Callable[[Tensor], Tensor]) -> str | None:
+    """Whose outputs they are: the model's, what one of `also` makes of those, or different; None if it never ran."""
+    ran = [(x, output) for x, output in zip(inputs, answers, strict=False) if output is not None]
     if not ran:
         return None
     evaluated = copy.deepcopy(model).eval()
     with torch.no_grad():
-        if all(_alike(output, evaluated(x)) for x, output in ran):
-            return MODEL
-        for name, function in also.items():
-            if all(_alike(output, function(evaluated(x))) for x, output in ran):
+        for name, function in {MODEL: lambda logits: logits, **also}.items():
+            if all(near(output, function(evaluated(x))) for x, output in ran):
                 return name
-    return OTHERS
-
-
-def _alike(got: Tensor, wanted: Tensor) -> bool:
-    return near(got, wanted, scale=float(wanted.abs().max()))
-
-
-def modes(model: nn.Module) -> dict[str, bool]:
-    """Which modules are in train mode, by name."""
-    return {name: module.training for name, module in model.named_modules()}
-
-
-def modes_now(before: nn.Module, now: dict[str, bool]) -> str:
-    """What became of the modes of a model that had some modules in train mode and some in eval mode."""
-    if now == modes(before):
-        return "as before"
-    return {True: "all train", False: "all eval"}[now[""]] if len(set(now.values())) == 1 else "some others than before"
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Eval mode inside, every module's own mode afterwards: what a right solution does."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        yield model.eval()
-    finally:
-        for module, training in before.items():
-            module.training = training
+    return "different"
 
 
 def attempt(
@@ -121,17 +172,6 @@ def attempt(
             raise
         text = " ".join(str(error).split())
         return None, f"{type(error).__name__}: {text[:120]}{' …' if len(text) > 120 else ''}"
-
-
-def raised_by_script(error: Exception) -> bool:
-    """Whether torch.jit.script raised it, and not a trace."""
-    files = {Path(frame.filename).parts[-2:] for frame in traceback.extract_tb(error.__traceback__)}
-    return ("jit", "_script.py") in files and ("jit", "_trace.py") not in files
-
-
-def raised_for_one_row(error: Exception) -> bool:
-    """Whether PyTorch raised it because it takes the batch of one row for a constant."""
-    return "specialized" in str(error)
 
 
 @contextmanager
@@ -153,3 +193,34 @@ def silent() -> Iterator[None]:
     with quiet(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+def in_eval_mode(model, *arguments, export, evaluated=nn.Module.eval, keeping=traces.kept, **options):
+    """A right solution around a right `export(model, ...)`, in pieces that a misconception replaces."""
+    with keeping(model):
+        return export(evaluated(model), *arguments, **options)
+
+
+@contextmanager
+def _one_mode_kept(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _kept_unless_it_raises(model: nn.Module) -> Iterator[None]:
+    modes = {"modes": traces.of(model)["modes"]}
+    yield
+    traces.put_back(model, modes)
+
+
+# Misconceptions of every exporter, as changes of `in_eval_mode`.
+MODES = {
+    "train mode exported": {"evaluated": lambda model: model},
+    "left in eval mode": {"keeping": nullcontext},
+    "one mode for all modules": {"keeping": _one_mode_kept},
+    "not restored after an error": {"keeping": _kept_unless_it_raises},
+}

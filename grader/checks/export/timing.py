@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number
-from grader.near import near
+from grader.near import which
 from helpers import expect
 from helpers.timing import median_seconds
 
@@ -25,16 +25,15 @@ class WarmUp(Experiment):
         return {"first": 100 * _seconds(trial), "later": _seconds(trial)}
 
     def measure(self, subject, inputs):
-        machine = _Machine()
-        return _ask(subject, machine, {"a": machine.function("a", [inputs["first"]] + [inputs["later"]] * 9)}, 1)
+        return _ask(subject, {"a": [inputs["first"]] + [inputs["later"]] * 9}, 1)
 
     def facts(self, raw, inputs):
         first, later = inputs["first"], inputs["later"]
         known = {
-            "those of a later call": [later],
-            "those of the first call": [first],
-            "between those of the first call and of a later one": [(first + later) / 2],
-            "those of the first call and of a later one, added up": [first + later],
+            "those of a later call": later,
+            "those of the first call": first,
+            "between those of the first call and of a later one": (first + later) / 2,
+            "those of the first call and of a later one, added up": first + later,
         }
         return {"seconds in one round": _which(raw, known)}
 
@@ -47,15 +46,15 @@ class InTurns(Experiment):
         return {"seconds": _seconds(trial), "rounds": trial.integer(8, 10)}
 
     def measure(self, subject, inputs):
-        machine = _Machine(doubles_after=4 * inputs["rounds"] / 3)
-        functions = {name: machine.function(name, [inputs["seconds"]]) for name in "abc"}
-        return _ask(subject, machine, functions, inputs["rounds"]) | {"calls": "".join(machine.calls)}
+        equal = {name: [inputs["seconds"]] for name in "abc"}
+        return _ask(subject, equal, inputs["rounds"], doubles_after=4 * inputs["rounds"] / 3)
 
     def facts(self, raw, inputs):
-        first, second, third = sizes = [abs(of) for of in raw["seconds"]]
+        first, second, third = map(abs, raw["seconds"])
         # In turns, the slowest takes up to 1.14 times as long as the fastest; in a row, each takes 1.7 times the one before.
         rising = third > 1.25 * second > 1.25**2 * first
-        how = "alike" if max(sizes) < 1.25 * min(sizes) else "more from each to the next" if rising else "not alike"
+        alike = max(first, second, third) < 1.25 * min(first, second, third)
+        how = "alike" if alike else "more from each to the next" if rising else "not alike"
         return {
             "calls of the functions": _order(raw["calls"], inputs["rounds"]),
             "seconds of three equal functions": how if raw["reads"] else NOT_GIVEN,
@@ -70,18 +69,13 @@ class Median(Experiment):
         return {"odd": _times(trial, 2 * trial.integer(2, 3) + 1), "even": _times(trial, 2 * trial.integer(2, 3))}
 
     def measure(self, subject, inputs):
-        raw = {}
-        for name, times in inputs.items():
-            machine = _Machine()
-            raw[name] = _ask(subject, machine, {"a": machine.function("a", times)}, len(times))
-            raw[name]["calls"] = len(machine.calls)
-        return raw
+        return {name: _ask(subject, {"a": times}, len(times)) for name, times in inputs.items()}
 
     def facts(self, raw, inputs):
         facts = {}
         for name, times in inputs.items():
             figure = _which(raw[name], _summaries(times))
-            if figure not in ("the median", NOT_GIVEN) and raw[name]["calls"] >= 2 * len(times):
+            if figure not in ("the median", NOT_GIVEN) and len(raw[name]["calls"]) >= 2 * len(times):
                 figure = "different"  # of other calls, so that its likeness to one of these figures says nothing
             facts[f"{name} number of times, one of them far too long"] = figure
         return facts
@@ -92,18 +86,17 @@ class EachByItself(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        return {"seconds": [scale * _seconds(trial) for scale in (1, 20, 400)], "rounds": trial.integer(3, 5)}
+        return {"seconds": [scale * _seconds(trial) for scale in (1, 4, 16)], "rounds": trial.integer(3, 5)}
 
     def measure(self, subject, inputs):
-        machine = _Machine()
-        functions = {name: machine.function(name, [of]) for name, of in zip("abc", inputs["seconds"], strict=True)}
-        return _ask(subject, machine, functions, inputs["rounds"])
+        unequal = {name: [own] for name, own in zip("abc", inputs["seconds"], strict=True)}
+        return _ask(subject, unequal, inputs["rounds"])
 
     def facts(self, raw, inputs):
         own, rounds = inputs["seconds"], inputs["rounds"]
         known = {
             "of one call of its own": own,
-            "of all its calls": [rounds * of for of in own],
+            "of all its calls": [rounds * seconds for seconds in own],
             "of its own call and of those before it in the round": [sum(own[: end + 1]) for end in range(3)],
             "of a whole round": [sum(own)] * 3,
             "of a whole round, divided by the number of functions": [sum(own) / 3] * 3,
@@ -115,9 +108,8 @@ class EachByItself(Experiment):
 class _Machine:
     """A clock that only functions move on, and a record of their calls."""
 
-    def __init__(self, doubles_after: float = math.inf) -> None:
-        self.now, self.reads = 1000.0, 0
-        self.calls: list[str] = []
+    def __init__(self, doubles_after: float) -> None:
+        self.now, self.reads, self.calls = 1000.0, 0, ""
         self.doubles_after = doubles_after  # calls of any function, after which each of them takes twice as long
 
     def clock(self) -> float:
@@ -130,7 +122,7 @@ class _Machine:
         def run() -> str:
             own = seconds[self.calls.count(name) % len(seconds)]
             self.now += own * 2 ** (len(self.calls) / self.doubles_after)
-            self.calls.append(name)
+            self.calls += name
             return name
 
         return run
@@ -149,9 +141,9 @@ def _times(trial: Trial, count: int) -> list[float]:
     return [500 + trial.integer(0, 99), *times]
 
 
-def _summaries(times: list[float]) -> dict[str, list[float]]:
-    """What can be made of several times: words -> the figure, alone in a list."""
-    words = {
+def _summaries(times: list[float]) -> dict[str, float]:
+    """What can be made of several times."""
+    return {
         "the median": statistics.median(times),
         "the lower of the middle two": statistics.median_low(times),
         "the upper of the middle two": statistics.median_high(times),
@@ -161,30 +153,24 @@ def _summaries(times: list[float]) -> dict[str, list[float]]:
         "the longest": max(times),
         "the sum": sum(times),
     }
-    return {word: [figure] for word, figure in words.items()}
 
 
-def _ask(subject, machine: _Machine, functions: Mapping[str, Callable], rounds: int) -> dict:
-    """The seconds that the subject gives for each function, in the order of the functions."""
-    said = subject(functions, rounds, machine.clock)
-    if not isinstance(said, Mapping) or set(said) != set(functions):
-        came = f"a dict with {sorted(map(str, said))}" if isinstance(said, Mapping) else expect.describe(said)
-        question = " Is there a return?" if said is None else ""
+def _ask(subject, times: Mapping[str, list[float]], rounds: int, doubles_after: float = math.inf) -> dict:
+    """The seconds that the subject gives for functions that take these times, in their order; and what the machine saw."""
+    machine = _Machine(doubles_after)
+    functions = {name: machine.function(name, seconds) for name, seconds in times.items()}
+    answer = subject(functions, rounds, machine.clock)
+    if not isinstance(answer, Mapping) or set(answer) != set(functions):
+        came = f"a dict with {sorted(map(str, answer))}" if isinstance(answer, Mapping) else expect.describe(answer)
+        question = " Is there a return?" if answer is None else ""
         raise WrongReturn(f"median_seconds must return a dict with the keys {sorted(functions)}, got {came}.{question}")
-    seconds = [expect_number(said[name], f"the value of {name!r}") for name in functions]
-    return {"seconds": seconds, "reads": machine.reads}
+    seconds = [expect_number(answer[name], f"the value of {name!r}") for name in functions]
+    return {"seconds": seconds, "reads": machine.reads, "calls": machine.calls}
 
 
-def _which(raw: dict, known: dict[str, list[float]]) -> str:
-    """Which of the known lists of seconds these are."""
-    if not raw["reads"]:
-        return NOT_GIVEN
-    found = (
-        word
-        for word, others in known.items()
-        if all(near(one, other, scale=other) for one, other in zip(raw["seconds"], others, strict=True))
-    )
-    return next(found, "different")
+def _which(raw: dict, known: Mapping[str, float | list[float]]) -> str:
+    """Which of the known seconds these are."""
+    return which(raw["seconds"], known) if raw["reads"] else NOT_GIVEN
 
 
 def _order(calls: str, rounds: int) -> str:
@@ -192,12 +178,12 @@ def _order(calls: str, rounds: int) -> str:
     last = calls[-3 * rounds :]
     if len(last) == 3 * rounds and all(set(last[start : start + 3]) == set("abc") for start in range(0, len(last), 3)):
         return "each once in every round"
-    changes = sum(one != other for one, other in pairwise(last))
+    changes = sum(name != following for name, following in pairwise(last))
     return "all of one, then all of the next" if changes <= 3 else "in another order"
 
 
-def _median_seconds(functions, rounds, clock, warm_up=1, timed_from=1, turns=True, summary=statistics.median):
-    """A right solution, in which a misconception changes one thing."""
+def in_pieces(functions, rounds, clock, warm_up=1, timed_from=1, turns=True, summary=statistics.median):
+    """A right solution, in pieces that a misconception replaces."""
     seconds = {name: [] for name in functions}
     names = list(functions) * (warm_up + rounds) if turns else [n for n in functions for _ in range(warm_up + rounds)]
     for name in names:
@@ -207,39 +193,18 @@ def _median_seconds(functions, rounds, clock, warm_up=1, timed_from=1, turns=Tru
     return {name: summary(times[timed_from:]) for name, times in seconds.items()}
 
 
-@exercise.misconception("no warm-up")
-def no_warm_up(functions, rounds, clock):
-    return _median_seconds(functions, rounds, clock, warm_up=0, timed_from=0)
-
-
-@exercise.misconception("warm-up timed too")
-def warm_up_timed_too(functions, rounds, clock):
-    return _median_seconds(functions, rounds, clock, timed_from=0)
-
-
-@exercise.misconception("one after the other")
-def one_after_the_other(functions, rounds, clock):
-    return _median_seconds(functions, rounds, clock, turns=False)
-
-
-@exercise.misconception("the mean")
-def the_mean(functions, rounds, clock):
-    return _median_seconds(functions, rounds, clock, summary=statistics.fmean)
-
-
-@exercise.misconception("the shortest")
-def the_shortest(functions, rounds, clock):
-    return _median_seconds(functions, rounds, clock, summary=min)
-
-
-@exercise.misconception("the lower of the middle two")
-def the_lower_of_the_middle_two(functions, rounds, clock):
-    return _median_seconds(functions, rounds, clock, summary=statistics.median_low)
-
-
-@exercise.misconception("the sum")
-def the_sum(functions, rounds, clock):
-    return _median_seconds(functions, rounds, clock, summary=sum)
+exercise.misconceptions_of(
+    in_pieces,
+    {
+        "no warm-up": {"warm_up": 0, "timed_from": 0},
+        "warm-up timed too": {"timed_from": 0},
+        "one after the other": {"turns": False},
+        "the mean": {"summary": statistics.fmean},
+        "the shortest": {"summary": min},
+        "the lower of the middle two": {"summary": statistics.median_low},
+        "the sum": {"summary": sum},
+    },
+)
 
 
 @exercise.misconception("the clock started once a round")
@@ -255,4 +220,4 @@ def the_clock_started_once_a_round(functions, rounds, clock):
 
 @exercise.misconception("another clock")
 def another_clock(functions, rounds, clock):
-    return _median_seconds(functions, rounds, time.perf_counter)
+    return in_pieces(functions, rounds, time.perf_counter)

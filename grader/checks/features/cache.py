@@ -59,12 +59,12 @@ class _Ask:
         self.asked += [backbone, images]
         features = raised = None
         try:
-            features = self.subject(self.folder, self.compute, backbone, images, settings | {"size": self.size})
-            features = expect_tensor(features, (len(images), backbone[-1].num_features), "the features").detach().clone()
+            answer = self.subject(self.folder, self.compute, backbone, images, settings | {"size": self.size})
+            features = expect_tensor(answer, (len(images), backbone[-1].num_features), "the features").detach().clone()
         except catch as error:
             if self.computed:
                 raise
-            features, raised = None, f"{type(error).__name__}: {error}"
+            raised = f"{type(error).__name__}: {error}"
         return {"computed": self.computed, "features": features, "raised": raised}
 
 

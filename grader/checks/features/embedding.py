@@ -334,7 +334,7 @@ CHANGES = {
     "padding pooled": {"mean": lambda encoder, ids, mask: encoder(ids, mask).mean(1)},
     "batches in the order of the texts": {"order": lambda texts: range(len(texts))},
     "normalised over the texts": {"scale": partial(F.normalize, dim=0)},
-    "not normalised": {"scale": lambda rows: rows},
+    "not normalised": {"scale": nn.Identity()},
     "train mode while embedding": {"inside": lambda encoder: torch.no_grad()},
     "left in eval mode": {"inside": _switched},
     "put back with train()": {"inside": partial(_switched, back=True)},

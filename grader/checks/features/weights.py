@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from grader.checks import networks, traces
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number, wrong_return
 from grader.near import near
 from helpers import expect
@@ -44,13 +45,10 @@ def _plain_network(trial: Trial) -> nn.Sequential:
 
 
 def _trained_network(trial: Trial) -> nn.Sequential:
-    """A network with BatchNorm and dropout, in train mode, whose statistics are not those of a fresh layer."""
-    norms = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
-    for norm in norms:
-        norm.running_mean.copy_(trial.normal(6))
-        norm.running_var.copy_(0.5 + trial.normal(6).square())
+    """A network with BatchNorm and dropout, in train mode."""
     head = nn.Linear(6, _ALL)
     head.weight.data.copy_(trial.normal(_ALL, 6))
+    norms = [networks.trained(nn.BatchNorm2d(6), trial) for _ in range(2)]
     return nn.Sequential(
         *(nn.Conv2d(3, 6, 3), norms[0], nn.ReLU(), nn.Conv2d(6, 6, 1), norms[1], nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), head),
@@ -80,7 +78,7 @@ class OwnNormalisation(Experiment):
         return {"weights": _weights(trial), "model": _plain_network(trial), "images": images}
 
     def measure(self, subject, inputs):
-        return _seen(subject, **inputs, k=_ALL)
+        return _answer(subject, **inputs)
 
     def facts(self, raw, inputs):
         transforms, model = inputs["weights"].transforms(), inputs["model"]
@@ -95,12 +93,12 @@ class OwnNormalisation(Experiment):
             "not at all, values from 0 to 255": 255 * colours,
         }
         how, order = None, None
-        if (seen := _as_probabilities(raw["numbers"])) is not None:
+        if (probabilities := _as_probabilities(raw["numbers"])) is not None:
             how = "in another way"
             for name, prepared in known.items():
                 with torch.no_grad():
-                    expected = model(prepared).softmax(1)
-                if (places := _places(seen, expected)) is not None:
+                    places = _places(probabilities, model(prepared).softmax(1))
+                if places is not None:
                     how, order = name, "that of the images" if places == sorted(places) else "another"
                     break
         return {"the images were normalised": how, "the order of the results": order}
@@ -118,8 +116,7 @@ class OwnCrop(Experiment):
         }
 
     def measure(self, subject, inputs):
-        calls = [_seen(subject, inputs["weights"], inputs["model"], [image], _ALL) for image in inputs["images"]]
-        return {"calls": calls}
+        return {"calls": [_answer(subject, inputs["weights"], inputs["model"], [image]) for image in inputs["images"]]}
 
     def facts(self, raw, inputs):
         original, outside, inside = (_by_category(call)[0] for call in raw["calls"])
@@ -139,42 +136,40 @@ class NamesOfTheOutputs(Experiment):
         return {"weights": _weights(trial), "model": model, "images": _photos(trial, 2)}
 
     def measure(self, subject, inputs):
-        return _seen(subject, **inputs, k=_ALL)
+        return _answer(subject, **inputs)
 
     def facts(self, raw, inputs):
         if any(near(gap, 0) for gap in raw["numbers"].sort().values.diff().flatten()):  # two equal outputs
             return {"the names, from the largest output to the smallest": None}
         categories = inputs["weights"].meta["categories"]
         order = inputs["model"][2].bias.argsort(descending=True).tolist()
-        seen = [_sorted_names(names, numbers) for names, numbers in _rows(raw)]
         known = {
             "categories by their index": [categories[i] for i in order],
             "categories in alphabetical order": [sorted(categories)[i] for i in order],
             "categories in their order, whatever the outputs": categories,
         }
-        matching = (name for name, names in known.items() if all(row == names for row in seen))
+        matching = (name for name, names in known.items() if all(row == names for row in _ranked(raw)))
         return {"the names, from the largest output to the smallest": next(matching, "different")}
 
 
-@exercise.experiment("likeliest first")
-class LikeliestFirst(Experiment):
+class _FewAndAll(Experiment):
+    """Asks for the k likeliest categories of some photos, and for all categories."""
+
     def draw(self, trial: Trial) -> dict:
-        return {
-            "weights": _weights(trial),
-            "model": _plain_network(trial),
-            "images": _photos(trial, 3),
-            "k": trial.integer(3, 5),
-        }
+        k = trial.integer(3, 5)
+        return {"weights": _weights(trial), "model": _plain_network(trial), "images": _photos(trial, 3), "k": k}
 
     def measure(self, subject, inputs):
-        return {"some": _seen(subject, **inputs), "all": _seen(subject, **inputs | {"k": _ALL})}
+        return {"some": _answer(subject, **inputs), "all": _answer(subject, **inputs | {"k": _ALL})}
 
+
+@exercise.experiment("likeliest first")
+class LikeliestFirst(_FewAndAll):
     def facts(self, raw, inputs):
         k, numbers = inputs["k"], raw["some"]["numbers"]
         falling, rising = ((way * numbers.diff(dim=1) >= 0).all() for way in (-1, 1))
         listed = [set(names) for names in raw["some"]["names"]]
-        ranked = [_sorted_names(names, numbers) for names, numbers in _rows(raw["all"])]
-        likeliest, least = ([set(names[part]) for names in ranked] for part in (slice(k), slice(-k, None)))
+        likeliest, least = ([set(names[part]) for names in _ranked(raw["all"])] for part in (slice(k), slice(-k, None)))
         which = "the likeliest" if listed == likeliest else "the least likely" if listed == least else "different"
         return {
             "the categories listed": which,
@@ -183,20 +178,16 @@ class LikeliestFirst(Experiment):
 
 
 @exercise.experiment("probabilities")
-class Probabilities(Experiment):
+class Probabilities(_FewAndAll):
     points = 2
 
-    def draw(self, trial: Trial) -> dict:
-        return {"weights": _weights(trial), "model": _plain_network(trial), "images": _photos(trial, 3)}
-
-    def measure(self, subject, inputs):
-        return {"all": _seen(subject, **inputs, k=_ALL), "some": _seen(subject, **inputs, k=2)}
-
     def facts(self, raw, inputs):
-        every, some = _by_category(raw["all"]), _by_category(raw["some"])
-        same = all(near(every[i].get(name, math.inf), number) for i, image in enumerate(some) for name, number in image.items())
+        images, listed = _by_category(raw["all"]), _by_category(raw["some"])
+        same = all(
+            _close({name: image.get(name, math.inf) for name in few}, few) for image, few in zip(images, listed, strict=True)
+        )
         return {
-            "the numbers of all categories of an image": _nature(raw["all"]["numbers"], every),
+            "the numbers of all categories of an image": _nature(raw["all"]["numbers"], images),
             "a category's number when fewer are listed": "the same" if same else "another",
         }
 
@@ -213,12 +204,11 @@ class ByItself(Experiment):
     def measure(self, subject, inputs):
         image, a, b, c, d = inputs["images"]
         calls = [a, image, b], [c, image, d]
-        one, two = (_seen(subject, inputs["weights"], inputs["model"], images, _ALL) for images in calls)
-        return {"one": one, "two": two}
+        return {"calls": [_answer(subject, inputs["weights"], inputs["model"], images) for images in calls]}
 
     def facts(self, raw, inputs):
-        one, two = (_by_category(raw[call])[1] for call in ("one", "two"))
-        return {"the numbers of one image in other company": "the same" if _close(one, two) else "different"}
+        first, second = (_by_category(call)[1] for call in raw["calls"])
+        return {"the numbers of one image in other company": "the same" if _close(first, second) else "different"}
 
 
 @exercise.experiment("left as found")
@@ -229,38 +219,23 @@ class LeftAsFound(Experiment):
         return {"weights": _weights(trial), "model": model, "images": _photos(trial, 3)}
 
     def measure(self, subject, inputs):
-        _seen(subject, **inputs, k=2)
-        model = inputs["model"]
-        return {
-            "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
-            "modes": [module.training for module in model.modules()],
-        }
+        _answer(subject, **inputs, k=2)
+        return {"traces": traces.of(inputs["model"])}
 
     def facts(self, raw, inputs):
-        before = inputs["model"]
-        same = [torch.equal(raw["buffers"][name], buffer) for name, buffer in before.named_buffers()]
-        changes = {(module.training, mode) for module, mode in zip(before.modules(), raw["modes"], strict=True)}
-        return {
-            "buffers that moved": "none" if all(same) else "some",
-            "modules switched to eval mode": "some" if (True, False) in changes else "none",
-            "modules switched to train mode": "some" if (False, True) in changes else "none",
-        }
+        return traces.changes(inputs["model"], raw["traces"], "buffers", "modes")
 
 
-def _seen(subject, weights, model: nn.Module, images: list[Tensor], k: int) -> dict:
+def _answer(subject, weights, model: nn.Module, images: list[Tensor], k: int = _ALL) -> dict:
     """The answer as names, a list of k strings for each image, and numbers, (n, k); or a sentence about its form."""
-    results = _listed(subject(weights, model, list(images), k), len(images), "the results, one per image,")
     names, numbers = [], []
-    for result in results:
-        pairs = [
-            _listed(pair, 2, "a pair (category, probability)")
-            for pair in _listed(result, k, "the result of an image, k pairs,")
-        ]
+    for result in _listed(subject(weights, model, list(images), k), len(images), "the results, one per image,"):
+        pairs = _listed(result, k, "the result of an image, k pairs,")
+        pairs = [_listed(pair, 2, "a pair (category, probability)") for pair in pairs]
         for name, _ in pairs:
             if not isinstance(name, str):
-                raise WrongReturn(
-                    f"a pair is (category, probability): the category must be a string, got {expect.describe(name)}."
-                )
+                wanted = "a pair is (category, probability): the category must be a string"
+                raise WrongReturn(f"{wanted}, got {expect.describe(name)}.")
         names.append([str(name) for name, _ in pairs])
         if len(set(names[-1])) < k:
             raise WrongReturn(f"the {k} categories of an image must be {k} different ones, got {', '.join(names[-1])}.")
@@ -278,21 +253,17 @@ def _listed(value: object, length: int, what: str) -> list:
     return items
 
 
-def _rows(raw: dict) -> list[tuple[list[str], list[float]]]:
-    return list(zip(raw["names"], raw["numbers"].tolist(), strict=True))
-
-
 def _by_category(raw: dict) -> list[dict[str, float]]:
-    return [dict(zip(names, numbers, strict=True)) for names, numbers in _rows(raw)]
+    return [dict(zip(*row, strict=True)) for row in zip(raw["names"], raw["numbers"].tolist(), strict=True)]
 
 
-def _sorted_names(names: list[str], numbers: list[float]) -> list[str]:
-    """The names from the largest number to the smallest."""
-    return [names[i] for i in sorted(range(len(names)), key=lambda i: -numbers[i])]
+def _ranked(raw: dict) -> list[list[str]]:
+    """The names of each image, from the largest number to the smallest."""
+    return [sorted(image, key=image.get, reverse=True) for image in _by_category(raw)]
 
 
-def _close(one: dict[str, float], other: dict[str, float]) -> bool:
-    return one.keys() == other.keys() and near([one[name] for name in other], list(other.values()))
+def _close(numbers: dict[str, float], expected: dict[str, float]) -> bool:
+    return numbers.keys() == expected.keys() and near([numbers[name] for name in expected], list(expected.values()))
 
 
 def _nature(numbers: Tensor, images: list[dict[str, float]]) -> str:
@@ -318,11 +289,11 @@ def _as_probabilities(numbers: Tensor) -> Tensor | None:
     return next((numbers / whole for whole in (1, 100) if near(total / whole, 1)), None)
 
 
-def _places(seen: Tensor, expected: Tensor) -> list[int] | None:
-    """Where each row of `expected` is found in `seen`, whatever the order of the columns."""
+def _places(rows: Tensor, expected: Tensor) -> list[int] | None:
+    """Where each row of `expected` is found in `rows`, whatever the order of the columns."""
     # As logarithms, which are far apart where small probabilities differ.
-    seen, expected = (rows.double().clamp_min(1e-9).log().sort(dim=1).values for rows in (seen, expected))
-    places = [next((i for i, row in enumerate(seen) if near(row, wanted)), None) for wanted in expected]
+    rows, expected = (values.double().clamp_min(1e-9).log().sort(dim=1).values for values in (rows, expected))
+    places = [next((i for i, row in enumerate(rows) if near(row, wanted)), None) for wanted in expected]
     return None if None in places else places
 
 
@@ -334,89 +305,40 @@ def _with_frame(image: Tensor, start: int, stop: int) -> Tensor:
     return image.where((distance < start) | (distance >= stop), torch.tensor(255, dtype=torch.uint8))
 
 
-def _logits(weights, model, images, **changes) -> Tensor:
-    """Logits, (n, classes), for the misconceptions below; `changes` are other numbers for the preset of the weights."""
-    transforms = weights.transforms(**changes)
-    return extract(model, torch.stack([transforms(image) for image in images]))
+def _prepare(weights, image: Tensor, **changes) -> Tensor:
+    """What enters the network; `changes` are other numbers for the preset of the weights."""
+    return weights.transforms(**changes)(image)
 
 
-def _listing(categories, numbers: Tensor, k: int, largest: bool = True) -> list[list[tuple[str, float]]]:
-    values, columns = numbers.topk(k, largest=largest)
-    return [
-        [(categories[column], value) for column, value in zip(*row, strict=True)]
-        for row in zip(columns.tolist(), values.tolist(), strict=True)
-    ]
+_SHARES = nn.Softmax(dim=1)
 
 
-@exercise.misconception("ImageNet's mean and std")
-def imagenet_mean_and_std(weights, model, images, k):
-    logits = _logits(weights, model, images, **_IMAGENET)
-    return _listing(weights.meta["categories"], logits.softmax(1), k)
+def classified(weights, model, images, k, *, prepare=_prepare, outputs=extract, shares=_SHARES, best=torch.topk, names=list):
+    """A right solution: an image prepared, the network's outputs, shares of 1, the k best of them, names by index."""
+    logits = outputs(model, torch.stack([prepare(weights, image) for image in images]))
+    values, columns = best(shares(logits), k)
+    categories = names(weights.meta["categories"])
+    rows = zip(columns.tolist(), values.tolist(), strict=True)
+    return [[(categories[column], value) for column, value in zip(*row, strict=True)] for row in rows]
 
 
-@exercise.misconception("not normalised")
-def not_normalised(weights, model, images, k):
-    logits = _logits(weights, model, images, mean=(0, 0, 0), std=(1, 1, 1))
-    return _listing(weights.meta["categories"], logits.softmax(1), k)
+def _shares_of_the_best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, columns = logits.topk(k)
+    return values.softmax(1), columns
 
 
-@exercise.misconception("preprocessed twice")
-def preprocessed_twice(weights, model, images, k):
-    transforms = weights.transforms()
-    logits = extract(model, torch.stack([transforms(transforms(image)) for image in images]))
-    return _listing(weights.meta["categories"], logits.softmax(1), k)
-
-
-@exercise.misconception("other sizes than the preset's")
-def other_sizes_than_the_presets(weights, model, images, k):
-    logits = _logits(weights, model, images, resize_size=256, crop_size=224)
-    return _listing(weights.meta["categories"], logits.softmax(1), k)
-
-
-@exercise.misconception("logits for probabilities")
-def logits_for_probabilities(weights, model, images, k):
-    return _listing(weights.meta["categories"], _logits(weights, model, images), k)
-
-
-@exercise.misconception("softmax over the images")
-def softmax_over_the_images(weights, model, images, k):
-    return _listing(weights.meta["categories"], _logits(weights, model, images).softmax(0), k)
-
-
-@exercise.misconception("softmax over the k listed")
-def softmax_over_the_k_listed(weights, model, images, k):
-    listing = _listing(weights.meta["categories"], _logits(weights, model, images), k)
-    shares = [torch.tensor([logit for _, logit in pairs]).softmax(0).tolist() for pairs in listing]
-    return [
-        [(name, share) for (name, _), share in zip(pairs, row, strict=True)] for pairs, row in zip(listing, shares, strict=True)
-    ]
-
-
-@exercise.misconception("categories in alphabetical order")
-def categories_in_alphabetical_order(weights, model, images, k):
-    return _listing(sorted(weights.meta["categories"]), _logits(weights, model, images).softmax(1), k)
-
-
-@exercise.misconception("least likely")
-def least_likely(weights, model, images, k):
-    return _listing(weights.meta["categories"], _logits(weights, model, images).softmax(1), k, largest=False)
-
-
-@exercise.misconception("likeliest last")
-def likeliest_last(weights, model, images, k):
-    listing = _listing(weights.meta["categories"], _logits(weights, model, images).softmax(1), k)
-    return [pairs[::-1] for pairs in listing]
-
-
-@exercise.misconception("train mode")
-def train_mode(weights, model, images, k):
-    transforms = weights.transforms()
-    with torch.no_grad():
-        logits = model(torch.stack([transforms(image) for image in images]))
-    return _listing(weights.meta["categories"], logits.softmax(1), k)
-
-
-@exercise.misconception("left in eval mode")
-def left_in_eval_mode(weights, model, images, k):
-    model.eval()
-    return _listing(weights.meta["categories"], _logits(weights, model, images).softmax(1), k)
+CHANGES = {
+    "ImageNet's mean and std": {"prepare": partial(_prepare, **_IMAGENET)},
+    "not normalised": {"prepare": partial(_prepare, mean=(0, 0, 0), std=(1, 1, 1))},
+    "preprocessed twice": {"prepare": lambda weights, image: _prepare(weights, _prepare(weights, image))},
+    "other sizes than the preset's": {"prepare": partial(_prepare, resize_size=256, crop_size=224)},
+    "logits for probabilities": {"shares": nn.Identity()},
+    "softmax over the images": {"shares": nn.Softmax(dim=0)},
+    "softmax over the k listed": {"shares": nn.Identity(), "best": _shares_of_the_best},
+    "categories in alphabetical order": {"names": sorted},
+    "least likely": {"best": partial(torch.topk, largest=False)},
+    "likeliest last": {"best": lambda shares, k: [part.flip(1) for part in shares.topk(k)]},
+    "train mode": {"outputs": lambda model, batch: model(batch)},
+    "left in eval mode": {"outputs": lambda model, batch: extract(model.eval(), batch)},
+}
+exercise.misconceptions_of(classified, CHANGES)

@@ -6,7 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn
+from grader.checks import traces
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
 from grader.near import near
 from helpers import expect
 from helpers.finetune import EarlyStopping
@@ -15,7 +16,7 @@ exercise = Exercise(__name__, "4.5", EarlyStopping)
 
 NAN = None  # how a draw spells it: a NaN in the inputs would not equal itself when they are compared afterwards
 
-State = dict[str, Tensor]
+State = dict[str, dict[str, Tensor]]  # {"parameters": by name, "buffers": by name}, as a snapshot of traces has them
 
 
 @exercise.experiment("stops after patience")
@@ -38,11 +39,7 @@ class StopsAfterPatience(Experiment):
         }
 
     def measure(self, subject, inputs):
-        patience, stops = inputs["patience"], []
-        for name in ("falling", "late", "zigzag"):
-            stopper = _stopper(subject, _model(), patience)
-            stops.append(_stop(stopper, inputs[name]))
-        return {"stops": stops}
+        return {"stops": [_stop(subject, inputs["patience"], inputs[name]) for name in ("falling", "late", "zigzag")]}
 
     def facts(self, raw, inputs):
         falling, late, zigzag = (
@@ -55,67 +52,95 @@ class StopsAfterPatience(Experiment):
         }
 
 
+class _BesideAControl(Experiment):
+    """Compares when it stops for some scores with when it stops for ordinary ones: whatever else it does is in both."""
+
+    fact: str
+    control: str  # what is ordinary
+
+    def measure(self, subject, inputs):
+        return {name: _stop(subject, inputs["patience"], inputs[name]) for name in ("scores", "control")}
+
+    def facts(self, raw, inputs):
+        return {self.fact: self.moment(raw["scores"], raw["control"], inputs["best"])}
+
+    def moment(self, stop: int | None, usual: int | None, best: int) -> str:
+        """When it stops, beside when it usually does; `best` is the position of the best of the ordinary scores."""
+        if usual is None:
+            return f"never, and never with {self.control} either"
+        if usual == 0:
+            return f"at the very first score, and with {self.control} as well"
+        if usual <= best:
+            return f"too early with {self.control} as well"
+        if stop is None:
+            return "never"
+        return f"{'when' if stop == usual else 'later than' if stop > usual else 'earlier than'} it does with {self.control}"
+
+
 @exercise.experiment("ties")
-class Ties(Experiment):
+class Ties(_BesideAControl):
+    fact = "where scores equal the best, it stops"
+    control = "scores below the best"
+
     def draw(self, trial: Trial) -> dict:
         patience = trial.integer(2, 4)
         fall = [90 - k for k in range(2 * patience + 2)]
         equal, lower = [0, 100, 99, *([100] * len(fall))], [0, 100, 99, *fall]
         scores = _scores(trial, equal + lower)
-        return {"patience": patience, "scores": scores[: len(equal)], "control": scores[len(equal) :]}
-
-    def measure(self, subject, inputs):
-        return _two_stops(subject, inputs)
-
-    def facts(self, raw, inputs):
-        return {"where scores equal the best, it stops": _moment(raw, 1, "scores below the best")}
+        return {"patience": patience, "scores": scores[: len(equal)], "control": scores[len(equal) :], "best": 1}
 
 
 @exercise.experiment("nan first")
-class NanFirst(Experiment):
+class NanFirst(_BesideAControl):
+    fact = "NaN, then rising, then low scores: it stops"
+    control = "a low first score"
+
     def draw(self, trial: Trial) -> dict:
         patience = trial.integer(3, 5)
         scores = _scores(trial, [0, *range(2, patience + 4), *([1] * (2 * patience + 2))])
-        return {"patience": patience, "scores": [NAN, *scores[1:]], "control": scores}
-
-    def measure(self, subject, inputs):
-        return _two_stops(subject, inputs)
-
-    def facts(self, raw, inputs):
-        return {"NaN, then rising, then low scores: it stops": _moment(raw, inputs["patience"] + 2, "a low first score")}
+        return {"patience": patience, "scores": [NAN, *scores[1:]], "control": scores, "best": patience + 2}
 
 
 @exercise.experiment("nan later")
-class NanLater(Experiment):
+class NanLater(_BesideAControl):
+    fact = "the best, then NaN, then falling scores: it stops"
+    control = "a lower score in place of NaN"
+
     def draw(self, trial: Trial) -> dict:
         patience = trial.integer(3, 5)
         scores = _scores(trial, [0, 100, *range(50, 45 - 2 * patience, -1)])
-        return {"patience": patience, "scores": [*scores[:2], NAN, *scores[3:]], "control": scores}
-
-    def measure(self, subject, inputs):
-        return _two_stops(subject, inputs)
-
-    def facts(self, raw, inputs):
-        return {"the best, then NaN, then falling scores: it stops": _moment(raw, 1, "a lower score in place of NaN")}
+        return {"patience": patience, "scores": [*scores[:2], NAN, *scores[3:]], "control": scores, "best": 1}
 
 
-@exercise.experiment("restores the best")
-class RestoresTheBest(Experiment):
-    points = 2
+class _Restoring(Experiment):
+    """A model that has another state at every score, and one more after the last."""
+
+    ranks: tuple[int, ...]  # of the scores
 
     def draw(self, trial: Trial) -> dict:
-        scores = _scores(trial, [2, 1, 4, 0, 3])  # first, last, lowest and best are four different ones
+        scores = _scores(trial, list(self.ranks))
         return {"model": _model(), "scores": scores, "states": _states(trial, len(scores) + 1)}
 
-    def measure(self, subject, inputs):
+    def train(self, subject, inputs: dict):
+        """Tell a stopper the scores, go on training, and ask it to restore."""
         model, states = inputs["model"], inputs["states"]
         stopper = _stopper(subject, model, 10)
         for state, score in zip(states, inputs["scores"], strict=False):
-            _move(model, state)
+            traces.put_back(model, state)
             _say(stopper, score)
-        _move(model, states[-1])  # training goes on, until somebody asks
+        traces.put_back(model, states[-1])
         stopper.restore()
-        return {"state": _state(model)}
+        return stopper
+
+
+@exercise.experiment("restores the best")
+class RestoresTheBest(_Restoring):
+    points = 2
+    ranks = (2, 1, 4, 0, 3)  # first, last, lowest and best are four different ones
+
+    def measure(self, subject, inputs):
+        self.train(subject, inputs)
+        return {"state": traces.of(inputs["model"])}
 
     def facts(self, raw, inputs):
         states = inputs["states"]
@@ -125,51 +150,40 @@ class RestoresTheBest(Experiment):
             "the last score": states[4],
             "the lowest score": states[3],
             "the moment restore was called": states[5],
-            "the moment EarlyStopping was made": _state(inputs["model"]),
+            "the moment EarlyStopping was made": traces.of(inputs["model"]),
         }
-        return {
-            "parameters after restore": _which(raw["state"], known, _parameters(inputs["model"])),
-            "buffers after restore": _which(raw["state"], known, [name for name, _ in inputs["model"].named_buffers()]),
-        }
+        return {f"{kind} after restore": _whose(kind, raw["state"], known) for kind in ("parameters", "buffers")}
 
 
 @exercise.experiment("goes on training")
-class GoesOnTraining(Experiment):
+class GoesOnTraining(_Restoring):
     points = 2
-
-    def draw(self, trial: Trial) -> dict:
-        return {"model": _model(), "scores": _scores(trial, [0, 2, 1]), "states": _states(trial, 4)}
+    ranks = (0, 2, 1)
 
     def measure(self, subject, inputs):
-        model, states = inputs["model"], inputs["states"]
+        model = inputs["model"]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        stopper = _stopper(subject, model, 10)
-        for state, score in zip(states, inputs["scores"], strict=False):
-            _move(model, state)
-            _say(stopper, score)
-        _move(model, states[-1])
-        stopper.restore()
-        restored = _state(model)
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        stopper = self.train(subject, inputs)
+        restored = traces.of(model)
         optimizer.zero_grad()
+        trainable = [parameter.sum() for parameter in model.parameters() if parameter.requires_grad]
         if trainable:
-            torch.stack([parameter.sum() for parameter in trainable]).sum().backward()
+            torch.stack(trainable).sum().backward()
         optimizer.step()
-        trained = _state(model)
+        trained = traces.of(model)
         stopper.restore()
-        return {"restored": restored, "trained": trained, "again": _state(model)}
+        return {"restored": restored, "trained": trained, "again": traces.of(model)}
 
     def facts(self, raw, inputs):
         states = inputs["states"]
         scored = {"the best score": states[1], "the last score": states[2], "the first score": states[0]}
-        known = scored | {"the moment restore was called": states[3]}
-        names = _parameters(inputs["model"])
-        moved = [not torch.equal(raw["restored"][name], raw["trained"][name]) for name in names]
-        again = scored | {"the moment restore was called": raw["trained"]}
+        before, after = raw["restored"]["parameters"], raw["trained"]["parameters"]
+        moved = all(not traces.same(before[name], after[name]) for name in before)
+        known = [scored | {"the moment restore was called": state} for state in (states[3], raw["trained"])]
         return {
-            "parameters after restore": _which(raw["restored"], known, names),
-            "a step of the optimizer built before trains the model": "yes" if all(moved) else "no",
-            "parameters after that step and another restore": _which(raw["again"], again, names),
+            "parameters after restore": _whose("parameters", raw["restored"], known[0]),
+            "a step of the optimizer built before trains the model": "yes" if moved else "no",
+            "parameters after that step and another restore": _whose("parameters", raw["again"], known[1]),
         }
 
 
@@ -187,35 +201,25 @@ def _model() -> nn.Sequential:
 
 def _states(trial: Trial, count: int) -> list[State]:
     """That many states of a `_model`, no number of which occurs twice."""
-    tensors = _state(_model())
+    model = traces.of(_model())
     return [
         {
-            name: trial.normal(*tensor.shape) if tensor.is_floating_point() else torch.tensor(10 + number)
-            for name, tensor in tensors.items()
+            kind: {
+                name: trial.normal(*tensor.shape) if tensor.is_floating_point() else torch.tensor(10 + number)
+                for name, tensor in model[kind].items()
+            }
+            for kind in ("parameters", "buffers")
         }
         for number in range(count)
     ]
 
 
-def _state(model: nn.Module) -> State:
-    return {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def _move(model: nn.Module, state: State) -> None:
-    """Give the model's own tensors other values, in place, as an optimizer and BatchNorm do."""
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            tensor.copy_(state[name])
-
-
-def _parameters(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters()]
-
-
-def _which(state: State, known: dict[str, State], names: list[str]) -> str:
-    """The first of the known states that these tensors of `state` are from."""
-    same = (label for label, other in known.items() if all(name in state and near(state[name], other[name]) for name in names))
-    return f"those of {found}" if (found := next(same, None)) else "different"
+def _whose(kind: str, state: State, known: dict[str, State]) -> str:
+    """The first of the known states that has the parameters, or the buffers, of this one."""
+    for name, candidate in known.items():
+        if all(key in state[kind] and near(state[kind][key], value) for key, value in candidate[kind].items()):
+            return f"those of {name}"
+    return "different"
 
 
 def _stopper(subject, model: nn.Module, patience: int):
@@ -232,12 +236,13 @@ def _say(stopper, score: float | None) -> bool:
     """Tell it a score; whether it says stop."""
     stop = stopper.step(math.nan if score is NAN else score)
     if stop is None:
-        raise WrongReturn("step must return True or False, got None. Is there a return?")
+        raise wrong_return("step must return True or False", stop)
     return bool(stop)
 
 
-def _stop(stopper, scores: list[float | None]) -> int | None:
+def _stop(subject, patience: int, scores: list[float | None]) -> int | None:
     """The position of the score after which it says stop."""
+    stopper = _stopper(subject, _model(), patience)
     return next((position for position, score in enumerate(scores) if _say(stopper, score)), None)
 
 
@@ -251,42 +256,26 @@ def _waited(stop: int | None, best: int, patience: int) -> str:
     return "patience scores after the best" + (f" {'plus' if extra > 0 else 'minus'} {abs(extra)}" if extra else "")
 
 
-def _two_stops(subject, inputs: dict) -> dict:
-    """When it stops for the scores in question, and when for ordinary ones: whatever else it does is in both."""
-    stops = (_stop(_stopper(subject, _model(), inputs["patience"]), inputs[name]) for name in ("scores", "control"))
-    return dict(zip(("stop", "control"), stops, strict=True))
-
-
-def _moment(raw: dict, best: int, control: str) -> str:
-    """When it stops, beside when it stops for the control, whose best score is at position `best`."""
-    if raw["control"] is None:
-        return f"never, and never with {control} either"
-    if raw["control"] == 0:
-        return f"at the very first score, and with {control} as well"
-    if raw["control"] <= best:
-        return f"too early with {control} as well"
-    if raw["stop"] is None:
-        return "never"
-    word = "when" if raw["stop"] == raw["control"] else "later than" if raw["stop"] > raw["control"] else "earlier than"
-    return f"{word} it does with {control}"
-
-
 class _Stopping:
     """A right solution, in pieces that a misconception replaces."""
 
+    best, bad, kept = -math.inf, 0, None
+
     def __init__(self, model, patience):
         self.model, self.patience = model, patience
-        self.best, self.bad, self.kept = -math.inf, 0, None
 
     def step(self, score):
         if self.better(score):
             self.best, self.bad, self.kept = score, 0, self.keep()
         else:
             self.bad += 1
-        return self.bad >= self.patience
+        return self.stop()
 
     def better(self, score):
         return score > self.best
+
+    def stop(self):
+        return self.bad >= self.patience
 
     def keep(self):
         return copy.deepcopy(self.model.state_dict())
@@ -295,10 +284,26 @@ class _Stopping:
         self.model.load_state_dict(self.kept)
 
 
-@exercise.misconception("restore changes nothing")
-class RestoreChangesNothing(_Stopping):
-    def keep(self):
-        return self.model.state_dict()
+exercise.misconceptions_of(
+    _Stopping,
+    {
+        "restore changes nothing": {"keep": lambda self: self.model.state_dict()},
+        "buffers forgotten": {
+            "keep": lambda self: copy.deepcopy(dict(self.model.named_parameters())),
+            "restore": lambda self: self.model.load_state_dict(self.kept, strict=False),
+        },
+        "one score too many": {"stop": lambda self: self.bad > self.patience},
+        "a tie taken as better": {"better": lambda self, score: score >= self.best},
+        "lower taken as better": {"best": math.inf, "better": lambda self, score: score < self.best},
+        "the first score is the best, even NaN": {
+            "best": None,
+            "better": lambda self, score: self.best is None or score > self.best,
+        },
+        "whatever is not worse is better": {"better": lambda self, score: not score <= self.best},
+        "new Parameter objects": {"restore": lambda self: self.model.load_state_dict(copy.deepcopy(self.kept), assign=True)},
+        "the best starts at 0": {"best": 0.0},
+    },
+)
 
 
 @exercise.misconception("the last state kept")
@@ -309,73 +314,13 @@ class TheLastStateKept(_Stopping):
         return stop
 
 
-@exercise.misconception("buffers forgotten")
-class BuffersForgotten(_Stopping):
-    def keep(self):
-        return [parameter.detach().clone() for parameter in self.model.parameters()]
-
-    def restore(self):
-        with torch.no_grad():
-            for parameter, value in zip(self.model.parameters(), self.kept, strict=True):
-                parameter.copy_(value)
-
-
-@exercise.misconception("one score too many")
-class OneScoreTooMany(_Stopping):
-    def step(self, score):
-        super().step(score)
-        return self.bad > self.patience
-
-
 @exercise.misconception("bad scores added up")
 class BadScoresAddedUp(_Stopping):
     def step(self, score):
         bad = self.bad
         super().step(score)
         self.bad = bad + (self.bad > 0)
-        return self.bad >= self.patience
-
-
-@exercise.misconception("a tie taken as better")
-class ATieTakenAsBetter(_Stopping):
-    def better(self, score):
-        return score >= self.best
-
-
-@exercise.misconception("lower taken as better")
-class LowerTakenAsBetter(_Stopping):
-    def __init__(self, model, patience):
-        super().__init__(model, patience)
-        self.best = math.inf
-
-    def better(self, score):
-        return score < self.best
-
-
-@exercise.misconception("the first score is the best, even NaN")
-class TheFirstScoreIsTheBest(_Stopping):
-    def __init__(self, model, patience):
-        super().__init__(model, patience)
-        self.best = None
-
-    def better(self, score):
-        return self.best is None or score > self.best
-
-
-@exercise.misconception("whatever is not worse is better")
-class WhateverIsNotWorseIsBetter(_Stopping):
-    def step(self, score):
-        if score <= self.best:
-            self.bad += 1
-        else:
-            self.best, self.bad, self.kept = score, 0, self.keep()
-        return self.bad >= self.patience
-
-
-@exercise.misconception("new Parameter objects")
-class NewParameterObjects(_Stopping):
-    def restore(self):
-        self.model.load_state_dict(copy.deepcopy(self.kept), assign=True)
+        return self.stop()
 
 
 @exercise.misconception("compared with the previous score")
@@ -384,10 +329,3 @@ class ComparedWithThePreviousScore(_Stopping):
         stop = super().step(score)
         self.best = score
         return stop
-
-
-@exercise.misconception("the best starts at 0")
-class TheBestStartsAtZero(_Stopping):
-    def __init__(self, model, patience):
-        super().__init__(model, patience)
-        self.best = 0.0

@@ -1,13 +1,16 @@
 """Exercise 6.5: LoRA for a convolution, whatever its arguments are."""
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.checks.lora.layer import attempt, beside_base, failed, gradients, how_far, module, name_of
+from grader.checks import traces
+from grader.checks.lora import adapters
+from grader.checks.lora.adapters import Layer, attempt, beside_base, failed, gradients, layer_of
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near
 from helpers.lora import Conv2d
@@ -20,30 +23,20 @@ NUMBER = 0.5  # what everything that trains is filled with to see the factor
 
 
 def _inputs(trial: Trial, **arguments) -> dict:
-    """A convolution, a rank and an alpha that make no two of the factors in `name_of` equal, and images."""
+    """A convolution, a rank, an alpha, and images. No number of groups divides the rank."""
     base = nn.Conv2d(4, 8, **({"kernel_size": 3, "padding": 1} | arguments))
-    for parameter in base.parameters():
-        parameter.data.copy_(trial.normal(*parameter.shape))
-    return {
-        "base": base,
-        "of base": {name: parameter.detach().clone() for name, parameter in base.named_parameters()},
-        "rank": 3 + 2 * trial.integer(0, 1),  # divided by no number of groups
-        "alpha": (7, 8, 11)[trial.integer(0, 2)],
-        "x": trial.normal(4, 4, 8, 7),
-        "seed": trial.integer(0, 10**6),
-    }
+    inputs = adapters.rank_and_alpha(trial) | adapters.beside(base, trial.normal(4, 4, 8, 7), trial)
+    of_base = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    return inputs | {"of base": of_base, "seed": trial.integer(0, 10**6)}
 
 
 @exercise.experiment("fresh layer")
-class FreshLayer(Experiment):
-    points = 2
-
+class FreshLayer(adapters.FreshLayer):
     def draw(self, trial: Trial) -> dict:
-        inputs = _inputs(trial)
-        return inputs | {"g": trial.normal(4, 8, 8, 7)}
+        return _inputs(trial)
 
     def measure(self, subject, inputs):
-        layer = _layer(subject, inputs)
+        layer = layer_of(subject, inputs)
         adapter = _adapter(layer, inputs)
         y = self._output(layer, inputs)
         raw = {"y": y.detach(), "fresh": gradients((y * inputs["g"]).sum(), adapter)}
@@ -53,27 +46,20 @@ class FreshLayer(Experiment):
         return raw | {"zero": self._output(layer, inputs).detach()}
 
     def facts(self, raw, inputs):
-        with torch.no_grad():
-            y = inputs["base"](inputs["x"])
         reached, filled, zero = None, None, None
         if raw["fresh"]:
-            reached = "at least a part" if any(g.any() for g in raw["fresh"]) else "none"
-            filled = "all" if all(g.any() for g in raw["filled"]) else "some" if any(g.any() for g in raw["filled"]) else "none"
-            zero = beside_base(raw["zero"], y)
-        return {
-            "its outputs are": beside_base(raw["y"], y),
+            reached = "at least a part" if any(gradient.any() for gradient in raw["fresh"]) else "none"
+            filled = traces.how_many(gradient.any() for gradient in raw["filled"])
+            zero = beside_base(raw["zero"], inputs["y"])
+        return super().facts(raw, inputs) | {
             "of what trains, a gradient reaches": reached,
             "with random numbers in it, a gradient reaches": filled,
             "with zeros in it, its outputs are": zero,
         }
 
-    def notes(self, raw, inputs):
-        with torch.no_grad():
-            return {"its outputs are": how_far(raw["y"], inputs["base"](inputs["x"]))}
-
     @staticmethod
     def _output(layer: nn.Module, inputs: dict) -> Tensor:
-        return expect_tensor(layer(inputs["x"]), inputs["g"].shape, f"the output for an input {tuple(inputs['x'].shape)}")
+        return expect_tensor(layer(inputs["x"]), inputs["y"].shape, f"the output for an input {tuple(inputs['x'].shape)}")
 
 
 @exercise.experiment("the update")
@@ -84,25 +70,20 @@ class TheUpdate(Experiment):
         return _inputs(trial)
 
     def measure(self, subject, inputs):
-        layer = _layer(subject, inputs)
+        layer = layer_of(subject, inputs)
         adapter = _adapter(layer, inputs)
-        raw = {}
-        for name, number in (("zero", 0.0), ("filled", None), ("constant", NUMBER)):
-            if adapter:
-                _fill(adapter, inputs, number)
-                raw[name] = _output(layer, inputs["x"])
-        return raw
+        return _filled(layer, adapter, inputs, {"zero": 0.0, "filled": None, "constant": NUMBER}) if adapter else {}
 
     def facts(self, raw, inputs):
-        kernels = [_kernel(raw[name], inputs) for name in ("zero", "filled", "constant")] if raw else [None]
-        exists = None if not raw else NOT_AS_BASE if any(kernel is None for kernel in kernels) else AS_BASE
-        where, size, factor = None, None, None
+        exists, where, size, factor = None, None, None, None
+        if raw:
+            kernels = [_kernel(raw[name], inputs) for name in ("zero", "filled", "constant")]
+            exists = NOT_AS_BASE if any(kernel is None for kernel in kernels) else AS_BASE
         if exists == AS_BASE:
-            update, constant = kernels[1] - kernels[0], kernels[2] - kernels[0]
-            where = _where(update)
-            size = _rank(update, inputs["rank"]) if where == "everywhere" else None
-            factor = self._factor(constant, inputs)
-            factor = None if factor is None else name_of(factor, inputs)
+            zero, filled, constant = kernels
+            where = _where(filled - zero)
+            size = _rank(filled - zero, inputs["rank"]) if where == "everywhere" else None
+            factor = self._factor(constant - zero, inputs)
         return {
             "with numbers in all that trains it computes": exists,
             "where in the kernel the update is": where,
@@ -111,12 +92,12 @@ class TheUpdate(Experiment):
         }
 
     @staticmethod
-    def _factor(update: Tensor, inputs: dict) -> float | None:
+    def _factor(update: Tensor, inputs: dict) -> str | None:
         """What multiplies the sum of rank products of the same two numbers."""
         values = update[:, :, _there(update)]
         if values.numel() == 0 or not near(values / values.mean(), 1):
             return None
-        return float(values.mean()) / (inputs["rank"] * NUMBER**2)
+        return adapters.factor_name(float(values.mean()) / (inputs["rank"] * NUMBER**2), inputs)
 
 
 @exercise.experiment("what trains")
@@ -125,7 +106,7 @@ class WhatTrains(Experiment):
         return _inputs(trial)
 
     def measure(self, subject, inputs):
-        return _trainable(_layer(subject, inputs), inputs)
+        return _trainable(layer_of(subject, inputs), inputs)
 
     def facts(self, raw, inputs):
         return {
@@ -135,8 +116,7 @@ class WhatTrains(Experiment):
         }
 
     def notes(self, raw, inputs):
-        wanted = _wanted(inputs)
-        return {"numbers that train besides base's": f"{raw['numbers']}, and A and B have {wanted}"}
+        return {"numbers that train besides base's": f"{raw['numbers']}, and A and B have {_of_a_and_b(inputs)}"}
 
 
 class _Arguments(Experiment):
@@ -148,10 +128,8 @@ class _Arguments(Experiment):
         return {name: _inputs(trial, **arguments) for name, arguments in ({"control": {}} | self.bases).items()}
 
     def measure(self, subject, inputs):
-        raw = {"control": _filled_output(subject, inputs["control"])}  # what raises here raises for any base
-        for name in self.bases:
-            raw[name] = attempt(lambda name=name: _filled_output(subject, inputs[name]))
-        return raw
+        raw = {"control": self._output(subject, inputs["control"])}  # what raises here raises for any base
+        return raw | {name: attempt(lambda name=name: self._output(subject, inputs[name])) for name in self.bases}
 
     def facts(self, raw, inputs):
         control = _kernel(raw["control"], inputs["control"])
@@ -164,9 +142,14 @@ class _Arguments(Experiment):
         for name in self.bases:
             if failed(raw[name]):
                 notes[name] = failed(raw[name])
-            elif (shape := inputs[name]["base"](inputs[name]["x"]).shape) != raw[name].shape:
+            elif (shape := inputs[name]["y"].shape) != raw[name].shape:
                 notes[name] = f"outputs of shape {tuple(raw[name].shape)}, base's are {tuple(shape)}"
         return notes
+
+    @staticmethod
+    def _output(subject, inputs: dict) -> Tensor:
+        layer = layer_of(subject, inputs)
+        return _filled(layer, _adapter(layer, inputs), inputs, {"random": None})["random"]
 
 
 @exercise.experiment("stride and padding")
@@ -222,44 +205,31 @@ class Groups(_Arguments):
 
     @staticmethod
     def _again(subject, inputs: dict) -> dict:
-        layer = _layer(subject, inputs)
-        raw, adapter = _trainable(layer, inputs), _adapter(layer, inputs)
-        for name, number in (("filled", None), ("zero", 0.0)):
-            _fill(adapter, inputs, number)
-            raw[name] = _output(layer, inputs["x"])
-        return raw
+        layer = layer_of(subject, inputs)
+        return _trainable(layer, inputs) | _filled(layer, _adapter(layer, inputs), inputs, {"filled": None, "zero": 0.0})
 
 
 # --- what the experiments observe -----------------------------------------------------------------------------------
 
 
-def _layer(subject, inputs: dict) -> nn.Module:
-    return module(subject(inputs["base"], inputs["rank"], inputs["alpha"]), "LoRAConv2d")
-
-
-def _is_bases(parameter: Tensor, inputs: dict) -> str | None:
-    """Which of base's parameters this is, or is a copy of."""
-    return next((name for name, own in inputs["of base"].items() if torch.equal(own, parameter)), None)
-
-
 def _adapter(layer: nn.Module, inputs: dict) -> list[nn.Parameter]:
     """What trains and is not base's, in whatever shapes."""
-    return [p for p in layer.parameters() if p.requires_grad and _is_bases(p, inputs) is None]
+    return [p for p in layer.parameters() if p.requires_grad and adapters.name_in_base(p, inputs["of base"]) is None]
 
 
 def _trainable(layer: nn.Module, inputs: dict) -> dict:
-    of_base = [_is_bases(parameter, inputs) for parameter in layer.parameters() if parameter.requires_grad]
+    of_base = [adapters.name_in_base(p, inputs["of base"]) for p in layer.parameters() if p.requires_grad]
     numbers = sum(parameter.numel() for parameter in _adapter(layer, inputs))
     return {"numbers": numbers, "of base": [name for name in of_base if name]}
 
 
-def _wanted(inputs: dict) -> int:
-    weight = inputs["base"].weight
-    return inputs["rank"] * (weight[0].numel() + len(weight))
+def _of_a_and_b(inputs: dict) -> int:
+    """How many numbers A and B have together."""
+    return inputs["rank"] * sum(inputs["base"].weight.flatten(1).shape)
 
 
 def _count(raw: dict, inputs: dict) -> str:
-    more = raw["numbers"] - _wanted(inputs)
+    more = raw["numbers"] - _of_a_and_b(inputs)
     rank, outside = inputs["rank"], inputs["base"].out_channels
     known = {0: "those of A and B", rank: "also a bias", outside: "also a bias", rank + outside: "also two biases"}
     return "none" if raw["numbers"] == 0 else known.get(more, "more" if more > 0 else "fewer")
@@ -274,15 +244,14 @@ def _fill(adapter: list[nn.Parameter], inputs: dict, number: float | None = None
             parameter.copy_(random if number is None else torch.full_like(random, number))
 
 
-def _output(layer: nn.Module, x: Tensor) -> Tensor:
-    y = layer(x)
-    return expect_tensor(y, ("n", "out_channels", "height", "width"), "the output of the layer").detach()
-
-
-def _filled_output(subject, inputs: dict, number: float | None = None) -> Tensor:
-    layer = _layer(subject, inputs)
-    _fill(_adapter(layer, inputs), inputs, number)
-    return _output(layer, inputs["x"])
+def _filled(layer: nn.Module, adapter: list[nn.Parameter], inputs: dict, numbers: dict[str, float | None]) -> dict[str, Tensor]:
+    """The layer's outputs with each of the numbers in all that trains."""
+    outputs = {}
+    for name, number in numbers.items():
+        _fill(adapter, inputs, number)
+        y = expect_tensor(layer(inputs["x"]), ("n", "out_channels", "height", "width"), "the output of the layer")
+        outputs[name] = y.detach()
+    return outputs
 
 
 def _kernel(y: Tensor, inputs: dict) -> Tensor | None:
@@ -296,11 +265,10 @@ def _kernel(y: Tensor, inputs: dict) -> Tensor | None:
     if y.shape != (len(x), base.out_channels, *size):
         return None
     patches = F.unfold(x, base.kernel_size, base.dilation, 0, base.stride).transpose(1, 2)  # (n, positions, in * kh * kw)
+    outputs = y.double().flatten(2).transpose(1, 2)  # (n, positions, out)
     kernels = []
-    for seen, made in zip(
-        patches.chunk(base.groups, 2), y.double().flatten(2).transpose(1, 2).chunk(base.groups, 2), strict=True
-    ):
-        rows, wanted = F.pad(seen, (0, 1), value=1.0).flatten(0, 1), made.flatten(0, 1)  # the last column is for the bias
+    for patch, output in zip(patches.chunk(base.groups, 2), outputs.chunk(base.groups, 2), strict=True):
+        rows, wanted = F.pad(patch, (0, 1), value=1.0).flatten(0, 1), output.flatten(0, 1)  # the last column is for the bias
         kernel = torch.linalg.lstsq(rows, wanted).solution
         if not near(rows @ kernel, wanted):
             return None
@@ -330,171 +298,76 @@ def _where(update: Tensor) -> str:
 def _rank(update: Tensor, rank: int) -> str:
     values = torch.linalg.svdvals(update.flatten(1))
     largest = float(values[0]) or 1.0
-    found = sum(not near(value, 0, scale=largest) for value in values)
-    return "rank" if found == rank else "above rank" if found > rank else "below rank"
+    count = sum(not near(value, 0, scale=largest) for value in values)
+    return "rank" if count == rank else "above rank" if count > rank else "below rank"
 
 
 # --- the misconceptions ---------------------------------------------------------------------------------------------
 
 
-class _Layer(nn.Module):
+class Convolution(Layer):
     """A right solution, in pieces that a misconception replaces."""
 
-    def __init__(self, base, rank, alpha):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.rank, self.scaling = rank, self.scale(rank, alpha)
-        self.A, self.B = self.matrices()
-
-    def scale(self, rank, alpha):
-        return alpha / rank
-
-    def matrices(self):
-        weight = self.base.weight
-        a = torch.randn(self.rank, weight[0].numel()) / math.sqrt(weight[0].numel())
-        return nn.Parameter(a), nn.Parameter(torch.zeros(len(weight), self.rank))
-
-    def delta(self):
-        return self.scaling * (self.B @ self.A).view_as(self.base.weight)
-
     def padded(self, x):
+        """x with its padding, and how much of it is left to the convolution."""
         if self.base.padding_mode != "zeros":
             return F.pad(x, self.base._reversed_padding_repeated_twice, self.base.padding_mode), 0
         return x, self.base.padding
 
-    def convolve(self, x, weight, stride, dilation):
-        x, padding = self.padded(x)
-        return F.conv2d(x, weight, None, stride, padding, dilation, self.base.groups)
-
-    def update(self, x):
-        return self.convolve(x, self.delta(), self.base.stride, self.base.dilation)
-
-    def forward(self, x):
-        return self.base(x) + self.update(x)
-
-
-@exercise.misconception("no scaling")
-class NoScaling(_Layer):
-    def scale(self, rank, alpha):
-        return 1.0
-
-
-@exercise.misconception("alpha alone")
-class AlphaAlone(_Layer):
-    def scale(self, rank, alpha):
-        return alpha
-
-
-@exercise.misconception("both start at zero")
-class BothZero(_Layer):
-    def matrices(self):
-        a, b = super().matrices()
-        return nn.Parameter(torch.zeros_like(a)), b
-
-
-@exercise.misconception("both start at random")
-class BothRandom(_Layer):
-    def matrices(self):
-        a, b = super().matrices()
-        return a, nn.Parameter(torch.randn_like(b))
-
-
-@exercise.misconception("values instead of parameters")
-class ValuesInsteadOfParameters(_Layer):
-    def delta(self):
-        return super().delta().detach()
-
-
-@exercise.misconception("a 1 x 1 A")
-class OneByOne(_Layer):
-    def matrices(self):
-        inside = self.base.weight.shape[1]
-        return nn.Parameter(torch.randn(self.rank, inside)), nn.Parameter(torch.zeros(self.base.out_channels, self.rank))
-
-    def delta(self):
-        _, _, height, width = self.base.weight.shape
-        around = (width // 2, (width - 1) // 2, height // 2, (height - 1) // 2)
-        return F.pad(self.scaling * (self.B @ self.A)[:, :, None, None], around)
-
-
-@exercise.misconception("B with a kernel of its own")
-class KernelForB(_Layer):
-    def matrices(self):
-        a, _ = super().matrices()
-        return a, nn.Parameter(torch.zeros(self.base.out_channels, self.rank, 3, 3))
-
-    def update(self, x):
-        base, a = self.base, self.A.view(self.rank, *self.base.weight.shape[1:]).repeat(self.base.groups, 1, 1, 1)
-        low = self.convolve(x, a, base.stride, base.dilation)
-        return self.scaling * F.conv2d(low, self.B, padding=1, groups=base.groups)
-
-
-@exercise.misconception("flattened in another order")
-class AnotherOrder(_Layer):
-    def delta(self):
-        return self.scaling * (self.A.T @ self.B.T).reshape(self.base.weight.shape)
-
-
-@exercise.misconception("stride forgotten")
-class StrideForgotten(_Layer):
-    def update(self, x):
-        return self.convolve(x, self.delta(), 1, self.base.dilation)
-
-
-@exercise.misconception("dilation forgotten")
-class DilationForgotten(_Layer):
-    def update(self, x):
-        return self.convolve(x, self.delta(), self.base.stride, 1)
-
-
-@exercise.misconception("padding_mode forgotten")
-class PaddingModeForgotten(_Layer):
-    def padded(self, x):
-        return x, self.base.padding
-
-
-@exercise.misconception("padding always a pair of numbers")
-class PaddingAPair(_Layer):
-    def padded(self, x):
-        high, wide = self.base.padding[0], self.base.padding[1]
-        mode = "constant" if self.base.padding_mode == "zeros" else self.base.padding_mode
-        return F.pad(x, (wide, wide, high, high), mode), 0
-
-
-@exercise.misconception("groups forgotten")
-class GroupsForgotten(_Layer):
-    def matrices(self):
-        base = self.base
-        a = torch.randn(self.rank, base.in_channels * math.prod(base.kernel_size))
-        return nn.Parameter(a), nn.Parameter(torch.zeros(base.out_channels, self.rank))
+    def arguments(self):
+        return {name: getattr(self.base, name) for name in ("stride", "dilation", "groups")}
 
     def update(self, x):
         x, padding = self.padded(x)
-        weight = (self.B @ self.A).view(-1, self.base.in_channels, *self.base.kernel_size)
-        return self.scaling * F.conv2d(x, weight, None, self.base.stride, padding, self.base.dilation)
+        return F.conv2d(x, self.delta(), self.constant(), padding=padding, **self.arguments())
 
 
-@exercise.misconception("an error with groups")
-class AnErrorWithGroups(_Layer):
-    def matrices(self):
-        base = self.base
-        a = torch.randn(self.rank, base.in_channels * math.prod(base.kernel_size))
-        return nn.Parameter(a), nn.Parameter(torch.zeros(base.out_channels, self.rank))
+def _in_the_middle(layer):
+    high, wide = layer.base.kernel_size
+    around = (wide // 2, (wide - 1) // 2, high // 2, (high - 1) // 2)
+    return F.pad(layer.scaling * (layer.B @ layer.A)[:, :, None, None], around)
 
 
-@exercise.misconception("biases in the adapter")
-class BiasesInTheAdapter(_Layer):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        self.inner = nn.Parameter(torch.zeros(rank))
-
-    def update(self, x):
-        return super().update(x) + self.scaling * (self.B @ self.inner)[:, None, None]
+def _two_kernels(layer, x):
+    x, padding = layer.padded(x)
+    groups, a = layer.base.groups, layer.A.unflatten(1, layer.base.weight.shape[1:])
+    low = F.conv2d(x, a.repeat(groups, 1, 1, 1), padding=padding, **layer.arguments())
+    return layer.scaling * F.conv2d(low, layer.B, padding=1, groups=groups)
 
 
-@exercise.misconception("base's bias trains")
-class BiasTrains(_Layer):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        if base.bias is not None:
-            base.bias.requires_grad_(True)
+def _padded_by_a_pair(layer, x):
+    high, wide = layer.base.padding[0], layer.base.padding[1]
+    mode = "constant" if layer.base.padding_mode == "zeros" else layer.base.padding_mode
+    return F.pad(x, (wide, wide, high, high), mode), 0
+
+
+def _for_all_channels(layer, rank):
+    base = layer.base
+    return {"A": (rank, base.in_channels * math.prod(base.kernel_size)), "B": (base.out_channels, rank)}
+
+
+def _otherwise(**arguments):
+    return {"arguments": lambda layer: Convolution.arguments(layer) | arguments}
+
+
+CHANGES = adapters.CHANGES | {
+    "a 1 x 1 A": {
+        "shapes": lambda layer, rank: {"A": (rank, layer.base.weight.shape[1]), "B": (layer.base.out_channels, rank)},
+        "delta": _in_the_middle,
+    },
+    "B with a kernel of its own": {
+        "shapes": lambda layer, rank: Layer.shapes(layer, rank) | {"B": (layer.base.out_channels, rank, 3, 3)},
+        "update": _two_kernels,
+    },
+    "flattened in another order": {
+        "delta": lambda layer: layer.scaling * (layer.A.T @ layer.B.T).reshape(layer.base.weight.shape)
+    },
+    "stride forgotten": _otherwise(stride=1),
+    "dilation forgotten": _otherwise(dilation=1),
+    "padding_mode forgotten": {"padded": lambda layer, x: (x, layer.base.padding)},
+    "padding always a pair of numbers": {"padded": _padded_by_a_pair},
+    "groups forgotten": {"shapes": _for_all_channels} | _otherwise(groups=1),
+    "an error with groups": {"shapes": _for_all_channels},
+}
+solution = partial(adapters.solution, kind=Convolution)
+exercise.misconceptions_of(solution, CHANGES)

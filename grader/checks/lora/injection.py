@@ -1,19 +1,18 @@
 """Exercise 6.3: put something else in the place of the layers that are named."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from itertools import takewhile
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from grader.checks.lora.refusals import raised
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
 from helpers import expect
 from helpers.lora import replace
 
 exercise = Exercise(__name__, "6.3", replace)
-
-WORDS = "query", "key", "value", "dense", "gate"
-
-Named = list[tuple[str, nn.Module]]
 
 
 class _Made(nn.Module):
@@ -23,13 +22,28 @@ class _Made(nn.Module):
         super().__init__()
         self.base = layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x)
+
+class _Replacing(Experiment):
+    """Replaces layers in several models, each with targets of its own."""
+
+    listed = False  # whether to look at the list that is returned: a missing return costs no more than it should
+    beside: ClassVar[dict[str, str]] = {}  # a model's key -> the fact beside which it is shown that it was refused
+
+    def measure(self, subject, inputs):
+        return {key: _replaced(subject, inputs[key], targets, self.listed) for key, targets in inputs["targets"].items()}
+
+    def notes(self, raw, inputs):
+        return {fact: raw[key]["refused"] for key, fact in self.beside.items() if raw[key]["refused"]}
 
 
 @exercise.experiment("whole components")
-class WholeComponents(Experiment):
+class WholeComponents(_Replacing):
     points = 3
+    beside: ClassVar = {
+        "one": "target `query`: layers of that name",
+        "two": "target `0.query`: the layer `encoder.0.query`",
+        "whole": "target `encoder.10.query`: that layer",
+    }
 
     def draw(self, trial: Trial) -> dict:
         names = {
@@ -40,41 +54,29 @@ class WholeComponents(Experiment):
             "ten": ("encoder.10.query",),
             "no dot": ("encoder.0_query",),
         }
-        targets = {"one": "query", "two": "0.query", "whole": "encoder.10.query"}
+        targets = {"one": ["query"], "two": ["0.query"], "whole": ["encoder.10.query"]}
         every = sorted({name for group in names.values() for name in group})
         models = {key: _tree({every[k]: nn.Linear(2, 2) for k in trial.permutation(len(every))}) for key in targets}
         return {"targets": targets, "names": names, **models}
 
-    def measure(self, subject, inputs):
-        raw = {key: _places(subject, inputs[key], [target]) for key, target in inputs["targets"].items()}
-        return {what: {key: how[what] for key, how in raw.items()} for what in ("places", "refused")}
-
     def facts(self, raw, inputs):
-        names, raw = inputs["names"], raw["places"]
-        whole = [inputs["targets"]["whole"]]
+        names = inputs["names"]
+        one, two, whole = (raw[key]["places"] for key in ("one", "two", "whole"))
         return {
-            "target `query`: layers of that name": _how(raw["one"], names["one"]),
-            "target `query`: names that go on after it, as `query_norm`": _how(raw["one"], names["goes on"]),
-            "target `query`: names that end in the same letters, as `subquery`": _how(raw["one"], names["letters"]),
-            "target `0.query`: the layer `encoder.0.query`": _how(raw["two"], names["two"]),
-            "target `0.query`: the layer `encoder.10.query`": _how(raw["two"], names["ten"]),
-            "target `0.query`: the layer `encoder.0_query`": _how(raw["two"], names["no dot"]),
-            "target `encoder.10.query`: that layer": _how(raw["whole"], whole),
+            "target `query`: layers of that name": _how(one, names["one"]),
+            "target `query`: names that go on after it, as `query_norm`": _how(one, names["goes on"]),
+            "target `query`: names that end in the same letters, as `subquery`": _how(one, names["letters"]),
+            "target `0.query`: the layer `encoder.0.query`": _how(two, names["two"]),
+            "target `0.query`: the layer `encoder.10.query`": _how(two, names["ten"]),
+            "target `0.query`: the layer `encoder.0_query`": _how(two, names["no dot"]),
+            "target `encoder.10.query`: that layer": _how(whole, inputs["targets"]["whole"]),
         }
-
-    def notes(self, raw, inputs):
-        return _refused(
-            {
-                "target `query`: layers of that name": raw["refused"]["one"],
-                "target `0.query`: the layer `encoder.0.query`": raw["refused"]["two"],
-                "target `encoder.10.query`: that layer": raw["refused"]["whole"],
-            }
-        )
 
 
 @exercise.experiment("any layer anywhere")
-class AnyLayerAnywhere(Experiment):
+class AnyLayerAnywhere(_Replacing):
     points = 2
+    beside: ClassVar = {"top": "a layer of the model itself", "deep": "layers inside other modules"}
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(2, 4)
@@ -94,39 +96,41 @@ class AnyLayerAnywhere(Experiment):
         return {"model": model, "top": ["stem"], "kinds": ["conv", "tokens"], "deep": deep}
 
     def measure(self, subject, inputs):
+        def settings() -> list:
+            return [(module.training, [p.requires_grad for p in module.parameters()]) for _, module in before]
+
         model = inputs["model"]
         before = _every(model)
-        settings = _settings(before)
-        refused = [_places(subject, model, t)["refused"] for t in (inputs["top"] + inputs["kinds"], inputs["deep"])]
-        places = {name: _place(model, name, module) for name, module in before}
-        after = [name for name in dict.fromkeys(name for name, _ in _every(model)) if name in places]
-        return {
+        settings_before = settings()
+        raw = {
+            "top": _replaced(subject, model, inputs["top"] + inputs["kinds"]),
+            "deep": _replaced(subject, model, inputs["deep"]),
+        }
+        places = _places(model, before)
+        order = [name for name in dict(_every(model)) if name in places]
+        return raw | {
             "places": places,
-            "refused": refused,
-            "order": "as it was" if after == list(places) else "another",
-            "settings": "as they were" if _settings(before) == settings else "different",
+            "order": "as it was" if order == list(places) else "another",
+            "settings": "as they were" if settings() == settings_before else "different",
         }
 
     def facts(self, raw, inputs):
         deep = [name.replace("layer.3", "encoder.layer.3") for name in inputs["deep"]]
-        others = raw["places"].keys() - {*inputs["top"], *deep, *inputs["kinds"]}
+        rest = raw["places"].keys() - {*inputs["top"], *deep, *inputs["kinds"]}
         return {
             "a layer of the model itself": _how(raw["places"], inputs["top"]),
             "a convolution and an embedding": _how(raw["places"], inputs["kinds"]),
             "layers inside other modules": _how(raw["places"], deep),
-            "all other modules": _how(raw["places"], others),
+            "all other modules": _how(raw["places"], rest),
             "the order of the modules": raw["order"],
             "`requires_grad` of the parameters, and modes": raw["settings"],
         }
 
-    def notes(self, raw, inputs):
-        first, second = raw["refused"]
-        return _refused({"a layer of the model itself": first, "layers inside other modules": second})
-
 
 @exercise.experiment("once")
-class Once(Experiment):
+class Once(_Replacing):
     points = 2
+    listed = True
 
     def draw(self, trial: Trial) -> dict:
         both = ["query", "attention.query"]
@@ -136,22 +140,23 @@ class Once(Experiment):
         models = {key: _tree({names[k]: nn.Linear(2, 2) for k in trial.permutation(2)}) for key in ("both", "inner")}
         return {"targets": {"both": both, "inner": ["query", "base"]}, "name": names[0], **models}
 
-    def measure(self, subject, inputs):
-        found = {key: _places(subject, inputs[key], targets, listed=True) for key, targets in inputs["targets"].items()}
-        return {"places": {key: how["places"] for key, how in found.items()}, "names": found["both"]["names"]}
-
     def facts(self, raw, inputs):
-        name, places = inputs["name"], raw["places"]
+        name, both, inner = inputs["name"], raw["both"], raw["inner"]
         return {
-            "targets `query` and `attention.query`: that layer": places["both"][name],
-            "targets `query` and `attention.query`: times it is listed": raw["names"].count(name),
-            "targets `query` and `base`: the layer `attention.query`": places["inner"][name],
-            "targets `query` and `base`: the model's own `base`": places["inner"]["tail.base"],
+            "targets `query` and `attention.query`: that layer": both["places"][name],
+            "targets `query` and `attention.query`: times it is listed": both["names"].count(name),
+            "targets `query` and `base`: the layer `attention.query`": inner["places"][name],
+            "targets `query` and `base`: the model's own `base`": inner["places"]["tail.base"],
         }
 
 
 @exercise.experiment("shared layer")
-class SharedLayer(Experiment):
+class SharedLayer(_Replacing):
+    beside: ClassVar = {
+        "both": "a target names it under both its names: at its places",
+        "second": "a target names it under the second of three names: at its places",
+    }
+
     def draw(self, trial: Trial) -> dict:
         (word,) = _words(trial, 1)
         names = {"both": [f"encoder.{word}", f"decoder.{word}"]}
@@ -163,11 +168,10 @@ class SharedLayer(Experiment):
         return {"names": names, "targets": {"both": [word], "second": [f"decoder.{word}"]}, **models}
 
     def measure(self, subject, inputs):
-        raw = {}
-        for key, targets in inputs["targets"].items():
-            raw[key] = _places(subject, inputs[key], targets)
-            there = dict(_every(inputs[key]))
-            raw[key]["layers"] = len({id(there.get(name)) for name in inputs["names"][key]})
+        raw = super().measure(subject, inputs)
+        for key, names in inputs["names"].items():
+            modules = dict(_every(inputs[key]))
+            raw[key]["layers"] = len({id(modules.get(name)) for name in names})
         return raw
 
     def facts(self, raw, inputs):
@@ -175,18 +179,7 @@ class SharedLayer(Experiment):
             how = _how(raw[key]["places"], inputs["names"][key])
             return how if how != "replaced" else "one new layer" if raw[key]["layers"] == 1 else "several new layers"
 
-        return {
-            "a target names it under both its names: at its places": new("both"),
-            "a target names it under the second of three names: at its places": new("second"),
-        }
-
-    def notes(self, raw, inputs):
-        return _refused(
-            {
-                "a target names it under both its names: at its places": raw["both"]["refused"],
-                "a target names it under the second of three names: at its places": raw["second"]["refused"],
-            }
-        )
+        return {fact: new(key) for key, fact in self.beside.items()}
 
 
 @exercise.experiment("nothing of that name")
@@ -199,20 +192,29 @@ class NothingOfThatName(Experiment):
         return {"targets": targets} | {key: _tree({word: nn.Linear(2, 2) for word in (one, two, three)}) for key in targets}
 
     def measure(self, subject, inputs):
-        return {key: _raised(subject, inputs[key], targets) for key, targets in inputs["targets"].items()}
+        raw = {}
+        for key, targets in inputs["targets"].items():
+            model = inputs[key]
+            before = _every(model)
+            error, message = raised(lambda: subject(model, targets, _Made))  # noqa: B023
+            raw[key] = {"error": error, "says which": targets[-1] in message, "places": _places(model, before)}
+        return raw
 
     def facts(self, raw, inputs):
-        some, refused = raw["some"], raw["some"]["came"] != "nothing"
+        error, places = raw["some"]["error"], raw["some"]["places"]
+        message = "says which" if raw["some"]["says which"] else "does not say which"
         return {
-            "one of two targets names nothing: raised": some["came"],
-            "one of two targets names nothing: the message": some["message"] if some["came"] == "ValueError" else None,
-            "one of two targets names nothing: layers": _how(some["places"], some["places"]) if refused else None,
-            "the only target names nothing: raised": raw["none"]["came"],
+            "one of two targets names nothing: raised": error,
+            "one of two targets names nothing: the message": message if error == "ValueError" else None,
+            "one of two targets names nothing: layers": _how(places, places) if error != "nothing" else None,
+            "the only target names nothing: raised": raw["none"]["error"],
         }
 
 
 @exercise.experiment("the list returned")
-class TheListReturned(Experiment):
+class TheListReturned(_Replacing):
+    listed = True
+
     def draw(self, trial: Trial) -> dict:
         one, two, three = _words(trial, 3)
         names = [f"{place}.{word}" for place in ("first", "second") for word in (one, two, three)]
@@ -220,9 +222,6 @@ class TheListReturned(Experiment):
         shared = _tree(dict.fromkeys([f"first.{one}", f"second.{one}"], nn.Linear(2, 2)))
         targets = {"several": [three, f"first.{two}", one], "shared": [one]}
         return {"targets": targets, "several": several, "shared": shared, "names of one": [f"first.{one}", f"second.{one}"]}
-
-    def measure(self, subject, inputs):
-        return {key: _places(subject, inputs[key], targets, listed=True) for key, targets in inputs["targets"].items()}
 
     def facts(self, raw, inputs):
         names = raw["several"]["names"]
@@ -239,7 +238,8 @@ class TheListReturned(Experiment):
 
 
 def _words(trial: Trial, n: int) -> list[str]:
-    return [WORDS[k] for k in trial.permutation(len(WORDS))[:n]]
+    words = "query", "key", "value", "dense", "gate"
+    return [words[k] for k in trial.permutation(len(words))[:n]]
 
 
 def _tree(layers: dict[str, nn.Module]) -> nn.Module:
@@ -256,44 +256,25 @@ def _tree(layers: dict[str, nn.Module]) -> nn.Module:
     return root
 
 
-def _every(model: nn.Module) -> Named:
+def _every(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """All modules but the model itself, each under all its names."""
     return list(model.named_modules(remove_duplicate=False))[1:]
 
 
-def _settings(modules: Named) -> list:
-    return [(module.training, [p.requires_grad for p in module.parameters()]) for _, module in modules]
-
-
-def _places(subject, model: nn.Module, targets: list[str], listed: bool = False) -> dict:
-    """What stands in every place afterwards; a ValueError, that a target names nothing, leaves all as it is.
-
-    The list that was returned is looked at only if `listed`, so that a missing return costs no more than it should.
-    """
-    before, returned, refused = _every(model), None, ""
+def _replaced(subject, model: nn.Module, targets: list[str], listed: bool = False) -> dict:
+    """What stands in every place afterwards, and the list if it is looked at; a ValueError leaves all as it is."""
+    before, names, refused = _every(model), [], ""
     try:
         returned = subject(model, targets, _Made)
     except ValueError as error:
         refused = f"it raised ValueError: {error}"
-    places = {name: _place(model, name, module) for name, module in before}
-    return {"places": places, "refused": refused, "names": _names(returned) if listed and not refused else []}
+    else:
+        names = _names(returned) if listed else []
+    return {"places": _places(model, before), "refused": refused, "names": names}
 
 
-def _refused(messages: dict[str, str]) -> dict[str, str]:
-    return {fact: message for fact, message in messages.items() if message}
-
-
-def _raised(subject, model: nn.Module, targets: list[str]) -> dict:
-    before, came, message = _every(model), "nothing", None
-    try:
-        subject(model, targets, _Made)
-    except NotImplementedError:
-        raise  # the stub's
-    except Exception as error:
-        came = "ValueError" if isinstance(error, ValueError) else type(error).__name__
-        message = "says which" if targets[-1] in str(error) else "does not say which"
-    places = {name: _place(model, name, module) for name, module in before}
-    return {"came": came, "message": message, "places": places}
+def _places(model: nn.Module, before: list[tuple[str, nn.Module]]) -> dict[str, str]:
+    return {name: _place(model, name, module) for name, module in before}
 
 
 def _place(model: nn.Module, name: str, was: nn.Module) -> str:
@@ -325,172 +306,93 @@ def _names(value: object) -> list[str]:
     return names
 
 
-def _ends(name: str, target: str) -> bool:
+def _ends(name, target):
     return name == target or name.endswith("." + target)
 
 
-def _found(model: nn.Module, targets: list[str], ends: Callable[[str, str], bool] = _ends) -> dict[str, nn.Module]:
-    """Every layer that is named, under its first name; a ValueError if a target names none."""
-    every = _every(model)
-    for target in targets:
-        if not any(ends(name, target) for name, _ in every):
-            raise ValueError(f"nothing is called {target}")
-    hits = {id(module) for name, module in every if any(ends(name, target) for target in targets)}
-    return {name: module for name, module in model.named_modules() if id(module) in hits}
+def everywhere(model, places, hits, make):
+    new = {layer: make(layer) for layer in set(hits.values())}
+    for name, layer in places:
+        if layer in new:
+            model.set_submodule(name, new[layer])
 
 
-def _put(model: nn.Module, layer: nn.Module, new: nn.Module) -> None:
-    """`new` at every place of `layer`."""
-    for module in list(model.modules()):
-        for key, child in module._modules.items():
-            if child is layer:
-                module._modules[key] = new
+def first_names(model, hits, targets):
+    return [name for name, module in model.named_modules() if module in hits.values()]
 
 
-def _put_all(model: nn.Module, found: dict[str, nn.Module], make: Callable) -> list[str]:
-    for layer in found.values():
-        _put(model, layer, make(layer))
-    return list(found)
-
-
-@exercise.misconception("part of a name")
-def part_of_a_name(model, targets, make):
-    return _put_all(model, _found(model, targets, lambda name, target: target in name), make)
-
-
-@exercise.misconception("end of the letters")
-def end_of_the_letters(model, targets, make):
-    return _put_all(model, _found(model, targets, str.endswith), make)
-
-
-@exercise.misconception("a dot that stands for any sign")
-def a_dot_that_stands_for_any_sign(model, targets, make):
-    return _put_all(model, _found(model, targets, lambda name, target: re.search(rf"(^|\.){target}$", name)), make)
-
-
-@exercise.misconception("last component only")
-def last_component_only(model, targets, make):
-    return _put_all(model, _found(model, targets, lambda name, target: name.rpartition(".")[2] == target), make)
-
-
-@exercise.misconception("whole names only")
-def whole_names_only(model, targets, make):
-    return _put_all(model, _found(model, targets, str.__eq__), make)
-
-
-@exercise.misconception("direct children only")
-def direct_children_only(model, targets, make):
-    for target in targets:
-        if target not in model._modules:
-            raise ValueError(f"nothing is called {target}")
-    names = [name for name in model._modules if name in targets]
-    for name in names:
-        model._modules[name] = make(model._modules[name])
+def solution(model, targets, make, search=_every, ends=_ends, kinds=nn.Module, refuse=any, put=everywhere, listed=first_names):
+    """A right solution, in pieces that a misconception replaces."""
+    places = search(model)
+    hits = {name: layer for name, layer in places if any(ends(name, target) for target in targets)}
+    missing = [target for target in targets if not any(ends(name, target) for name in hits)]
+    if refuse(target in missing for target in targets):
+        raise ValueError(f"nothing is called {missing}")
+    hits = {name: layer for name, layer in hits.items() if isinstance(layer, kinds)}
+    names = listed(model, hits, targets)
+    put(model, places, hits, make)
     return names
 
 
-@exercise.misconception("an attribute with dots")
-def an_attribute_with_dots(model, targets, make):
-    found = _found(model, targets)
-    for name, layer in found.items():
+def as_attributes(model, places, hits, make):
+    for name, layer in hits.items():
         setattr(model, name, make(layer))
-    return list(found)
 
 
-@exercise.misconception("only nn.Linear")
-def only_linear(model, targets, make):
-    return _put_all(
-        model, {name: layer for name, layer in _found(model, targets).items() if isinstance(layer, nn.Linear)}, make
-    )
+def one_for_each_name(model, places, hits, make):
+    for name, layer in hits.items():
+        model.set_submodule(name, make(layer))
+
+
+def for_every_match(model, hits, targets):
+    return [name for name in first_names(model, hits, targets) for target in targets if _ends(name, target)]
+
+
+def in_the_order_of_the_targets(model, hits, targets):
+    names = first_names(model, hits, targets)
+    return sorted(names, key=lambda name: [_ends(name, target) for target in targets], reverse=True)
+
+
+def all_names(model, hits, targets):
+    return [name for name, module in _every(model) if module in hits.values()]
+
+
+exercise.misconceptions_of(
+    solution,
+    {
+        "part of a name": {"ends": lambda name, target: target in name},
+        "end of the letters": {"ends": str.endswith},
+        "a dot that stands for any sign": {"ends": lambda name, target: re.search(rf"(^|\.){target}$", name)},
+        "last component only": {"ends": lambda name, target: name.rpartition(".")[2] == target},
+        "whole names only": {"ends": str.__eq__},
+        "direct children only": {"search": lambda model: list(model.named_children())},
+        "an attribute with dots": {"put": as_attributes},
+        "only nn.Linear": {"kinds": nn.Linear},
+        "listed for every match": {"listed": for_every_match},
+        "in the order of the targets": {"listed": in_the_order_of_the_targets},
+        "a shared layer by its first name": {"search": lambda model: list(model.named_modules())[1:]},
+        "a new layer for every name": {"put": one_for_each_name},
+        "a shared layer only where its name matches": {
+            "put": lambda model, places, hits, make: everywhere(model, hits.items(), hits, make)
+        },
+        "listed under all its names": {"listed": all_names},
+        "nothing found, nothing said": {"refuse": lambda missing: False},
+        "an error only if nothing was found": {"refuse": all},
+    },
+)
 
 
 @exercise.misconception("one target after another")
 def one_target_after_another(model, targets, make):
-    _found(model, targets)
-    names = []
-    for target in targets:
-        names += _put_all(model, _found(model, [target]), make)
-    order = [name for name, _ in model.named_modules()]
-    return sorted(names, key=order.index)
-
-
-@exercise.misconception("listed for every match")
-def listed_for_every_match(model, targets, make):
-    found = _found(model, targets)
-    _put_all(model, found, make)
-    return [name for name in found for target in targets if _ends(name, target)] or list(found)
-
-
-@exercise.misconception("in the order of the targets")
-def in_the_order_of_the_targets(model, targets, make):
-    names = _put_all(model, _found(model, targets), make)
-    return sorted(names, key=lambda name: [_ends(name, target) for target in targets], reverse=True)
-
-
-@exercise.misconception("a shared layer by its first name")
-def a_shared_layer_by_its_first_name(model, targets, make):
-    first = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(_ends(name, target) for name in first):
-            raise ValueError(f"nothing is called {target}")
-    names = [name for name in first if any(_ends(name, target) for target in targets)]
-    for name in names:
-        model.set_submodule(name, make(model.get_submodule(name)))
-    return names
-
-
-@exercise.misconception("a new layer for every name")
-def a_new_layer_for_every_name(model, targets, make):
-    found = _found(model, targets)
-    names = [name for name, _ in _every(model) if any(_ends(name, target) for target in targets)]
-    for name, new in [(name, make(model.get_submodule(name))) for name in names]:
-        model.set_submodule(name, new)
-    return list(found)
-
-
-@exercise.misconception("a shared layer only where its name matches")
-def a_shared_layer_only_where_its_name_matches(model, targets, make):
-    found = _found(model, targets)
-    new = {layer: make(layer) for layer in found.values()}
-    for name, layer in _every(model):
-        if any(_ends(name, target) for target in targets):
-            model.set_submodule(name, new[layer])
-    return list(found)
-
-
-@exercise.misconception("listed under all its names")
-def listed_under_all_its_names(model, targets, make):
-    layers = list(_found(model, targets).values())
-    names = [name for name, module in _every(model) if module in layers]
-    for layer in layers:
-        _put(model, layer, make(layer))
-    return names
-
-
-@exercise.misconception("nothing found, nothing said")
-def nothing_found_nothing_said(model, targets, make):
-    known = [target for target in targets if any(_ends(name, target) for name, _ in _every(model))]
-    return _put_all(model, _found(model, known), make)
-
-
-@exercise.misconception("an error only if nothing was found")
-def an_error_only_if_nothing_was_found(model, targets, make):
-    known = [target for target in targets if any(_ends(name, target) for name, _ in _every(model))]
-    if not known:
-        raise ValueError(f"none of {targets} is in the model")
-    return _put_all(model, _found(model, known), make)
+    solution(model, targets, lambda layer: layer)  # raises if a target names nothing, and changes nothing
+    names = [name for target in targets for name in solution(model, [target], make)]
+    return sorted(names, key=list(dict(model.named_modules())).index)
 
 
 @exercise.misconception("changed before the error")
 def changed_before_the_error(model, targets, make):
-    every, done = _every(model), []
-    for target in targets:
-        layers = [layer for name, layer in every if _ends(name, target)]
-        if not layers:
-            raise ValueError(f"nothing is called {target}")
-        for layer in layers:
-            if layer not in done:
-                _put(model, layer, make(layer))
-                done.append(layer)
-    first = {layer: name for name, layer in reversed(every)}
-    return [name for name, layer in every if layer in done and first[layer] == name]
+    known = list(takewhile(lambda target: any(_ends(name, target) for name, _ in _every(model)), targets))
+    names = solution(model, known, make)
+    if known != targets:
+        raise ValueError(f"nothing is called {targets[len(known)]}")
+    return names

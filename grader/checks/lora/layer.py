@@ -1,55 +1,36 @@
 """Exercise 6.1: a linear layer that stays as it is, and two small matrices beside it that train."""
 
 import copy
-import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
-from grader.near import near
-from helpers import expect
+from grader.checks.lora import adapters
+from grader.checks.lora.adapters import Layer, attempt, beside_base, failed, gradients, layer_of
+from grader.experiment import Exercise, Experiment, Trial, expect_tensor
+from grader.near import near, which
 from helpers.lora import Linear
 
 exercise = Exercise(__name__, "6.1", Linear, name="LoRALinear")
 
-SOMETHING_ELSE = "something else"
-AN_ERROR = "an error"
 
-
-def _base(trial: Trial, bias: bool = True) -> dict:
-    """A linear layer, a rank, an alpha, and numbers for A and B. No two of the sizes are equal.
-
-    Neither rank nor alpha make two of the factors in `_factors` equal: with rank 2, twice alpha / rank would be alpha.
-    """
-    rank = 3 + 2 * trial.integer(0, 1)
+def _inputs(trial: Trial, bias: bool = True) -> dict:
+    """A linear layer, a rank, an alpha, and numbers for A and B. No two of the sizes are equal."""
+    numbers = adapters.rank_and_alpha(trial)
+    rank = numbers["rank"]
     inside, outside = rank + trial.integer(1, 2), rank + trial.integer(3, 4)
-    base = nn.Linear(inside, outside, bias=bias)
-    for parameter in base.parameters():
-        parameter.data.copy_(trial.normal(*parameter.shape))
-    return {
-        "base": base,
-        "rank": rank,
-        "alpha": (7, 8, 11)[trial.integer(0, 2)],
-        "A": trial.normal(rank, inside),
-        "B": trial.normal(outside, rank),
-        "x": trial.normal(4, inside),
-    }
+    inputs = adapters.beside(nn.Linear(inside, outside, bias=bias), trial.normal(4, inside), trial)
+    return numbers | inputs | {"A": trial.normal(rank, inside), "B": trial.normal(outside, rank)}
 
 
 @exercise.experiment("fresh layer")
-class FreshLayer(Experiment):
-    points = 2
-
+class FreshLayer(adapters.FreshLayer):
     def draw(self, trial: Trial) -> dict:
-        inputs = _base(trial)
-        return inputs | {"g": trial.normal(4, inputs["base"].out_features)}
+        return _inputs(trial)
 
     def measure(self, subject, inputs):
-        layer = _layer(subject, inputs)
+        layer = layer_of(subject, inputs)
         y = _output(layer, inputs["x"], inputs)
         raw = {"y": y.detach(), "gradients": gradients((y * inputs["g"]).sum(), _adapter(layer, inputs))}
         if _fill(layer, inputs, times=0):
@@ -57,20 +38,11 @@ class FreshLayer(Experiment):
         return raw
 
     def facts(self, raw, inputs):
-        with torch.no_grad():
-            y = inputs["base"](inputs["x"])
-        reached = None
-        if raw["gradients"]:
-            reached = "A or B" if any(g.any() for g in raw["gradients"]) else "neither A nor B"
-        return {
-            "its outputs are": beside_base(raw["y"], y),
-            "a gradient reaches": reached,
-            "once A and B are zero, its outputs are": beside_base(raw["zero"], y) if "zero" in raw else None,
+        reached = "A or B" if any(gradient.any() for gradient in raw["gradients"]) else "neither A nor B"
+        return super().facts(raw, inputs) | {
+            "a gradient reaches": reached if raw["gradients"] else None,
+            "once A and B are zero, its outputs are": beside_base(raw["zero"], inputs["y"]) if "zero" in raw else None,
         }
-
-    def notes(self, raw, inputs):
-        with torch.no_grad():
-            return {"its outputs are": how_far(raw["y"], inputs["base"](inputs["x"]))}
 
 
 @exercise.experiment("the update")
@@ -78,26 +50,26 @@ class TheUpdate(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        return _base(trial)
+        return _inputs(trial)
 
     def measure(self, subject, inputs):
-        layer = _layer(subject, inputs)
+        layer = layer_of(subject, inputs)
         if not _fill(layer, inputs):
             return {}
         filled = _matrix(layer, inputs)
         _fill(layer, inputs, times=0)
-        return {"filled": filled, "zero": _matrix(layer, inputs)}
+        return {"update": filled - _matrix(layer, inputs)}
 
     def facts(self, raw, inputs):
-        what, number = _product(raw["filled"] - raw["zero"], inputs["A"], inputs["B"]) if raw else (None, None)
-        factor = None if number is None else name_of(number, inputs)
-        return {"the update is, but for a factor": what, "the factor": factor}
+        product, factor = _product(raw["update"], inputs) if raw else (None, None)
+        name = None if factor is None else adapters.factor_name(factor, inputs)
+        return {"the update is, but for a factor": product, "the factor": name}
 
     def notes(self, raw, inputs):
-        number = _product(raw["filled"] - raw["zero"], inputs["A"], inputs["B"])[1] if raw else None
-        if number is None:
+        factor = _product(raw["update"], inputs)[1] if raw else None
+        if factor is None:
             return {}
-        return {"the factor": f"{number:.3g} with rank {inputs['rank']} and alpha {inputs['alpha']}"}
+        return {"the factor": f"{factor:.3g} with rank {inputs['rank']} and alpha {inputs['alpha']}"}
 
 
 @exercise.experiment("gradients")
@@ -105,11 +77,10 @@ class Gradients(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        inputs = _base(trial, bias=False)
-        return inputs | {"g": trial.normal(4, inputs["base"].out_features)}
+        return _inputs(trial, bias=False)
 
     def measure(self, subject, inputs):
-        layer = _layer(subject, inputs)
+        layer = layer_of(subject, inputs)
         if not _fill(layer, inputs):
             return {}
         matrix = _matrix(layer, inputs)
@@ -130,47 +101,45 @@ class Gradients(Experiment):
         return {
             "a gradient reaches A": "yes" if a.any() else "no",
             "a gradient reaches B": "yes" if b.any() else "no",
-            "the input's gradient comes through": next((name for name, w in ways.items() if near(x, w)), SOMETHING_ELSE),
+            "the input's gradient comes through": which(x, ways, otherwise="something else"),
         }
 
 
 @exercise.experiment("what trains")
 class WhatTrains(Experiment):
     def draw(self, trial: Trial) -> dict:
-        return _base(trial)
+        return _inputs(trial)
 
     def measure(self, subject, inputs):
-        parameters = _layer(subject, inputs).parameters()
+        parameters = layer_of(subject, inputs).parameters()
         return {"trainable": [parameter.detach().clone() for parameter in parameters if parameter.requires_grad]}
 
     def facts(self, raw, inputs):
-        base, besides = inputs["base"], []
-        counts = {"A": 0, "B": 0, "base.weight": 0, "base.bias": 0}
-        for tensor in raw["trainable"]:
-            names = [name for name in ("A", "B") if _fits(tensor, inputs[name])]
-            names += [f"base.{name}" for name, one in base.named_parameters() if torch.equal(tensor, one)]
-            if names:
-                counts[names[0]] += 1
-            else:
-                besides.append(tensor)
+        names = [self._name(tensor, inputs) for tensor in raw["trainable"]]
         return {
-            "trainable parameters with the shape of A": counts["A"],
-            "trainable parameters with the shape of B": counts["B"],
-            "the layer's base.weight is": "trainable" if counts["base.weight"] else "frozen",
-            "the layer's base.bias is": "trainable" if counts["base.bias"] else "frozen",
-            "trainable besides": kinds(besides),
+            "trainable parameters with the shape of A": names.count("A"),
+            "trainable parameters with the shape of B": names.count("B"),
+            "the layer's base.weight is": "trainable" if "weight" in names else "frozen",
+            "the layer's base.bias is": "trainable" if "bias" in names else "frozen",
+            "trainable besides": next((name for name in ("other tensors", "vectors") if name in names), "nothing"),
         }
+
+    @staticmethod
+    def _name(tensor: Tensor, inputs: dict) -> str:
+        fitting = next((name for name in ("A", "B") if _fits(tensor, inputs[name])), None)
+        of_base = adapters.name_in_base(tensor, dict(inputs["base"].named_parameters()))
+        return fitting or of_base or ("vectors" if tensor.ndim == 1 else "other tensors")
 
 
 @exercise.experiment("base itself")
 class BaseItself(Experiment):
     def draw(self, trial: Trial) -> dict:
-        inputs = _base(trial)
+        inputs = _inputs(trial)
         return inputs | {"new": trial.normal(*inputs["base"].weight.shape)}
 
     def measure(self, subject, inputs):
         weight = inputs["base"].weight
-        layer = _layer(subject, inputs)
+        layer = layer_of(subject, inputs)
         _fill(layer, inputs)
         with torch.no_grad():
             _output(layer, inputs["x"], inputs)
@@ -181,14 +150,11 @@ class BaseItself(Experiment):
 
     def facts(self, raw, inputs):
         base, x = inputs["base"], inputs["x"]
-        with torch.no_grad():
-            weights = {"the new numbers": inputs["new"], "the old numbers": base.weight}
-            like = {name: beside_base(raw["y"], F.linear(x, weight, base.bias)) for name, weight in weights.items()}
+        bases_outputs = {"the new numbers": F.linear(x, inputs["new"], base.bias).detach(), "the old numbers": inputs["y"]}
+        followed = (name for name, y in bases_outputs.items() if beside_base(raw["y"], y) != "different")
         return {
             "base.weight, once the layer was used, is": "as before" if torch.equal(raw["weight"], base.weight) else "changed",
-            "with new numbers in base.weight the outputs follow": next(
-                (name for name, how in like.items() if how != "different"), "neither the new nor the old"
-            ),
+            "with new numbers in base.weight the outputs follow": next(followed, "neither the new nor the old"),
         }
 
 
@@ -197,138 +163,65 @@ class TakesWhatBaseTakes(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        inputs = _base(trial)
-        shapes = (), (1,), (2, 3), (2, 1, 3)
-        xs = [trial.normal(*shape, inputs["base"].in_features) for shape in shapes]
-        elsewhere = nn.Linear(inputs["base"].in_features, inputs["base"].out_features, device="meta")
-        return inputs | {"xs": xs, "in float64": copy.deepcopy(inputs["base"]).double(), "elsewhere": elsewhere}
+        inputs = _inputs(trial)
+        base, shapes = inputs["base"], ((), (1,), (2, 3), (2, 1, 3))
+        return inputs | {
+            "xs": [trial.normal(*shape, base.in_features) for shape in shapes],
+            "in float64": copy.deepcopy(base).double(),
+            "elsewhere": nn.Linear(base.in_features, base.out_features, device="meta"),
+        }
 
     def measure(self, subject, inputs):
-        layer = _layer(subject, inputs)
+        layer = layer_of(subject, inputs)
         _fill(layer, inputs)
-        rows = [_output(layer, x.reshape(-1, x.shape[-1]), inputs).detach() for x in inputs["xs"]]
-        raw = {"rows": rows, "outputs": [attempt(lambda x=x: layer(x).detach().clone()) for x in inputs["xs"]]}
         double = inputs["x"].double()
-        moved = attempt(lambda: str(layer.to(torch.float64)(double).dtype))
-        made = _layer(subject, inputs | {"base": inputs["in float64"]})
+        raw = {
+            "rows": [_output(layer, x.reshape(-1, x.shape[-1]), inputs).detach() for x in inputs["xs"]],
+            "outputs": [attempt(lambda x=x: layer(x).detach().clone()) for x in inputs["xs"]],
+            "moved": attempt(lambda: str(layer.to(torch.float64)(double).dtype)),
+        }
+        in_float64 = layer_of(subject, inputs | {"base": inputs["in float64"]})
         return raw | {
-            "moved": moved,
-            "dtypes": [str(parameter.dtype) for parameter in _adapter(made, inputs)],
-            "made": attempt(lambda: str(made(double).dtype)),
+            "dtypes": [str(parameter.dtype) for parameter in _adapter(in_float64, inputs)],
+            "made": attempt(lambda: str(in_float64(double).dtype)),
             "devices": attempt(lambda: self._devices(subject, inputs)),
         }
 
     def facts(self, raw, inputs):
         alike = all(map(_as_in_rows, raw["outputs"], inputs["xs"], raw["rows"]))
-        dtype = None
+        dtype, device = None, None
         if raw["dtypes"]:
             dtype = "float64" if set(raw["dtypes"]) == {"torch.float64"} else "another dtype"
-        there = None
-        if raw["dtypes"]:
             # A layer that cannot be made of a base without numbers may be right on a real device.
-            there = "base's device" if failed(raw["devices"]) or set(raw["devices"]) == {"meta"} else "another"
+            device = "base's device" if failed(raw["devices"]) or set(raw["devices"]) == {"meta"} else "another"
         return {
             "inputs of 1, 2, 3 and 4 dimensions": "each vector as in a matrix" if alike else "not each as in a matrix",
             "after .to(torch.float64) it returns": _dtype(raw["moved"]),
             "made from a float64 base, A and B are of": dtype,
             "and it returns": _dtype(raw["made"]) if dtype == "float64" else None,
-            "made from a base on another device, A and B are on": there,
+            "made from a base on another device, A and B are on": device,
         }
 
     def notes(self, raw, inputs):
-        first = next((y for y in raw["outputs"] if failed(y)), None)
-        seen = {
-            "inputs of 1, 2, 3 and 4 dimensions": first,
+        results = {
+            "inputs of 1, 2, 3 and 4 dimensions": next(filter(failed, raw["outputs"]), None),
             "after .to(torch.float64) it returns": raw["moved"],
             "and it returns": raw["made"],
         }
-        return {fact: failed(value) for fact, value in seen.items() if failed(value)}
+        return {fact: failed(result) for fact, result in results.items() if failed(result)}
 
     @staticmethod
     def _devices(subject, inputs: dict) -> list[str]:
-        layer = _layer(subject, inputs | {"base": inputs["elsewhere"]})
+        layer = layer_of(subject, inputs | {"base": inputs["elsewhere"]})
         return [parameter.device.type for parameter in _adapter(layer, inputs)]
 
 
-# --- what experiments observe, here and in exercise 6.5 -------------------------------------------------------------
-
-
-def attempt(run: Callable[[], Any]) -> Any:
-    """What `run` returns or, if it raises, how: for what may fail where a plain call before did not."""
-    try:
-        return run()
-    except Exception as error:
-        return {"raised": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"}
-
-
-def failed(value: Any) -> str | None:
-    """What was raised in `attempt`."""
-    return value.get("raised") if isinstance(value, dict) else None
-
-
-def gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """The gradient of the loss for each tensor; zeros where the loss does not depend on it."""
-    if not tensors or not loss.requires_grad:
-        return [torch.zeros_like(tensor) for tensor in tensors]
-    found = torch.autograd.grad(loss, tensors, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True)]
-
-
-def beside_base(y: Tensor, base_y: Tensor) -> str:
-    """What outputs (n, channels, ...) are, in terms of base's; a constant is one number for each channel."""
-    if near(y, base_y):
-        return "base's"
-    channels = (y - base_y).transpose(0, 1).flatten(1)
-    if near(channels - channels[:, :1], 0, scale=max(1.0, float(base_y.abs().max()))):
-        return "base's and a constant"
-    return "different" if ratio(y, base_y) is None else "base's times a number"
-
-
-def how_far(y: Tensor, base_y: Tensor) -> str:
-    return f"off by up to {(y - base_y).abs().max():.2g}"
-
-
-def ratio(one: Tensor, other: Tensor) -> float | None:
-    """The number by which `other` is multiplied in `one`, if there is such a number and it is not zero."""
-    number = float((one * other).sum() / (other * other).sum())
-    there = not near(number, 0) and near(one, number * other, scale=abs(number) * float(other.abs().max()))
-    return number if there else None
-
-
-def name_of(factor: float, inputs: dict) -> str:
-    """A factor in the words of the statement."""
-    rank, alpha = inputs["rank"], inputs["alpha"]
-    known = {
-        "alpha / rank": alpha / rank,
-        "1": 1.0,
-        "alpha": alpha,
-        "1 / rank": 1 / rank,
-        "rank / alpha": rank / alpha,
-        "alpha / sqrt(rank)": alpha / math.sqrt(rank),
-        "2 alpha / rank": 2 * alpha / rank,
-    }
-    return next((name for name, value in known.items() if near(factor / value, 1)), "another number")
-
-
-def kinds(tensors: list[Tensor]) -> str:
-    if not tensors:
-        return "nothing"
-    return "vectors" if all(tensor.ndim == 1 for tensor in tensors) else "other tensors"
-
-
-def module(value: object, name: str) -> nn.Module:
-    if not isinstance(value, nn.Module):
-        raise WrongReturn(f"{name}(base, rank, alpha) must be an nn.Module, got {expect.describe(value)}.")
-    return value
-
-
-def _layer(subject, inputs: dict) -> nn.Module:
-    return module(subject(inputs["base"], inputs["rank"], inputs["alpha"]), "LoRALinear")
+# --- what the experiments observe -----------------------------------------------------------------------------------
 
 
 def _output(layer: nn.Module, x: Tensor, inputs: dict) -> Tensor:
-    wanted = len(x), inputs["B"].shape[0]
-    return expect_tensor(layer(x), wanted, f"the output for an input of shape {tuple(x.shape)}")
+    shape = len(x), inputs["B"].shape[0]
+    return expect_tensor(layer(x), shape, f"the output for an input of shape {tuple(x.shape)}")
 
 
 def _matrix(layer: nn.Module, inputs: dict) -> Tensor:
@@ -345,13 +238,9 @@ def _fits(tensor: Tensor, matrix: Tensor) -> bool:
 
 def _adapter(layer: nn.Module, inputs: dict) -> list[nn.Parameter]:
     """The trainable parameters that have the shapes of A and of B; nothing if there is not one of each."""
-    found = []
-    for name in ("A", "B"):
-        fits = [p for p in layer.parameters() if p.requires_grad and _fits(p, inputs[name])]
-        if len(fits) != 1:
-            return []
-        found += fits
-    return found
+    trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    fitting = [[parameter for parameter in trainable if _fits(parameter, inputs[name])] for name in ("A", "B")]
+    return [parameter for (parameter,) in fitting] if all(len(parameters) == 1 for parameters in fitting) else []
 
 
 def _fill(layer: nn.Module, inputs: dict, times: float = 1.0) -> bool:
@@ -364,207 +253,58 @@ def _fill(layer: nn.Module, inputs: dict, times: float = 1.0) -> bool:
     return bool(parameters)
 
 
-def _product(update: Tensor, a: Tensor, b: Tensor) -> tuple[str, float | None]:
+def _product(update: Tensor, inputs: dict) -> tuple[str, float | None]:
     """What an update is made of, and the factor before it."""
+    a, b = inputs["A"], inputs["B"]
     if near(update, 0):
         return "nothing", None
-    number = ratio(update, b @ a)
-    if number is not None:
-        return "B A", number
+    if (factor := adapters.ratio(update, b @ a)) is not None:
+        return "B A", factor
     reshaped_a, reshaped_b = a.reshape(a.T.shape).T, b.reshape(b.T.shape).T
     for product in (b @ reshaped_a, reshaped_b @ a, reshaped_b @ reshaped_a):
-        number = ratio(update, product)
-        if number is not None:
-            return "B A of matrices reshaped, not transposed", number
-    return SOMETHING_ELSE, None
+        if (factor := adapters.ratio(update, product)) is not None:
+            return "B A of matrices reshaped, not transposed", factor
+    return "something else", None
 
 
-def _as_in_rows(y: Any, x: Tensor, rows: Tensor) -> bool:
+def _as_in_rows(y: Tensor | dict, x: Tensor, rows: Tensor) -> bool:
     """Whether the output for x holds the same vectors as the one for a matrix of x's vectors."""
     return isinstance(y, Tensor) and y.shape[:-1] == x.shape[:-1] and y.numel() == rows.numel() and near(y.view_as(rows), rows)
 
 
-def _dtype(found: str | dict) -> str:
-    return AN_ERROR if failed(found) else found.removeprefix("torch.")
+def _dtype(result: str | dict) -> str:
+    return "an error" if failed(result) else result.removeprefix("torch.")
 
 
 # --- the misconceptions ---------------------------------------------------------------------------------------------
 
 
-class _Layer(nn.Module):
-    """A right solution, in pieces that a misconception replaces."""
-
-    def __init__(self, base, rank, alpha):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.A, self.B = self.matrices(rank)
-        self.scaling = self.scale(rank, alpha)
-
-    def matrices(self, rank):
-        like = {"device": self.base.weight.device, "dtype": self.base.weight.dtype}
-        a = torch.randn(rank, self.base.in_features, **like) / math.sqrt(self.base.in_features)
-        return nn.Parameter(a), nn.Parameter(torch.zeros(self.base.out_features, rank, **like))
-
-    def scale(self, rank, alpha):
-        return alpha / rank
-
-    def update(self, x):
-        return self.scaling * (x @ self.A.T @ self.B.T)
-
-    def forward(self, x):
-        return self.base(x) + self.update(x)
+def _added_into_base(layer, x):
+    layer.base.weight.data += layer.delta().detach()
+    return layer.base(x)
 
 
-@exercise.misconception("no scaling")
-class NoScaling(_Layer):
-    def scale(self, rank, alpha):
-        return 1.0
-
-
-@exercise.misconception("alpha alone")
-class AlphaAlone(_Layer):
-    def scale(self, rank, alpha):
-        return alpha
-
-
-@exercise.misconception("1 / rank alone")
-class OneOverRank(_Layer):
-    def scale(self, rank, alpha):
-        return 1 / rank
-
-
-@exercise.misconception("rank / alpha")
-class RankOverAlpha(_Layer):
-    def scale(self, rank, alpha):
-        return rank / alpha
-
-
-@exercise.misconception("both start at zero")
-class BothZero(_Layer):
-    def matrices(self, rank):
-        a, b = super().matrices(rank)
-        return nn.Parameter(torch.zeros_like(a)), b
-
-
-@exercise.misconception("both start at random")
-class BothRandom(_Layer):
-    def matrices(self, rank):
-        a, b = super().matrices(rank)
-        return a, nn.Parameter(torch.randn_like(b))
-
-
-@exercise.misconception("base's bias trains")
-class BiasTrains(_Layer):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        if base.bias is not None:
-            base.bias.requires_grad_(True)
-
-
-@exercise.misconception("base trains too")
-class BaseTrains(_Layer):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        self.requires_grad_(True)
-
-
-@exercise.misconception("values instead of parameters")
-class ValuesInsteadOfParameters(_Layer):
-    def update(self, x):
-        return self.scaling * (x @ self.A.data.T @ self.B.data.T)
-
-
-@exercise.misconception("the update under no_grad")
-class UpdateUnderNoGrad(_Layer):
-    def forward(self, x):
-        y = self.base(x)
-        with torch.no_grad():
-            update = self.update(x)
-        return y + update
-
-
-@exercise.misconception("base under no_grad")
-class BaseUnderNoGrad(_Layer):
-    def forward(self, x):
-        with torch.no_grad():
-            y = self.base(x)
-        return y + self.update(x)
-
-
-@exercise.misconception("not registered")
-class NotRegistered(_Layer):
-    def __init__(self, base, rank, alpha):
-        nn.Module.__init__(self)
-        self.base, self.scaling = base.requires_grad_(False), alpha / rank
-        self.A, self.B = (parameter.detach().requires_grad_(True) for parameter in self.matrices(rank))
-
-
-@exercise.misconception("the sum is scaled")
-class TheSumIsScaled(_Layer):
-    def forward(self, x):
-        return self.scaling * (self.base(x) + x @ self.A.T @ self.B.T)
-
-
-@exercise.misconception("added twice")
-class AddedTwice(_Layer):
-    def forward(self, x):
-        weight = self.base.weight + self.scaling * self.B @ self.A
-        return F.linear(x, weight, self.base.bias) + self.update(x)
-
-
-@exercise.misconception("biases in the adapter")
-class BiasesInTheAdapter(_Layer):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        self.inner = nn.Parameter(base.weight.new_zeros(rank))
-
-    def update(self, x):
-        return self.scaling * ((x @ self.A.T + self.inner) @ self.B.T)
-
-
-@exercise.misconception("a random bias in B")
-class ARandomBias(BiasesInTheAdapter):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        self.outer = nn.Parameter(torch.randn_like(base.weight[:, 0]))
-
-    def update(self, x):
-        return super().update(x) + self.scaling * self.outer
-
-
-@exercise.misconception("base copied")
-class BaseCopied(_Layer):
-    def __init__(self, base, rank, alpha):
-        super().__init__(copy.deepcopy(base), rank, alpha)
-
-
-@exercise.misconception("added into base.weight")
-class AddedIntoBase(_Layer):
-    def forward(self, x):
-        self.base.weight.data += self.scaling * (self.B @ self.A).detach()
-        return self.base(x)
-
-
-@exercise.misconception("float32 on the CPU")
-class Float32OnTheCPU(_Layer):
-    def matrices(self, rank):
-        a, b = torch.randn(rank, self.base.in_features), torch.zeros(self.base.out_features, rank)
-        return nn.Parameter(a), nn.Parameter(b)
-
-
-@exercise.misconception("float32 on base's device")
-class Float32(_Layer):
-    def matrices(self, rank):
-        return tuple(nn.Parameter(p.detach().float()) for p in super().matrices(rank))
-
-
-@exercise.misconception("samples in rows only")
-class SamplesInRowsOnly(_Layer):
-    def update(self, x):
-        return self.scaling * torch.mm(x, self.A.T).mm(self.B.T)
-
-
-@exercise.misconception("reshaped, not transposed")
-class ReshapedNotTransposed(_Layer):
-    def update(self, x):
-        return self.scaling * (x @ self.A.view(self.A.T.shape) @ self.B.T)
+CHANGES = adapters.CHANGES | {
+    "1 / rank alone": {"scale": lambda layer, rank, alpha: 1 / rank},
+    "rank / alpha": {"scale": lambda layer, rank, alpha: rank / alpha},
+    "base trains too": {"frozen": lambda layer: []},
+    "the update under no_grad": {"update": torch.no_grad()(Layer.update)},
+    "base under no_grad": {"unchanged": torch.no_grad()(Layer.unchanged)},
+    "not registered": {"trained": lambda layer, tensor: tensor.requires_grad_()},
+    "the sum is scaled": {"forward": lambda layer, x: layer.scaling * (layer.base(x) + x @ layer.A.T @ layer.B.T)},
+    "added twice": {
+        "forward": lambda layer, x: F.linear(x, layer.base.weight + layer.delta(), layer.base.bias) + layer.update(x)
+    },
+    "a random bias in B": {
+        "shapes": lambda layer, rank: Layer.shapes(layer, rank) | {"inner": (rank,), "outer": (layer.base.out_features,)},
+        "random": ("A", "inner", "outer"),
+        "constant": lambda layer: layer.scaling * (layer.B @ layer.inner + layer.outer),
+    },
+    "base copied": {"adapted": lambda layer, base: copy.deepcopy(base)},
+    "added into base.weight": {"forward": _added_into_base},
+    "float32 on the CPU": {"empty": lambda layer, *shape: torch.empty(shape)},
+    "float32 on base's device": {"empty": lambda layer, *shape: layer.base.weight.new_empty(shape, dtype=torch.float32)},
+    "samples in rows only": {"update": lambda layer, x: torch.mm(x, layer.delta().T)},
+    "reshaped, not transposed": {"delta": lambda layer: layer.scaling * layer.B @ layer.A.view(layer.A.T.shape).T},
+}
+exercise.misconceptions_of(adapters.solution, CHANGES)

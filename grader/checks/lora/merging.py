@@ -86,7 +86,7 @@ class AfterTheBlock(Experiment):
     def measure(self, subject, inputs):
         raw = {}
         for how, ending in (("end", None), ("error", _Error), ("interrupt", _Interrupt)):
-            model, came = inputs[how], "nothing"
+            model, error_outside = inputs[how], "nothing"
             before = _bits(model)
             try:
                 with _manager(subject(model)):
@@ -94,8 +94,8 @@ class AfterTheBlock(Experiment):
                     if ending is not None:
                         raise ending
             except (_Error, _Interrupt) as error:
-                came = "the error" if type(error) is ending else type(error).__name__
-            raw[how] = _outputs(model, inputs["x"]) | {"came": came, "merged": merged}
+                error_outside = "the error" if type(error) is ending else type(error).__name__
+            raw[how] = _outputs(model, inputs["x"]) | {"error outside": error_outside, "merged": merged}
         return raw
 
     def facts(self, raw, inputs):
@@ -104,7 +104,7 @@ class AfterTheBlock(Experiment):
             fresh = {"model": inputs[how], "x": inputs["x"]}
             facts[f"{when}: what delta added to `layer.base(x)`"] = _updates(raw[how]["base"], fresh)
             facts[f"{when}: what delta added to `layer(x)`"] = _updates(raw[how]["layer"], fresh)
-        return facts | {"what came out of a block with an error": raw["error"]["came"]}
+        return facts | {"what came out of a block with an error": raw["error"]["error outside"]}
 
 
 @exercise.experiment("old bits")
@@ -119,10 +119,10 @@ class OldBits(Experiment):
         before, bits = _weights(model), _bits(model)
         with _manager(subject(model)):
             dtypes = {str(weight.dtype) for weight in _weights(model)}
-            inside = _bits(model)
+            merged = _bits(model) != bits
         after = _weights(model)
         return {
-            "merged": inside != bits,
+            "merged": merged,
             "dtypes": sorted(dtypes),
             "bits": _bits(model),
             "same": all(weight is was for weight, was in zip(after, before, strict=True)),
@@ -154,11 +154,11 @@ class NotTwice(Experiment):
     def measure(self, subject, inputs):
         model, partly, x = inputs["model"], inputs["partly"], inputs["x"]
         with _manager(subject(model)):
-            first = _outputs(model, x)
+            inside = _outputs(model, x)
             nested = _raised(subject, model)
-            then = _outputs(model, x)
+            again = _outputs(model, x)
         after = _outputs(model, x)
-        return {"nested": nested, "first": first, "then": then, "after": after, "partly": _refusal(subject, partly)}
+        return {"nested": nested, "inside": inside, "again": again, "after": after, "partly": _refusal(subject, partly)}
 
     def facts(self, raw, inputs):
         def changed(before: dict, after: dict) -> str | None:
@@ -169,9 +169,9 @@ class NotTwice(Experiment):
 
         return {
             "a block inside a block: raised": raw["nested"],
-            "a block inside a block: then, in the outer one, the layers are": changed(raw["first"], raw["then"]),
+            "a block inside a block: then, in the outer one, the layers are": changed(raw["inside"], raw["again"]),
             "a block inside a block: after both, the layers are": changed(_outputs(inputs["model"], inputs["x"]), raw["after"]),
-            "one layer of three merged before: raised": raw["partly"]["came"],
+            "one layer of three merged before: raised": raw["partly"]["raised"],
             "one layer of three merged before: weights and flags that changed": raw["partly"]["changed"],
         }
 
@@ -188,7 +188,7 @@ class TiedWeight(Experiment):
 
     def facts(self, raw, inputs):
         return {
-            "the embedding's weight is that of a LoRA layer: raised": raw["tied"]["came"],
+            "the embedding's weight is that of a LoRA layer: raised": raw["tied"]["raised"],
             "the embedding's weight is that of a LoRA layer: weights and flags that changed": raw["tied"]["changed"],
             "two weights with equal values: raised": raw["equal"],
         }
@@ -200,10 +200,10 @@ class NothingToMerge(Experiment):
         return {"model": nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))}
 
     def measure(self, subject, inputs):
-        return {"came": _raised(subject, inputs["model"])}
+        return {"raised": _raised(subject, inputs["model"])}
 
     def facts(self, raw, inputs):
-        return {"raised": raw["came"]}
+        return raw
 
 
 def _layers(model: nn.Module) -> list[lora.Linear]:
@@ -261,12 +261,14 @@ def _raised(subject, model: nn.Module) -> str:
 
 
 def _refusal(subject, model: nn.Module) -> dict[str, str | None]:
+    """What that block raises, and whether weights and flags changed although it was refused."""
+
     def state() -> list:
         return [_bits(model), [layer.merged for layer in _layers(model)]]
 
     before = state()
-    came = _raised(subject, model)
-    return {"came": came, "changed": None if came == "nothing" else "none" if state() == before else "some"}
+    error = _raised(subject, model)
+    return {"raised": error, "changed": None if error == "nothing" else "none" if state() == before else "some"}
 
 
 def some_layer(model: nn.Module, layers: list[lora.Linear]) -> None:

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, expect_number
+from grader.checks.lora.adapters import attempt, failed
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number
 from helpers.lora import rank_of_update
 
 exercise = Exercise(__name__, "6.7", rank_of_update)
@@ -98,9 +99,10 @@ class Kernels(Experiment):
         return {name: _counted(subject, torch.zeros_like(update), update, 0.9) for name, update in inputs.items()}
 
     def facts(self, raw, inputs):
+        counts = {name: count if count <= SIDE else "more than the matrix has rows" for name, count in raw.items()}
         return {
-            "three terms that differ in their channels": _possible(raw["channels"]),
-            "two terms that differ in their kernels": _possible(raw["kernels"]),
+            "three terms that differ in their channels": counts["channels"],
+            "two terms that differ in their kernels": counts["kernels"],
         }
 
 
@@ -113,24 +115,20 @@ class HalfPrecision(Experiment):
         return {name: _few_equal(trial, 3).to(dtype) for name, dtype in names.items()}
 
     def measure(self, subject, inputs):
-        counts, errors = {}, {}
-        for name, update in inputs.items():
-            before, after = nn.Parameter(torch.zeros_like(update)), nn.Parameter(update)
-            try:
-                counts[name] = _counted(subject, before, after, 0.9)
-            except WrongReturn:
-                raise
-            except Exception as error:
-                if isinstance(error, NotImplementedError) and str(error).startswith("Exercise"):
-                    raise  # the stub's
-                counts[name], errors[name] = "an error", f"{type(error).__name__}: {error}"[:200]
-        return {"counts": counts, "errors": errors}
+        plain = inputs["float32"]
+        _counted(subject, torch.zeros_like(plain), plain, 0.9)  # what raises here raises for any weight
+
+        def as_parameters(update: Tensor) -> int:
+            return _counted(subject, nn.Parameter(torch.zeros_like(update)), nn.Parameter(update), 0.9)
+
+        return {name: attempt(lambda update=update: as_parameters(update)) for name, update in inputs.items()}
 
     def facts(self, raw, inputs):
-        return {f"for three equal singular values, {name}": count for name, count in raw["counts"].items()}
+        counts = {name: "an error" if failed(count) else count for name, count in raw.items()}
+        return {f"for three equal singular values, {name}": count for name, count in counts.items()}
 
     def notes(self, raw, inputs):
-        return {f"for three equal singular values, {name}": error for name, error in raw["errors"].items()}
+        return {f"for three equal singular values, {name}": failed(count) for name, count in raw.items() if failed(count)}
 
 
 @exercise.experiment("nothing changed")
@@ -153,12 +151,7 @@ def _counted(subject, before: Tensor, after: Tensor, share: float) -> int:
     return round(number)
 
 
-def _possible(count: int) -> Fact:
-    return count if count <= SIDE else "more than the matrix has rows"
-
-
-def _matrix(before: Tensor, after: Tensor) -> Tensor:
-    return (after.detach().double() - before.detach().double()).flatten(1)
+# --- the misconceptions ---------------------------------------------------------------------------------------------
 
 
 def _fewest(energy: Tensor, share: float) -> int:
@@ -169,86 +162,52 @@ def _fewest(energy: Tensor, share: float) -> int:
     return int((energy.cumsum(0) < share * energy.sum()).sum()) + 1
 
 
-@exercise.misconception("not squared")
-def not_squared(before, after, share):
-    return _fewest(torch.linalg.svdvals(_matrix(before, after)), share)
+def rank_of(
+    before: Tensor,
+    after: Tensor,
+    share: float,
+    *,
+    wide=lambda weight: weight.double(),
+    update=lambda before, after: after - before,
+    matrix=lambda update: update.flatten(1),
+    power=2,
+    held=lambda share: share,
+    count=lambda fewest: fewest,
+) -> int:
+    """The fewest singular values that hold a share of the squares: a right solution, with an option for each piece of it."""
+    change = update(wide(before.detach()), wide(after.detach()))
+    return count(_fewest(torch.linalg.svdvals(matrix(change)) ** power, held(share)))
 
 
-@exercise.misconception("share of the norm")
-def share_of_the_norm(before, after, share):
-    return _fewest(torch.linalg.svdvals(_matrix(before, after)).square(), share**2)
-
-
-@exercise.misconception("squared twice")
-def squared_twice(before, after, share):
-    return _fewest(torch.linalg.svdvals(_matrix(before, after)) ** 4, share)
-
-
-@exercise.misconception("error of the norm")
-def error_of_the_norm(before, after, share):
-    return _fewest(torch.linalg.svdvals(_matrix(before, after)).square(), 1 - (1 - share) ** 2)
-
-
-@exercise.misconception("position for a number")
-def position_for_a_number(before, after, share):
-    return max(_fewest(torch.linalg.svdvals(_matrix(before, after)).square(), share) - 1, 0)
-
-
-@exercise.misconception("one too many")
-def one_too_many(before, after, share):
-    fewest = _fewest(torch.linalg.svdvals(_matrix(before, after)).square(), share)
-    return fewest + 1 if fewest else 0
+CHANGES = {
+    "not squared": {"power": 1},
+    "share of the norm": {"held": lambda share: share**2},
+    "squared twice": {"power": 4},
+    "error of the norm": {"held": lambda share: 1 - (1 - share) ** 2},
+    "position for a number": {"count": lambda fewest: max(fewest - 1, 0)},
+    "one too many": {"count": lambda fewest: fewest + 1 if fewest else 0},
+    "means taken away": {"matrix": lambda update: update.flatten(1) - update.flatten(1).mean(0)},
+    "the weight instead of its update": {"update": lambda before, after: after},
+    "kernel by kernel": {"matrix": lambda update: update},
+    "outputs and inputs on one side": {"matrix": lambda update: update.flatten(2).flatten(0, 1) if update.ndim > 2 else update},
+    "half precision as it comes": {"wide": lambda weight: weight},
+    "one of nothing": {"count": lambda fewest: max(fewest, 1)},
+}
+exercise.misconceptions_of(rank_of, CHANGES)
 
 
 @exercise.misconception("compared with the largest")
 def compared_with_the_largest(before, after, share):
-    singular = torch.linalg.svdvals(_matrix(before, after))
+    singular = torch.linalg.svdvals((after - before).double().flatten(1))
     return int(((singular > 0) & (singular >= (1 - share) * singular[0])).sum())
 
 
 @exercise.misconception("share of how many there are")
 def share_of_how_many(before, after, share):
-    update = _matrix(before, after)
-    return math.ceil(share * min(update.shape))
-
-
-@exercise.misconception("means taken away")
-def means_taken_away(before, after, share):
-    update = _matrix(before, after)
-    singular = torch.linalg.svdvals(update - update.mean(0))
-    return _fewest(singular.square(), share) if update.any() else 0
-
-
-@exercise.misconception("the weight instead of its update")
-def the_weight_instead(before, after, share):
-    return _fewest(torch.linalg.svdvals(_matrix(torch.zeros_like(after), after)).square(), share)
+    return math.ceil(share * min(after.flatten(1).shape))
 
 
 @exercise.misconception("difference of the singular values")
 def difference_of_the_singular_values(before, after, share):
     was, now = (torch.linalg.svdvals(weight.detach().double().flatten(1)) for weight in (before, after))
     return _fewest((now - was).square(), share)
-
-
-@exercise.misconception("kernel by kernel")
-def kernel_by_kernel(before, after, share):
-    update = after.detach().double() - before.detach().double()
-    return _fewest(torch.linalg.svdvals(update).square(), share)
-
-
-@exercise.misconception("outputs and inputs on one side")
-def outputs_and_inputs_on_one_side(before, after, share):
-    update = after.detach().double() - before.detach().double()
-    if update.ndim > 2:
-        update = update.flatten(2).flatten(0, 1)
-    return _fewest(torch.linalg.svdvals(update).square(), share)
-
-
-@exercise.misconception("half precision as it comes")
-def half_precision_as_it_comes(before, after, share):
-    return _fewest(torch.linalg.svdvals((after - before).detach().flatten(1)).square(), share)
-
-
-@exercise.misconception("one of nothing")
-def one_of_nothing(before, after, share):
-    return max(_fewest(torch.linalg.svdvals(_matrix(before, after)).square(), share), 1)

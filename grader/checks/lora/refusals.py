@@ -5,16 +5,20 @@ from collections.abc import Callable
 from grader.experiment import WrongReturn
 
 
-def raised(attempt: Callable[[], object]) -> tuple[str, str]:
-    """The kind of the error that `attempt` raises, and its message; a ValueError of any class counts as one.
+def raised(attempt: Callable[[], object], kind: type[Exception] = Exception) -> tuple[str, str]:
+    """What `attempt` raises: the name of its class, or "ValueError" for all that are derived from it, and its message.
+
+    Args:
+        attempt: a call without arguments.
+        kind: of the errors that are results. Those of other kinds pass, as do a stub's and that of a wrong return.
 
     Returns:
-        "nothing" and an empty message if it raises nothing. What a stub raises, and a wrong return, pass.
+        "nothing" and an empty message if nothing is raised.
     """
     try:
         attempt()
     except (NotImplementedError, WrongReturn):
         raise
-    except Exception as error:
+    except kind as error:
         return "ValueError" if isinstance(error, ValueError) else type(error).__name__, str(error)
     return "nothing", ""

@@ -2,46 +2,38 @@
 
 import copy
 import pickle
+from functools import partial
 
 import torch
-from torch.func import functional_call
+
+from grader.checks.batchnorm.meanings import by_flags, by_old_gradients_too, solution
+from grader.checks.traces import kept
 
 
 def in_place_and_put_back(layer, x):
-    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    modes = [module.training for module in layer.modules()]
-    gradients = [parameter.grad for parameter in layer.parameters()]
-    layer.train()
-    for parameter in layer.parameters():
-        parameter.grad = None
-    out = layer(x)
-    if out.requires_grad:
-        out.pow(2).sum().backward()
-    answer = {
-        "affine": layer.weight.grad is None and layer.bias.grad is None,
-        "statistics": torch.equal(layer.running_mean, state["running_mean"])
-        and torch.equal(layer.running_var, state["running_var"]),
-    }
-    with torch.no_grad():
-        answer["normalisation"] = not torch.allclose(layer(x + 7), layer(x), atol=1e-3)  # a batch's own mean takes the 7 away
-    layer.load_state_dict(state)
-    for module, mode in zip(layer.modules(), modes, strict=True):
-        module.training = mode
-    for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
-        parameter.grad = gradient
-    return answer
+    with kept(layer, "buffers", "modes", "gradients"):
+        layer.train().zero_grad()
+        before = layer.running_mean.clone(), layer.running_var.clone()
+        output = layer(x)
+        if output.requires_grad:
+            output.pow(2).sum().backward()
+        return {
+            "affine": layer.weight.grad is None and layer.bias.grad is None,
+            "statistics": all(map(torch.equal, before, (layer.running_mean, layer.running_var))),
+            "normalisation": not torch.allclose(layer(x + 7), layer(x), atol=1e-3),  # a batch's own mean takes the 7 away
+        }
 
 
-def other_stored_statistics(layer, x):
-    """Whether the output depends on the stored statistics, asked of them."""
+def asked_of_the_stored_statistics(layer, x):
+    """Whether the output depends on the stored statistics."""
     clone, changed = (copy.deepcopy(layer) for _ in range(2))
     changed.running_mean += 5
-    was = clone.running_mean.tolist() + clone.running_var.tolist()
-    one, other = clone.train()(x), changed.train()(x)
+    before = clone.running_mean.tolist() + clone.running_var.tolist()
+    output, changed_output = clone.train()(x), changed.train()(x)
     return {
-        "affine": one.grad_fn is None,
-        "statistics": was == clone.running_mean.tolist() + clone.running_var.tolist(),
-        "normalisation": bool(((one - other).abs() > 1e-3).any()),
+        "affine": output.grad_fn is None,
+        "statistics": before == clone.running_mean.tolist() + clone.running_var.tolist(),
+        "normalisation": bool(((output - changed_output).abs() > 1e-3).any()),
     }
 
 
@@ -64,71 +56,15 @@ class GradientsBetweenRows:
         }
 
 
-def by_formula(layer, x):
-    layer_copy = copy.deepcopy(layer)
-    mean, var = layer.running_mean.clone(), layer.running_var.clone()
-    shape = (1, -1) + (1,) * (x.dim() - 2)
-    layer_copy.train(True)
-    y = layer_copy(x)
-    with torch.no_grad():
-        scaled = (x - mean.reshape(shape)) * torch.rsqrt(var.reshape(shape) + layer.eps)
-        stored = scaled * layer.weight.reshape(shape) + layer.bias.reshape(shape)
-        off = torch.dist(y, stored, p=float("inf"))
-    after = layer_copy.running_mean, layer_copy.running_var
-    affine = True
-    if y.requires_grad:
-        y.mean().backward()
-        affine = layer_copy.weight.grad is None and layer_copy.bias.grad is None
-    return {
-        "affine": affine,
-        "statistics": torch.equal(after[0], mean) & torch.equal(after[1], var),
-        "normalisation": off < 1e-3,  # a tensor
-    }
-
-
-def functional(layer, x):
-    training = {module: module.training for module in layer.modules()}
-    layer.train()
-    tensors = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()}
-    buffers = {name: b.clone() for name, b in layer.named_buffers()}
-    half = (x.shape[0] + 1) // 2
-    whole = functional_call(layer, (tensors, buffers), (x,))
-    spare = {name: b.clone() for name, b in buffers.items()}
-    parts = [functional_call(layer, (tensors, spare), (part,)) for part in x.split(half)]
-    for module, mode in training.items():
-        module.training = mode
-    stays = [torch.equal(b, layer.get_buffer(name)) for name, b in buffers.items() if name.startswith("running")]
-    return {
-        "affine": not whole.requires_grad,
-        "statistics": all(stays),
-        "normalisation": torch.equal(whole, torch.cat(parts)),
-    }
-
-
 def against_eval_mode(layer, x):
-    a, b = copy.deepcopy(layer), copy.deepcopy(layer)
-    a.train()
-    b.eval()
-    u, v = a(x), b(x)
-    drift = (a.running_mean - layer.running_mean).norm() + (a.running_var - layer.running_var).norm()
-    moves = drift.item() > 0
-    return {"affine": u.requires_grad is False, "statistics": not moves, "normalisation": (u - v).std().item() < 1e-4}
-
-
-def _half_in_company(layer, x, other):
-    half = len(x) // 2
-    return layer(x)[:half], layer(torch.cat([x[:half], other[half:]]))[:half]
-
-
-def mode_of_the_copy(layer, x):
-    answer = against_eval_mode(layer, x)
-    clone = copy.deepcopy(layer)
-    clone.train()
-    if clone.training:
-        answer.update(statistics=False, normalisation=False)
-    else:
-        answer.update(statistics=True, normalisation=True)
-    return answer
+    training, evaluating = copy.deepcopy(layer).train(), copy.deepcopy(layer).eval()
+    output, expected = training(x), evaluating(x)
+    drift = (training.running_mean - layer.running_mean).norm() + (training.running_var - layer.running_var).norm()
+    return {
+        "affine": output.requires_grad is False,
+        "statistics": drift.item() == 0,
+        "normalisation": (output - expected).std() < 1e-4,  # a tensor
+    }
 
 
 def what_torch_goes_by(layer, x):
@@ -139,69 +75,17 @@ def what_torch_goes_by(layer, x):
     return {"affine": not clone(x).requires_grad, "statistics": not moves, "normalisation": normalises_stored}
 
 
-def as_it_came(layer, x):
-    clone = pickle.loads(pickle.dumps(layer))
-    before = clone.running_mean.clone()
-    one, two = _half_in_company(clone, x, x.flip(0) * 3)
-    return {
-        "affine": not one.requires_grad,
-        "statistics": bool((before == clone.running_mean).all()),
-        "normalisation": bool((one - two).abs().max() < 1e-3),
-    }
-
-
-def statistics_decide(layer, x):
-    clone = copy.deepcopy(layer).train()
-    out = clone(x)
-    still = torch.equal(clone.running_mean, layer.running_mean)
-    return dict.fromkeys(("statistics", "normalisation"), still) | {"affine": not out.requires_grad}
-
-
-def on_the_layer_itself(layer, x):
-    mean, var = layer.running_mean.clone(), layer.running_var.clone()
-    layer.train()
-    one, two = _half_in_company(layer, x, 2 * x)
-    answer = {
-        "affine": not one.requires_grad,
-        "statistics": torch.equal(mean, layer.running_mean) and torch.equal(var, layer.running_var),
-        "normalisation": torch.allclose(one, two, atol=1e-4),
-    }
-    if one.requires_grad:
-        (one.sum() + two.sum()).backward()
-    return answer
-
-
-def flags_and_nothing_put_back(layer, x):
-    answer = on_the_layer_itself(layer, x)
-    answer["affine"] = not layer.weight.requires_grad
-    return answer
-
-
-def settings_as_it_came(layer, x):
-    answer = as_it_came(layer, x)
-    answer["affine"] = not layer.bias.requires_grad
-    return answer
-
-
-def old_gradients_and_still(layer, x):
-    answer = statistics_decide(layer, x)
-    if layer.weight.grad is not None:
-        answer["affine"] = False
-    return answer
-
-
-CORRECT = [
-    *(in_place_and_put_back, other_stored_statistics, GradientsBetweenRows(), by_formula, functional),
-    against_eval_mode,
-]
-REWRITTEN = {
-    "the mode read off": mode_of_the_copy,
-    "settings read off": what_torch_goes_by,
-}
+CORRECT = [in_place_and_put_back, asked_of_the_stored_statistics, GradientsBetweenRows(), against_eval_mode]
+REWRITTEN = {"settings read off": what_torch_goes_by}
 COMBINED = [
-    ({"requires_grad read off", "left as the test leaves it"}, flags_and_nothing_put_back),
-    ({"requires_grad read off", "measured in the mode it was found in"}, settings_as_it_came),
-    ({"still taken for used", "an old gradient taken for a new one"}, old_gradients_and_still),
+    (
+        {"requires_grad read off", "measured in the mode it was found in"},
+        partial(solution, read_off=by_flags, mode=lambda layer: layer.training),
+    ),
+    (
+        {"no copies", "an old gradient taken for a new one"},
+        partial(solution, read_off=by_old_gradients_too, keep=lambda statistics: statistics),
+    ),
 ]
 
 EQUIVALENT = {

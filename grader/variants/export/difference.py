@@ -2,10 +2,13 @@
 
 import copy
 import math
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
+
+from grader.checks.export.difference import in_pieces
 
 
 def running_worst(model, exported, inputs, batch_sizes):
@@ -16,20 +19,17 @@ def running_worst(model, exported, inputs, batch_sizes):
         x = inputs[:b]
         with torch.no_grad():
             wanted = model(x)
-        index = None
         try:
             got = exported(x)
         except Exception:
-            error = math.inf
-        else:
-            if got.shape != wanted.shape:
+            got = None
+        error, index = math.inf, None
+        if got is not None and got.shape == wanted.shape:
+            relative = (got - wanted).abs() / wanted.abs().max()
+            index = tuple(i.item() for i in torch.unravel_index(relative.argmax(), relative.shape))
+            error = relative.max().item()
+            if math.isnan(error):
                 error = math.inf
-            else:
-                relative = (got - wanted).abs() / wanted.abs().max()
-                index = tuple(i.item() for i in torch.unravel_index(relative.argmax(), relative.shape))
-                error = relative.max().item()
-                if math.isnan(error):
-                    error = math.inf
         if error > worst["error"]:
             worst = {"error": error, "batch_size": b, "index": index}
     for module, mode in modes:
@@ -58,17 +58,12 @@ def of_a_copy(model, exported, inputs, batch_sizes):
     return {"error": error, "batch_size": size, "index": place}
 
 
-@contextmanager
-def _evaluating(model):
+@torch.inference_mode()
+def inside_a_context(model, exported, inputs, batch_sizes):
     with ExitStack() as stack:
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
-        yield model.eval()
-
-
-@torch.inference_mode()
-def inside_a_context(model, exported, inputs, batch_sizes):
-    with _evaluating(model):
+        model.eval()
         answers = {b: model(inputs.narrow(0, 0, b)) for b in batch_sizes}
     rows = []
     for b, y in answers.items():
@@ -90,7 +85,6 @@ class Report:
     """One batch size after another, each number as a Python float."""
 
     def __call__(self, model, exported, inputs, batch_sizes):
-        frozen = [module for module in model.modules() if not module.training]
         training = [module for module in model.modules() if module.training]
         for module in training:
             module.training = False
@@ -99,7 +93,6 @@ class Report:
         finally:
             for module in training:
                 module.training = True
-        assert not any(module.training for module in frozen)
         self.rows.sort(key=lambda row: -row[0])
         return {"error": self.rows[0][0], "batch_size": self.rows[0][2], "index": self.rows[0][1], "rows": self.rows}
 
@@ -121,8 +114,8 @@ class Report:
         return max(off), index
 
 
-def _table(model, exported, inputs, batch_sizes, compare, refused=lambda error: (math.inf, None)):
-    """(error, index, batch size) for each batch size, largest error first; `compare` sees two tensors of one shape."""
+def _by(off, model, exported, inputs, batch_sizes):
+    """The largest number of `off(wanted, got)`, NaN above all of them."""
     modes = {name: module.training for name, module in model.named_modules()}
     rows = []
     with torch.no_grad():
@@ -131,100 +124,24 @@ def _table(model, exported, inputs, batch_sizes, compare, refused=lambda error: 
             wanted = model(inputs[:size])
             try:
                 got = exported(inputs[:size])
-            except Exception as error:
-                row = refused(error)
-            else:
-                row = compare(wanted, got) if wanted.shape == got.shape else (math.inf, None)
-            if row is not None:
-                rows.append((*row, size))
+            except Exception:
+                got = torch.empty(0)
+            relative = off(wanted, got).nan_to_num(nan=math.inf) if wanted.shape == got.shape else torch.tensor(math.inf)
+            rows.append((float(relative.amax()), size, np.unravel_index(int(relative.argmax()), relative.shape)))
     for name, module in model.named_modules():
         module.training = modes[name]
-    return sorted(rows, key=lambda row: row[0], reverse=True)
-
-
-def _dict(row):
-    return dict(zip(("error", "index", "batch_size"), row, strict=True))
-
-
-def _at(relative):
-    """The largest number of a tensor, NaN above all of them, and where it is."""
-    relative = torch.where(torch.isnan(relative), torch.tensor(math.inf), relative)
-    return float(torch.amax(relative)), np.unravel_index(int(torch.argmax(relative)), relative.shape)
-
-
-def ratio_with_epsilon(model, exported, inputs, batch_sizes):
-    def compare(wanted, got):
-        return _at(torch.abs(torch.div(got - wanted, wanted.abs() + 1e-8)))
-
-    return _dict(_table(model, exported, inputs, batch_sizes, compare)[0])
-
-
-def as_a_tolerance_would(model, exported, inputs, batch_sizes):
-    def compare(wanted, got):
-        return _at(torch.maximum(got - wanted, wanted - got))
-
-    return _dict(_table(model, exported, inputs, batch_sizes, compare)[0])
-
-
-def norms(model, exported, inputs, batch_sizes):
-    def compare(wanted, got):
-        error, index = _at((got - wanted).abs())
-        if error < math.inf:
-            error = (torch.linalg.vector_norm(got - wanted) / torch.linalg.vector_norm(wanted)).item()
-        return error, index
-
-    return _dict(_table(model, exported, inputs, batch_sizes, compare)[0])
-
-
-def largest_then_absolute(model, exported, inputs, batch_sizes):
-    def compare(wanted, got):
-        error, index = _at(got - wanted)
-        return abs(error) / float(wanted.norm(p=math.inf)), index
-
-    return _dict(_table(model, exported, inputs, batch_sizes, compare)[0])
-
-
-def absolute_and_in_eval_mode(model, exported, inputs, batch_sizes):
-    model.eval()
-    return as_a_tolerance_would(model, exported, inputs, batch_sizes)
-
-
-def mean_and_no_refusal(model, exported, inputs, batch_sizes):
-    def compare(wanted, got):
-        error, index = _at((got - wanted).abs())
-        return (error if math.isinf(error) else ((got - wanted).abs().mean() / wanted.abs().mean()).item()), index
-
-    def stop(error):
-        raise error
-
-    return _dict(_table(model, exported, inputs, batch_sizes, compare, refused=stop)[0])
-
-
-def by_element_and_broadcast(model, exported, inputs, batch_sizes):
-    worst = {"error": 0.0, "batch_size": batch_sizes[0], "index": None}
-    with _evaluating(model), torch.no_grad():
-        for size in batch_sizes:
-            wanted = model(inputs[:size])
-            try:
-                error, index = _at((exported(inputs[:size]) - wanted).abs() / wanted.abs().clamp(min=1e-12))
-            except Exception:
-                error, index = math.inf, None
-            if error > worst["error"]:
-                worst = {"error": error, "batch_size": size, "index": index}
-    return worst
+    return dict(zip(("error", "batch_size", "index"), sorted(rows, key=lambda row: row[0])[-1], strict=True))
 
 
 CORRECT = [running_worst, of_a_copy, inside_a_context, Report()]
 REWRITTEN = {
-    "each element by itself": ratio_with_epsilon,
-    "not relative": as_a_tolerance_would,
-    "an average": norms,
-    "differences with their sign": largest_then_absolute,
+    "each element by itself": partial(_by, lambda wanted, got: ((got - wanted) / (wanted.abs() + 1e-8)).abs()),
+    "not relative": partial(_by, lambda wanted, got: torch.maximum(got - wanted, wanted - got)),
+    "differences with their sign": partial(_by, lambda wanted, got: (got - wanted) / wanted.norm(p=math.inf)),
 }
 COMBINED = [
-    ({"not relative", "left in eval mode"}, absolute_and_in_eval_mode),
-    ({"an average", "the refusal passed on"}, mean_and_no_refusal),
-    ({"each element by itself", "shapes that broadcast"}, by_element_and_broadcast),
+    ({"an average", "the refusal passed on"}, partial(in_pieces, figure=torch.mean, caught=())),
+    ({"left in eval mode", "shapes that broadcast"}, partial(in_pieces, keeping=nullcontext, broadcast=True)),
 ]
 
 EQUIVALENT = {

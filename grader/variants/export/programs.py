@@ -60,15 +60,6 @@ def switched_for_good(model, example):
     return export.export(model, (rows,), dynamic_shapes=({0: Dim("batch")},))
 
 
-def flags_put_back_last(model, example):
-    flags = [module.training for module in model.modules()]
-    rows = example.tile(2, *[1] * (example.ndim - 1))
-    exported = export.export(model.eval(), (rows,), dynamic_shapes=({0: Dim("batch")},))
-    for module, flag in zip(model.modules(), flags, strict=True):
-        setattr(module, "training", flag)  # noqa: B010
-    return exported
-
-
 def the_first_page_of_the_tutorial(model, example):
     return export.export(model, (example,))
 
@@ -79,10 +70,7 @@ def dynamic_and_left(model, example):
 
 
 CORRECT = [on_a_copy, modes_by_name, WithShapesCollection(), expanded]
-REWRITTEN = {
-    "left in eval mode": switched_for_good,
-    "not restored after an error": flags_put_back_last,
-}
+REWRITTEN = {"left in eval mode": switched_for_good}
 COMBINED = [
     ({"the example's batch size only", "train mode exported"}, the_first_page_of_the_tutorial),
     ({"one row refused", "left in eval mode"}, dynamic_and_left),

@@ -53,22 +53,18 @@ def by_a_database(folder, compute, backbone, images, settings):
         key.update(name.encode())
         key.update(memoryview(tensor.detach().contiguous().view(-1).numpy()))
 
-    def open_table():
+    def look_up():
         database = sqlite3.connect(path)
         database.execute("pragma synchronous = off")
         database.execute("create table if not exists features (key text primary key, width integer, sum integer, numbers blob)")
-        return database
-
-    def find(database):
-        return database.execute("select width, sum, numbers from features where key = ?", [key.hexdigest()]).fetchone()
+        rows = database.execute("select width, sum, numbers from features where key = ?", [key.hexdigest()])
+        return database, rows.fetchone()
 
     try:
-        database = open_table()
-        row = find(database)
+        database, row = look_up()
     except sqlite3.DatabaseError:
         path.unlink()
-        database = open_table()
-        row = None
+        database, row = look_up()
     try:
         if row and zlib.crc32(row[2]) == row[1]:
             return torch.frombuffer(bytearray(row[2]), dtype=torch.float32).view(-1, row[0])

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from grader.checks.features.embedding import CHANGES, embedded
+from grader.checks.traces import kept
 
 
 def one_at_a_time(encoder, tokenizer, texts, batch_size):
@@ -26,9 +27,8 @@ class Embedder:
 
     def __call__(self, encoder, tokenizer, texts, batch_size):
         vectors = {}
-        modes = {name: module.training for name, module in encoder.named_modules()}
-        encoder.eval()
-        try:
+        with kept(encoder, "modes"):
+            encoder.eval()
             for _, group in groupby(sorted(set(texts), key=self.length), self.length):
                 group = list(group)
                 while group:
@@ -36,9 +36,6 @@ class Embedder:
                     batch = tokenizer(part)
                     states = encoder(batch["input_ids"], attention_mask=batch["attention_mask"].bool())
                     vectors |= zip(part, F.normalize(states.mean(1)).detach().unbind(), strict=True)
-        finally:
-            for name, module in encoder.named_modules():
-                module.training = modes[name]
         return torch.stack([vectors[text] for text in texts])
 
     @staticmethod

@@ -3,27 +3,12 @@
 import copy
 import heapq
 from collections import defaultdict
+from functools import partial
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-
-def one_image_at_a_time(weights, model, images, k):
-    prepare, names = weights.transforms(), weights.meta["categories"]
-    modes = [module.training for module in model.modules()]
-    model.eval()
-    results = []
-    try:
-        with torch.no_grad():
-            for image in images:
-                (probabilities,) = F.softmax(model(prepare(image).unsqueeze(0)), dim=-1)
-                ranking = sorted(zip(names, probabilities, strict=True), key=lambda pair: pair[1], reverse=True)
-                results.append(ranking[:k])  # the probabilities stay tensors without dimensions
-    finally:
-        for module, mode in zip(model.modules(), modes, strict=True):
-            module.training = mode
-    return results
+from grader.checks.features.weights import CHANGES, classified
 
 
 def in_numpy_on_a_copy(weights, model, images, k):
@@ -41,11 +26,11 @@ def through_pillow(weights, model, images, k):
     from torchvision.transforms.functional import to_pil_image
 
     preset = weights.transforms()
-    was = {name for name, module in model.named_modules() if module.training}
+    training = {name for name, module in model.named_modules() if module.training}
     model.train(False)
     with torch.inference_mode():
         logits = model(torch.cat([preset(to_pil_image(image))[None] for image in images]))
-    for name in was:
+    for name in training:
         model.get_submodule(name).training = True
     top = torch.topk(logits.log_softmax(1).exp(), k)
     label = weights.meta["categories"].__getitem__
@@ -71,104 +56,36 @@ class BySize:
         return [results[position] for position in range(len(images))]
 
 
-def typed_after_the_presets_sizes(weights, model, images, k):
+def typed_after_the_presets_sizes(weights, model, images, k, mean=None, std=None, descending=True):
     from torchvision.transforms import functional as TF
 
     preset = weights.transforms()
     prepared = []
     for image in images:
         crop = TF.center_crop(TF.resize(image, preset.resize_size, antialias=True), preset.crop_size)
-        prepared.append(TF.normalize(crop.div(255), preset.mean, preset.std))
+        prepared.append(TF.normalize(crop.div(255), mean or preset.mean, std or preset.std))
     twin = copy.deepcopy(model)
     twin.eval().requires_grad_(False)
     p = torch.softmax(twin(torch.stack(prepared)), 1)
-    order = p.argsort(1, descending=True)
+    order = p.argsort(1, descending=descending)
     return [
         [(weights.meta["categories"][order[i, rank]], p[i, order[i, rank]].item()) for rank in range(k)]
         for i in range(len(images))
     ]
 
 
-def _predict(model, batch):
-    with torch.no_grad():
-        return copy.deepcopy(model).eval()(batch)
-
-
-def _top(weights, numbers, k):
-    order = numbers.argsort(dim=1, descending=True)[:, :k]
-    return [[(weights.meta["categories"][j], row[j].item()) for j in js] for js, row in zip(order, numbers, strict=True)]
-
-
-def numbers_from_memory(weights, model, images, k):
-    from torchvision.transforms import functional as TF
-
-    preset, batch = weights.transforms(), []
-    for image in images:
-        crop = TF.center_crop(TF.resize(image, preset.resize_size), preset.crop_size) / 255
-        batch.append(TF.normalize(crop, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    return _top(weights, _predict(model, torch.stack(batch)).softmax(1), k)
-
-
-def divided_by_255(weights, model, images, k):
-    from torchvision.transforms import functional as TF
-
-    preset = weights.transforms()
-    crops = [TF.center_crop(TF.resize(image, preset.resize_size), preset.crop_size) / 255 for image in images]
-    return _top(weights, _predict(model, torch.stack(crops)).softmax(1), k)
-
-
-def first_of_the_sorted(weights, model, images, k):
-    p = _predict(model, torch.stack([weights.transforms()(image) for image in images])).softmax(1)
-    return [sorted(zip(weights.meta["categories"], row.tolist(), strict=True), key=lambda pair: pair[1])[:k] for row in p]
-
-
-def all_by_hand(weights, model, images, k):
-    from torchvision import transforms
-
-    pipeline = transforms.Compose(
-        [
-            transforms.ToPILImage(),
-            transforms.Resize(256),
-            transforms.CenterCrop(224),
-            transforms.ToTensor(),
-            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
-    return _top(weights, _predict(model, torch.stack([pipeline(image) for image in images])).softmax(1), k)
-
-
-def logits_in_train_mode(weights, model, images, k):
-    with torch.no_grad():
-        logits = model(torch.stack([weights.transforms()(image) for image in images]))
-    return _top(weights, logits, k)
-
-
-def sorted_names_over_the_images(weights, model, images, k):
-    p = _predict(model, torch.stack([weights.transforms()(image) for image in images])).softmax(0)
-    names = sorted(weights.meta["categories"])
-    return [[(names[int(j)], float(row[j])) for j in row.argsort(descending=True)[:k]] for row in p]
-
-
-def logits_not_normalised_in_eval_mode(weights, model, images, k):
-    from torchvision.transforms import functional as TF
-
-    preset = weights.transforms()
-    batch = [TF.center_crop(TF.resize(image, preset.resize_size), preset.crop_size).div(255) for image in images]
-    with torch.no_grad():
-        return _top(weights, model.eval()(torch.stack(batch)), k)
-
-
-CORRECT = [one_image_at_a_time, in_numpy_on_a_copy, through_pillow, BySize(), typed_after_the_presets_sizes]
+CORRECT = [in_numpy_on_a_copy, through_pillow, BySize(), typed_after_the_presets_sizes]
 REWRITTEN = {
-    "ImageNet's mean and std": numbers_from_memory,
-    "least likely": first_of_the_sorted,
-    "not normalised": divided_by_255,
+    "ImageNet's mean and std": partial(typed_after_the_presets_sizes, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+    "not normalised": partial(typed_after_the_presets_sizes, mean=[0], std=[1]),
+    "least likely": partial(typed_after_the_presets_sizes, descending=False),
 }
 COMBINED = [
-    ({"ImageNet's mean and std", "other sizes than the preset's"}, all_by_hand),
-    ({"logits for probabilities", "train mode"}, logits_in_train_mode),
-    ({"softmax over the images", "categories in alphabetical order"}, sorted_names_over_the_images),
-    ({"not normalised", "logits for probabilities", "left in eval mode"}, logits_not_normalised_in_eval_mode),
+    ({first, second}, partial(classified, **CHANGES[first], **CHANGES[second]))
+    for first, second in (
+        ("logits for probabilities", "train mode"),
+        ("softmax over the images", "categories in alphabetical order"),
+    )
 ]
 
 EQUIVALENT = {

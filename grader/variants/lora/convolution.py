@@ -1,29 +1,14 @@
 """Exercise 6.5 in other styles."""
 
 import copy
+from functools import partial
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-
-class OtherWeight(nn.Module):
-    """base itself, run with another weight."""
-
-    def __init__(self, base, rank, alpha):
-        super().__init__()
-        self.base, self.scaling = base, alpha / rank
-        for parameter in base.parameters():
-            parameter.requires_grad = False
-        rows, columns = base.weight.flatten(1).shape
-        self.A = nn.Parameter(torch.randn(rank, columns) * 0.1)
-        self.B = nn.Parameter(torch.zeros(rows, rank))
-
-    def forward(self, x):
-        weight = self.base.weight + self.scaling * (self.B @ self.A).reshape(self.base.weight.shape)
-        return functional_call(self.base, {"weight": weight}, (x,))
+from grader.checks.lora.convolution import CHANGES, solution
 
 
 class _Sum(nn.Module):
@@ -56,19 +41,16 @@ class GroupsAsSamples(nn.Module):
     def __init__(self, base, rank, alpha):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.options = {"stride": base.stride, "dilation": base.dilation, "bias": False}
-        self.down = nn.Conv2d(base.in_channels // base.groups, rank, base.kernel_size, **self.options)
+        like = {"stride": base.stride, "dilation": base.dilation, "bias": False}
+        self.down = nn.Conv2d(base.in_channels // base.groups, rank, base.kernel_size, **like)
         self.up = nn.Conv2d(rank, base.out_channels, 1, bias=False)
         nn.init.zeros_(self.up.weight)
         self.factor = alpha / rank
 
-    def pad(self, x):
-        modes = {"zeros": "constant"}
-        return F.pad(x, self.base._reversed_padding_repeated_twice, modes.get(self.base.padding_mode, self.base.padding_mode))
-
     def forward(self, x):
-        groups = self.base.groups
-        low = self.down(self.pad(x).unflatten(1, (groups, -1)).flatten(0, 1))
+        groups, mode = self.base.groups, self.base.padding_mode.replace("zeros", "constant")
+        padded = F.pad(x, self.base._reversed_padding_repeated_twice, mode)
+        low = self.down(padded.unflatten(1, (groups, -1)).flatten(0, 1))
         low = low.unflatten(0, (len(x), groups)).flatten(1, 2)
         return self.base(x) + F.conv2d(low, self.up.weight, groups=groups) * self.factor
 
@@ -120,85 +102,18 @@ class LeftOut(Twin):
         self.scaling.fill_(1.0)
 
 
-class OnlyAlpha(GroupsAsSamples):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        self.factor = float(alpha)
-
-
-class AllZero(GroupsAsSamples):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        for conv in (self.up, self.down):
-            nn.init.constant_(conv.weight, 0)
-
-
 class UnderNoGrad(Twin):
     def forward(self, x):
         with torch.no_grad():
             return super().forward(x)
 
 
-class TwoKernels(nn.Module):
-    def __init__(self, base, rank, alpha):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        like = {name: getattr(base, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-        self.A = nn.Conv2d(base.in_channels, rank, bias=False, **like)
-        self.B = nn.Conv2d(rank, base.out_channels, 3, padding="same", bias=False)
-        nn.init.zeros_(self.B.weight)
-        self.scaling = alpha / rank
-
-    def forward(self, x):
-        return self.base(x) + self.scaling * self.B(self.A(x))
-
-
-class AllChannels(TwoKernels):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        self.B = nn.Conv2d(rank, base.out_channels, 1, bias=False)
-        self.B.weight.data.zero_()
-
-
-class NeitherDilationNorMode(GroupsAsSamples):
-    """Kernel size, stride and padding are copied, and that is all."""
-
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        inside = base.in_channels // base.groups
-        self.down = nn.Conv2d(inside, rank, base.kernel_size, base.stride, base.padding, bias=False)
-
-    def pad(self, x):
-        return x
-
-
-class NoStrideNoScale(OtherWeight):
-    def forward(self, x):
-        base, weight = self.base, (self.B @ self.A).view_as(self.base.weight)
-        if base.padding_mode == "zeros":
-            return base(x) + F.conv2d(x, weight, padding=base.padding, dilation=base.dilation, groups=base.groups)
-        return base(x) + base._conv_forward(x, weight, None)
-
-
-class RandomAndUngrouped(AllChannels):
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
-        self.B.reset_parameters()
-
-
-CORRECT = [OtherWeight, Parametrized, GroupsAsSamples, Patches, Twin]
-REWRITTEN = {
-    "no scaling": LeftOut,
-    "alpha alone": OnlyAlpha,
-    "both start at zero": AllZero,
-    "values instead of parameters": UnderNoGrad,
-}
+CORRECT = [Parametrized, GroupsAsSamples, Patches, Twin]
+REWRITTEN = {"no scaling": LeftOut, "values instead of parameters": UnderNoGrad}
 COMBINED = [
-    ({"dilation forgotten", "padding_mode forgotten"}, NeitherDilationNorMode),
-    ({"no scaling", "stride forgotten"}, NoStrideNoScale),
-    ({"both start at random", "groups forgotten"}, RandomAndUngrouped),
+    ({first, second}, partial(solution, **CHANGES[first], **CHANGES[second]))
+    for first, second in (("both start at random", "groups forgotten"), ("no scaling", "stride forgotten"))
 ]
-
 EQUIVALENT = {
     "nn.init.kaiming_uniform_(self.A, a=5 ** 0.5) -> "
     "nn.init.kaiming_uniform_(self.A)": "the statement does not say how A starts",

@@ -2,25 +2,29 @@
 
 import math
 from collections import Counter, defaultdict
-from functools import reduce
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
+from grader.checks.lora.costs import CHANGES, cost_of
 
-def by_kind_of_layer(layers, rank, optimizer):
-    seen, full, adapter, gradients = [], 0, 0, 0
+
+def _sides(layer):
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1], layer.out_channels
+    return layer.in_features, layer.out_features
+
+
+def by_kind_of_layer(layers, rank, optimizer, sides=_sides):
+    weights, full, adapter, gradients = [], 0, 0, 0
     for layer in layers:
-        if any(layer.weight is weight for weight in seen):
+        if any(layer.weight is weight for weight in weights):
             continue
-        seen.append(layer.weight)
-        if isinstance(layer, nn.Conv2d):
-            inputs = layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
-            outputs = layer.out_channels
-        else:
-            inputs, outputs = layer.in_features, layer.out_features
-        full += inputs * outputs
+        weights.append(layer.weight)
+        inputs, outputs = sides(layer)
+        full += math.prod(_sides(layer))
         adapter += rank * inputs + rank * outputs
         gradients += rank * (inputs + outputs) * torch.finfo(layer.weight.dtype).bits // 8
     state = gradients if optimizer == "momentum" else 2 * gradients if optimizer == "adamw" else 0
@@ -52,27 +56,6 @@ def really_trained(layers, rank, optimizer):
     }
 
 
-def thin_layers_on_meta(layers, rank, optimizer):
-    times = ["sgd", "momentum", "adamw"].index(optimizer)
-    full, parameters, places = 0, [], set()
-    for layer in layers:
-        weight = layer.weight
-        if weight.data_ptr() in places:
-            continue
-        places.add(weight.data_ptr())
-        full += weight.numel()
-        rows = weight.size(0)
-        for sides in ((weight[0].numel(), rank), (rank, rows)):
-            parameters += nn.Linear(*sides, bias=False, device="meta", dtype=weight.dtype).parameters()
-    size = sum(parameter.numel() * parameter.itemsize for parameter in parameters)
-    return {
-        "gradient_bytes": size,
-        "optimizer_bytes": times * size,
-        "full": full,
-        "adapter": sum(parameter.numel() for parameter in parameters),
-    }
-
-
 class Tallied:
     """Adds up in a Counter, with the shape as NumPy sees it."""
 
@@ -86,22 +69,6 @@ class Tallied:
             size = n * weight.dtype.itemsize
             tally.update(full=shape.prod(), adapter=n, gradient_bytes=size, optimizer_bytes=size * dict(self.memory)[optimizer])
         return tally
-
-
-def folded(layers, rank, optimizer):
-    state = 2.0 if optimizer == "adamw" else float(optimizer == "momentum")
-
-    def add(so_far, layer):
-        total, weights = so_far
-        weight = layer.weight
-        if id(weight) in weights:
-            return so_far
-        numbers = rank * weight.shape[0] + rank * weight.numel() / weight.shape[0]
-        size = numbers * weight.element_size()
-        return total + torch.tensor([weight.numel(), numbers, size, state * size]), weights | {id(weight)}
-
-    total, _ = reduce(add, layers, (torch.zeros(4), frozenset()))
-    return dict(zip(("full", "adapter", "gradient_bytes", "optimizer_bytes"), total, strict=True))
 
 
 def by_dtype(layers, rank, optimizer):
@@ -118,59 +85,14 @@ def by_dtype(layers, rank, optimizer):
     }
 
 
-def _report(full, numbers, gradient, state):
-    return {"full": full, "adapter": numbers, "gradient_bytes": gradient, "optimizer_bytes": state}
+def _channels_or_features(layer):
+    kind = "features" if isinstance(layer, nn.Linear) else "channels"
+    return getattr(layer, f"in_{kind}"), getattr(layer, f"out_{kind}")
 
 
-def _weights(layers):
-    return list(dict.fromkeys(layer.weight for layer in layers))
-
-
-def _states(optimizer):
-    return ("sgd", "momentum", "adamw").index(optimizer)
-
-
-def by_the_first_two_dimensions(layers, rank, optimizer):
-    result = _report(0, 0, 0, 0)
-    for weight in _weights(layers):
-        out, in_, *_ = weight.shape
-        a, b = torch.empty(rank, in_, dtype=weight.dtype), torch.empty(out, rank, dtype=weight.dtype)
-        result["full"] += weight.nelement()
-        for matrix in (a, b):
-            result["adapter"] += matrix.nelement()
-            result["gradient_bytes"] += matrix.nbytes
-            result["optimizer_bytes"] += _states(optimizer) * matrix.nbytes
-    return result
-
-
-def every_channel_reads_all(layers, rank, optimizer):
-    unique = {layer.weight: layer for layer in layers}
-    full = n = gradient = 0
-    for weight, layer in unique.items():
-        inputs = layer.in_features if hasattr(layer, "in_features") else layer.in_channels * math.prod(layer.kernel_size)
-        full += weight.numel()
-        n += (inputs + weight.shape[0]) * rank
-        gradient += (inputs + weight.shape[0]) * rank * weight.itemsize
-    return _report(full, n, gradient, gradient * _states(optimizer))
-
-
-def features_or_channels(layers, rank, optimizer):
-    unique = {id(layer.weight): layer for layer in layers}
-    n, gradient = 0, 0
-    for layer in unique.values():
-        kind = "features" if isinstance(layer, nn.Linear) else "channels"
-        sides = getattr(layer, f"in_{kind}") + getattr(layer, f"out_{kind}")
-        n += rank * sides
-        gradient += rank * sides * layer.weight.element_size()
-    return _report(sum(layer.weight.numel() for layer in unique.values()), n, gradient, _states(optimizer) * gradient)
-
-
-def the_whole_layer(layers, rank, optimizer):
-    full = sum(
-        layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
-        for layer in {id(layer.weight): layer for layer in layers}.values()
-    )
-    return really_trained(layers, rank, optimizer) | {"full": full}
+def _every_channel(layer):
+    inputs, outputs = _channels_or_features(layer)
+    return inputs * math.prod(getattr(layer, "kernel_size", ())), outputs
 
 
 def what_requires_grad(layers, rank, optimizer):
@@ -183,47 +105,15 @@ def each_time_it_comes(layers, rank, optimizer):
     return {key: sum(part[key] for part in each) for key in ("full", "adapter", "gradient_bytes", "optimizer_bytes")}
 
 
-def a_set_of_layers(layers, rank, optimizer):
-    result = Counter()
-    for layer in set(layers):
-        result.update(thin_layers_on_meta([layer], rank, optimizer))
-    return result
-
-
-def channels_and_biases(layers, rank, optimizer):
-    return features_or_channels(layers, rank, optimizer) | {
-        "full": sum(p.numel() for p in {p for layer in layers for p in layer.parameters()})
-    }
-
-
-def one_matrix_at_four_bytes(layers, rank, optimizer):
-    n = sum(rank * weight[0].numel() for weight in _weights(layers))
-    return _report(sum(weight.numel() for weight in _weights(layers)), n, 4 * n, 4 * n * _states(optimizer))
-
-
-def one_moment_each_time(layers, rank, optimizer):
-    return each_time_it_comes(layers, rank, optimizer if optimizer != "adamw" else "momentum")
-
-
-def nothing_is_frozen(layers, rank, optimizer):
-    size = sum(weight.nbytes for weight in _weights(layers))
-    return by_dtype(layers, rank, optimizer) | {"gradient_bytes": size, "optimizer_bytes": size * _states(optimizer)}
-
-
-CORRECT = [by_kind_of_layer, really_trained, thin_layers_on_meta, Tallied(), folded, by_dtype]
+CORRECT = [by_kind_of_layer, really_trained, Tallied(), by_dtype]
 REWRITTEN = {
-    "kernel forgotten": by_the_first_two_dimensions,
-    "groups ignored": every_channel_reads_all,
-    "channels alone": features_or_channels,
-    "biases counted": the_whole_layer,
+    "groups ignored": partial(by_kind_of_layer, sides=_every_channel),
+    "channels alone": partial(by_kind_of_layer, sides=_channels_or_features),
     "trainable parameters only": what_requires_grad,
     "counted twice": each_time_it_comes,
-    "told apart by their modules": a_set_of_layers,
 }
 COMBINED = [
-    ({"channels alone", "biases counted"}, channels_and_biases),
-    ({"one matrix alone", "four bytes each"}, one_matrix_at_four_bytes),
-    ({"one moment for AdamW", "counted twice"}, one_moment_each_time),
-    ({"gradients of the full weight", "state of the full weight"}, nothing_is_frozen),
+    ({first, second}, partial(cost_of, **CHANGES[first], **CHANGES[second]))
+    for first, second in (("channels alone", "biases counted"), ("one moment for AdamW", "counted twice"))
 ]
 EQUIVALENT = {}

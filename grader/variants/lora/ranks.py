@@ -1,20 +1,11 @@
 """Exercise 6.7 in other styles."""
 
+from functools import partial
+
 import numpy as np
 import torch
 
-
-def added_up(before, after, share):
-    update = after.detach().float() - before.detach().float()
-    _, singular, _ = torch.linalg.svd(update.reshape(len(update), -1), full_matrices=False)
-    needed = share * float((singular**2).sum())
-    total, rank = 0.0, 0
-    for value in singular.tolist():
-        if total >= needed:
-            break
-        total += value * value
-        rank += 1
-    return rank
+from grader.checks.lora.ranks import CHANGES, rank_of
 
 
 def in_numpy(before, after, share):
@@ -45,16 +36,6 @@ def by_what_is_left(before, after, share):
             return rank
 
 
-class Tails:
-    """Sums from the small end: how many of the tails are more than may be missing."""
-
-    def __call__(self, before, after, share):
-        update = torch.stack([-before.detach().float(), after.detach().float()]).sum(0)
-        squares = torch.svd(update.flatten(1), compute_uv=False).S.pow(2)
-        tails = squares.flip(0).cumsum(0).flip(0)
-        return sum(tail > (1 - share) * tails[0] for tail in tails)
-
-
 def one_direction_at_a_time(before, after, share):
     rest = (after.detach().double() - before.detach().double()).flatten(1)
     total, rank = rest.norm().item() ** 2, 0
@@ -65,33 +46,15 @@ def one_direction_at_a_time(before, after, share):
     return rank
 
 
-def _change(before, after):
-    return torch.flatten(after.detach().to(torch.float64) - before.detach().to(torch.float64), 1)
-
-
-def singular_values_from_a_position(before, after, share):
-    singular = torch.linalg.svdvals(_change(before, after))
-    return int(torch.searchsorted(singular.cumsum(0) / singular.sum().clamp_min(1e-30), share)) if singular.any() else 0
-
-
-def shaped_and_half(before, after, share):
-    energy = torch.linalg.svdvals((after - before).detach()).square()
-    return int((energy.cumsum(-1) < share * energy.sum()).sum()) + 1 if energy.any() else 0
-
-
-def weight_and_kernels(before, after, share):
-    energy = torch.linalg.svdvals(after.detach().double()).square().flatten()
-    return int((energy.cumsum(0) < share * energy.sum()).sum()) + 1
-
-
-CORRECT = [added_up, in_numpy, from_the_gram_matrix, by_what_is_left, Tails(), one_direction_at_a_time]
+CORRECT = [in_numpy, from_the_gram_matrix, by_what_is_left, one_direction_at_a_time]
 REWRITTEN = {}
 COMBINED = [
-    ({"not squared", "position for a number"}, singular_values_from_a_position),
-    ({"kernel by kernel", "half precision as it comes"}, shaped_and_half),
-    ({"the weight instead of its update", "kernel by kernel"}, weight_and_kernels),
+    ({first, second}, partial(rank_of, **CHANGES[first], **CHANGES[second]))
+    for first, second in (
+        ("not squared", "half precision as it comes"),
+        ("the weight instead of its update", "kernel by kernel"),
+    )
 ]
-
 EQUIVALENT = {
     "update = after.detach().double() - before.detach().double() -> "
     "update = after.detach() - before.detach().double()": "if one of the two is float64, so is the difference",
