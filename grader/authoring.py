@@ -78,7 +78,7 @@ def notebook(script: Path) -> NotebookNode:
         }
     )
     nb.nbformat, nb.nbformat_minor = 4, 5
-    answer, seen, locked = None, set(), 0
+    answer, numbers, locked = None, set(), 0
     for position, cell in enumerate(nb.cells):
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags"})
         cell.id = f"{topic}-{position}"
@@ -93,9 +93,9 @@ def notebook(script: Path) -> NotebookNode:
             continue
         if called := CHECK.search(cell.source):
             number = called[1]
-            if answer is None or number in seen:
+            if answer is None or number in numbers:
                 raise ValueError(f"{script.name}: exercise {number} needs one answer cell and one check below it.")
-            seen.add(number)
+            numbers.add(number)
             _grade(answer, f"answer-{number}", solution=True)
             _grade(cell, f"check-{number}", grade=True, points=exercises(topic)[number].points)
             answer = None
