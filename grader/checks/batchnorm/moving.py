@@ -1,11 +1,14 @@
 """Exercise 5.2: count what moves, whatever its flags say."""
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from grader.checks import traces
+from grader.checks.networks import trained
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
 from helpers import expect
 from helpers.batchnorm import moved
@@ -13,16 +16,39 @@ from helpers.batchnorm import moved
 exercise = Exercise(__name__, "5.2", moved)
 
 
-def _norm(trial: Trial, channels: int) -> nn.BatchNorm1d:
-    """A BatchNorm whose statistics and affine part are not those of a fresh layer."""
-    norm = nn.BatchNorm1d(channels)
-    norm.running_mean.copy_(trial.normal(channels))
-    norm.running_var.copy_(0.5 + trial.normal(channels).square())
-    norm.num_batches_tracked.fill_(trial.integer(5, 50))
-    with torch.no_grad():
-        norm.weight.copy_(1 + 0.3 * trial.normal(channels))
-        norm.bias.copy_(trial.normal(channels))
-    return norm
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _names(value: object) -> list[str]:
+    """The answer as a list of strings, or a sentence about its form."""
+    if isinstance(value, str | dict | set | frozenset | Tensor) or not isinstance(value, Iterable):
+        raise wrong_return("the names must be a list of strings", value)
+    names = list(value)
+    for name in names:
+        if not isinstance(name, str):
+            raise WrongReturn(f"the names must be a list of strings, got a list with {expect.describe(name)}.")
+    return names
+
+
+def _in_order(names: list[str], model: nn.Module) -> list[str]:
+    """The names without their order, which has an experiment of its own."""
+    known = list(_tensors(model))
+    return [name for name in known if name in names] + sorted(set(names) - set(known))
+
+
+class _Acting(Experiment):
+    """Measures what the subject says of an action, which gets the inputs by their names."""
+
+    def act(self, **inputs: Any) -> None:
+        raise NotImplementedError
+
+    def measure(self, subject, inputs):
+        @torch.no_grad()
+        def action() -> None:
+            self.act(**inputs)
+
+        return {"names": _names(subject(inputs["model"], action))}
 
 
 @exercise.experiment("frozen network")
@@ -31,13 +57,14 @@ class FrozenNetwork(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         n, width = trial.integer(3, 6), trial.integer(3, 5)
-        layers = OrderedDict(body=nn.Linear(4, width), norm=_norm(trial, width), head=nn.Linear(width, 2))
+        norm = trained(nn.BatchNorm1d(width), trial)
+        layers = OrderedDict(body=nn.Linear(4, width), norm=norm, head=nn.Linear(width, 2))
         return {"model": nn.Sequential(layers).requires_grad_(False), "x": 2 + trial.normal(n, 4)}
 
     def measure(self, subject, inputs):
         model, x = inputs["model"], inputs["x"]
-        trained = _names(subject(model, lambda: model.train()(x)))
-        return {"train": trained, "eval": _names(subject(model, lambda: model.eval()(x)))}
+        in_train_mode = _names(subject(model, lambda: model.train()(x)))
+        return {"train": in_train_mode, "eval": _names(subject(model, lambda: model.eval()(x)))}
 
     def facts(self, raw, inputs):
         return {
@@ -47,56 +74,43 @@ class FrozenNetwork(Experiment):
 
 
 @exercise.experiment("flags and movement")
-class FlagsAndMovement(Experiment):
+class FlagsAndMovement(_Acting):
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 6)
-        model = nn.Sequential(OrderedDict(body=nn.Linear(4, width), head=nn.Linear(width, 2)))
-        model.body.requires_grad_(False)
-        return {"model": model, "step": 0.1 + trial.normal(width, 4).abs()}
+        layers = OrderedDict(body=nn.Linear(4, width).requires_grad_(False), head=nn.Linear(width, 2))
+        return {"model": nn.Sequential(layers), "step": 0.1 + trial.normal(width, 4).abs()}
 
-    def measure(self, subject, inputs):
-        model, step = inputs["model"], inputs["step"]
-
-        def action() -> None:
-            with torch.no_grad():
-                model.body.weight = nn.Parameter(model.body.weight - step, requires_grad=False)
-                model.head.bias += 0.5
-
-        return {"names": _names(subject(model, action))}
+    def act(self, model, step):
+        model.body.weight = nn.Parameter(model.body.weight - step, requires_grad=False)
+        model.head.bias += 0.5
 
     def facts(self, raw, inputs):
         return {"the frozen body.weight and the trainable head.bias moved; named": _in_order(raw["names"], inputs["model"])}
 
 
 @exercise.experiment("parameters first")
-class ParametersFirst(Experiment):
+class ParametersFirst(_Acting):
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 6)
-        layers = OrderedDict(stem=_norm(trial, 4), body=nn.Linear(4, width), after=_norm(trial, width))
+        stem, after = (trained(nn.BatchNorm1d(channels), trial) for channels in (4, width))
+        layers = OrderedDict(stem=stem, body=nn.Linear(4, width), after=after)
         return {"model": nn.Sequential(layers), "x": 2 + trial.normal(5, 4)}
 
-    def measure(self, subject, inputs):
-        model, x = inputs["model"], inputs["x"]
-
-        def action() -> None:
-            model.train()(x)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter += 0.25
-
-        return {"names": _names(subject(model, action))}
+    def act(self, model, x):
+        model.train()(x)
+        for parameter in model.parameters():
+            parameter += 0.25
 
     def facts(self, raw, inputs):
-        everything = [*dict(inputs["model"].named_parameters()), *dict(inputs["model"].named_buffers())]
-        if sorted(raw["names"]) != sorted(everything):
-            return {"the order of the names, where everything moved": None}
+        everything = list(_tensors(inputs["model"]))
         known = {
             "parameters first": everything,
             "module by module": list(inputs["model"].state_dict()),
             "alphabetical": sorted(everything),
         }
         order = next((order for order, names in known.items() if raw["names"] == names), "another")
-        return {"the order of the names, where everything moved": order}
+        complete = sorted(raw["names"]) == sorted(everything)
+        return {"the order of the names, where everything moved": order if complete else None}
 
 
 class _Average(nn.Module):
@@ -112,101 +126,80 @@ class _Average(nn.Module):
 
 
 @exercise.experiment("every buffer")
-class EveryBuffer(Experiment):
+class EveryBuffer(_Acting):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 6)
         return {"model": nn.Sequential(OrderedDict(ema=_Average(trial, width))), "x": 3 + trial.normal(width).abs()}
 
-    def measure(self, subject, inputs):
-        ema, x = inputs["model"].ema, inputs["x"]
-
-        def action() -> None:
-            with torch.no_grad():
-                ema.scale += 1
-            ema.average = 0.9 * ema.average + 0.1 * x
-            ema.last.copy_(x)
-            ema.steps += 1
-
-        return {"names": _names(subject(inputs["model"], action))}
+    def act(self, model, x):
+        model.ema.scale += 1
+        model.ema.average = 0.9 * model.ema.average + 0.1 * x
+        model.ema.last.copy_(x)
+        model.ema.steps += 1
 
     def facts(self, raw, inputs):
         return {"scale, average, last and steps moved, start did not; named": _in_order(raw["names"], inputs["model"])}
 
 
-class _Held(nn.Module):
-    """A module that only holds parameters."""
+class _Named(_Acting):
+    """Asks which parameters are named; `words` say what happens to each."""
 
-    def __init__(self, **tensors: Tensor) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor))
+    words: ClassVar[dict[str, str]]
+
+    def facts(self, raw, inputs):
+        return {words: "named" if name in raw["names"] else "not named" for name, words in self.words.items()}
 
 
 @exercise.experiment("other values")
-class OtherValues(Experiment):
+class OtherValues(_Named):
     points = 2
+    words: ClassVar = {
+        "swapped": "two values that changed places",
+        "nudged": "a change in the last digit",
+        "replaced": "a new tensor of other values under the old name",
+        "replaced_by_its_like": "a new tensor of the same values under the old name",
+        "rewritten": "the same values written once more",
+    }
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(2, 4)
-        model = _Held(
-            swapped=torch.arange(1.0, 2 * width + 2)[trial.permutation(2 * width + 1)],  # sum, mean and squares are exact
-            nudged=torch.tensor([1 + trial.integer(0, 7) / 8]),
-            replaced=trial.normal(width),
-            replaced_by_its_like=trial.normal(width),
-            rewritten=trial.normal(width),
-        )
-        return {"model": model}
-
-    def measure(self, subject, inputs):
-        model = inputs["model"]
-
-        @torch.no_grad()
-        def action() -> None:
-            model.swapped[:2] = model.swapped[:2].flip(0).clone()
-            model.nudged.copy_(model.nudged.nextafter(torch.tensor(9.0)))
-            model.replaced = nn.Parameter(model.replaced + 1)
-            model.replaced_by_its_like = nn.Parameter(model.replaced_by_its_like.clone())
-            model.rewritten.copy_(model.rewritten.clone())
-
-        return {"names": _names(subject(model, action))}
-
-    def facts(self, raw, inputs):
-        what = {
-            "swapped": "two values that changed places",
-            "nudged": "a change in the last digit",
-            "replaced": "a new tensor of other values under the old name",
-            "replaced_by_its_like": "a new tensor of the same values under the old name",
-            "rewritten": "the same values written once more",
+        values = {
+            "swapped": torch.arange(1.0, 2 * width + 2)[trial.permutation(2 * width + 1)],  # sum, mean and squares are exact
+            "nudged": torch.tensor([1 + trial.integer(0, 7) / 8]),
+            "replaced": trial.normal(width),
+            "replaced_by_its_like": trial.normal(width),
+            "rewritten": trial.normal(width),
         }
-        return {words: _named(name, raw["names"]) for name, words in what.items()}
+        return {"model": nn.ParameterDict(values)}
+
+    def act(self, model):
+        model.swapped[:2] = model.swapped[:2].flip(0).clone()
+        model.nudged.copy_(model.nudged.nextafter(torch.tensor(9.0)))
+        model.replaced = nn.Parameter(model.replaced + 1)
+        model.replaced_by_its_like = nn.Parameter(model.replaced_by_its_like.clone())
+        model.rewritten.copy_(model.rewritten.clone())
 
 
 @exercise.experiment("numbers and nan")
-class NumbersAndNan(Experiment):
+class NumbersAndNan(_Named):
+    words: ClassVar = {
+        "stays": "a tensor with a NaN that stays",
+        "becomes": "a tensor with a number that becomes NaN",
+        "moves": "a tensor of numbers that moved",
+    }
+
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 5)
-        stays, becomes = trial.normal(width), 1 + trial.normal(width).abs()
+        stays, becomes, moves = trial.normal(width), 1 + trial.normal(width).abs(), trial.normal(width)
         stays[trial.integer(0, width - 1)] = torch.nan
-        return {"model": _Held(stays=stays, becomes=becomes, moves=trial.normal(width)), "place": trial.integer(0, width - 1)}
+        model = nn.ParameterDict({"stays": stays, "becomes": becomes, "moves": moves})
+        return {"model": model, "place": trial.integer(0, width - 1)}
 
-    def measure(self, subject, inputs):
-        model = inputs["model"]
-
-        @torch.no_grad()
-        def action() -> None:
-            model.becomes[inputs["place"]] = torch.nan
-            model.moves = nn.Parameter(model.moves + 1)
-
-        return {"names": _names(subject(model, action))}
-
-    def facts(self, raw, inputs):
-        return {
-            "a tensor with a NaN that stays": _named("stays", raw["names"]),
-            "a tensor with a number that becomes NaN": _named("becomes", raw["names"]),
-            "a tensor of numbers that moved": _named("moves", raw["names"]),
-        }
+    def act(self, model, place):
+        model.becomes[place] = torch.nan
+        model.moves = nn.Parameter(model.moves + 1)
 
 
 @exercise.experiment("once and for good")
@@ -233,72 +226,70 @@ class OnceAndForGood(Experiment):
         }
 
 
-def _names(value: object) -> list[str]:
-    """The answer as a list of strings, or a sentence about its form."""
-    if isinstance(value, str | dict | set | frozenset | Tensor) or not isinstance(value, Iterable):
-        raise wrong_return("the names must be a list of strings", value)
-    names = list(value)
-    for name in names:
-        if not isinstance(name, str):
-            raise WrongReturn(f"the names must be a list of strings, got a list with {expect.describe(name)}.")
-    return names
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
-def _in_order(names: list[str], model: nn.Module) -> list[str]:
-    """The names without their order, which has an experiment of its own."""
-    known = [*dict(model.named_parameters()), *dict(model.named_buffers())]
-    return [name for name in known if name in names] + sorted(set(names) - set(known))
+def _differ(before: Tensor, now: Tensor) -> bool:
+    return bool(((before != now) & ~(before.isnan() & now.isnan())).any())
 
 
-def _named(name: str, names: list[str]) -> str:
-    return "named" if name in names else "not named"
+def not_equal(before: Tensor, now: Tensor) -> bool:
+    return not torch.equal(before, now)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+def solution(
+    model: nn.Module,
+    action: Callable[[], object],
+    *,
+    find: Callable[[nn.Module], dict[str, Tensor]] = _tensors,
+    afresh: bool = True,
+    look: Callable[[Tensor], Tensor] = _copy,
+    differ: Callable[[Tensor, Tensor], bool] = _differ,
+) -> list[str]:
+    """Right if left alone; each of the misconceptions changes a piece.
 
-
-def _copies(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
-
-
-def _other(one: Tensor, other: Tensor) -> bool:
-    return bool(((one != other) & ~(one.isnan() & other.isnan())).any())
-
-
-@exercise.misconception("no copies")
-def no_copies(model, action):
-    before = _tensors(model)
+    It compares what `look` makes of each tensor before and afterwards; `afresh` is whether it finds the tensors anew then.
+    """
+    watched = find(model)
+    before = {name: look(tensor) for name, tensor in watched.items()}
     action()
-    return [name for name, tensor in _tensors(model).items() if _other(before[name], tensor)]
+    if afresh:
+        watched = find(model)
+    return [name for name, tensor in watched.items() if differ(before[name], look(tensor))]
 
 
-@exercise.misconception("parameters only")
-def parameters_only(model, action):
-    before = _copies(model)
-    action()
-    return [name for name, tensor in model.named_parameters() if _other(before[name], tensor)]
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters())
 
 
-@exercise.misconception("state dict only")
-def state_dict_only(model, action):
-    names = moved(model, action)
-    return [name for name in names if name in model.state_dict()]
+def saved(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in _tensors(model).items() if name in model.state_dict()}
 
 
-@exercise.misconception("order of the state dict")
-def order_of_the_state_dict(model, action):
-    names = moved(model, action)
-    places = {name: place for place, name in enumerate(model.state_dict())}
-    return sorted(names, key=lambda name: places.get(name, len(places)))
+def _module_by_module(model: nn.Module) -> dict[str, Tensor]:
+    return {name: _tensors(model)[name] for name in dict.fromkeys((*model.state_dict(), *_tensors(model)))}
 
 
-@exercise.misconception("running mean and variance only")
-def running_mean_and_variance_only(model, action):
-    before = _copies(model)
-    action()
-    wanted = [*dict(model.named_parameters()), *(name for name in before if "running_" in name)]
-    return [name for name in wanted if _other(before[name], _tensors(model)[name])]
+def _running(model: nn.Module) -> dict[str, Tensor]:
+    return parameters(model) | {name: buffer for name, buffer in model.named_buffers() if "running_" in name}
+
+
+exercise.misconceptions_of(
+    solution,
+    {
+        "no copies": {"look": lambda tensor: tensor},
+        "parameters only": {"find": parameters},
+        "state dict only": {"find": saved},
+        "order of the state dict": {"find": _module_by_module},
+        "running mean and variance only": {"find": _running},
+        "totals compared": {"look": torch.nansum},
+        "nearly equal is equal": {"differ": lambda before, now: not torch.allclose(before, now, equal_nan=True)},
+        "the old tensors looked at again": {"afresh": False},
+        "NaN differs from itself": {"differ": not_equal},
+        "largest difference above zero": {"differ": lambda before, now: bool(((now - before).abs() > 0).any())},
+    },
+)
 
 
 @exercise.misconception("requires_grad taken for movement")
@@ -307,48 +298,7 @@ def requires_grad_taken_for_movement(model, action):
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-@exercise.misconception("totals compared")
-def totals_compared(model, action):
-    before = {name: tensor.nansum().item() for name, tensor in _tensors(model).items()}
-    action()
-    return [name for name, tensor in _tensors(model).items() if tensor.nansum().item() != before[name]]
-
-
-@exercise.misconception("nearly equal is equal")
-def nearly_equal_is_equal(model, action):
-    before = _copies(model)
-    action()
-    return [
-        name for name, tensor in _tensors(model).items() if not torch.allclose(before[name], tensor.detach(), equal_nan=True)
-    ]
-
-
-@exercise.misconception("the old tensors looked at again")
-def the_old_tensors_looked_at_again(model, action):
-    before = [(name, tensor, tensor.detach().clone()) for name, tensor in _tensors(model).items()]
-    action()
-    return [name for name, tensor, copy in before if _other(copy, tensor)]
-
-
-@exercise.misconception("NaN differs from itself")
-def nan_differs_from_itself(model, action):
-    before = _copies(model)
-    action()
-    return [name for name, tensor in _tensors(model).items() if not torch.equal(before[name], tensor)]
-
-
-@exercise.misconception("largest difference above zero")
-def largest_difference_above_zero(model, action):
-    before = _copies(model)
-    action()
-    return [name for name, tensor in _tensors(model).items() if ((tensor - before[name]).abs() > 0).any()]
-
-
 @exercise.misconception("old values put back")
 def old_values_put_back(model, action):
-    before = _copies(model)
-    names = moved(model, action)
-    with torch.no_grad():
-        for name in names:
-            _tensors(model)[name].copy_(before[name])
-    return names
+    with traces.kept(model, "parameters", "buffers"):
+        return solution(model, action)
