@@ -141,9 +141,7 @@ def _compare(cells: list[str], wanted: list[str], chapter: str) -> list[str]:
     if missing := [name for name in wanted if name.startswith("answer-") and not came[name]]:
         notes.append(f"expected {', '.join(missing)}, got no such cell: without an answer in another cell it scores 0.")
     if twice := [name for name in wanted if came[name] > 1]:
-        notes.append(
-            f"expected {', '.join(twice)} once, got copies: the last counts, the others run unscored. Nothing to do."
-        )
+        notes.append(f"expected {', '.join(twice)} once, got copies: the last counts, the others run unscored. Nothing to do.")
     return notes
 
 

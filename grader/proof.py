@@ -175,10 +175,10 @@ def _equal_facts(exercise: Exercise, table: Table) -> Iterator[str]:
 
 
 def _written_once(exercise: Exercise, table: Table, rewritten: dict) -> Iterator[str]:
-    """Pairs of misconceptions that first fact alone tells apart, and of which none is written again in second words."""
+    """Pairs of misconceptions that one fact alone tells apart, and of which none is written again in other words."""
     for first, second in combinations([m.key for m in exercise.misconceptions], 2):
         if len(_differing(table, first, second)) == 1 and not rewritten.keys() & {first, second}:
-            yield f"“{first}” and “{second}” differ in first fact: first of the two must be written again in second words"
+            yield f"“{first}” and “{second}” differ in one fact: one of the two must be written again in other words"
 
 
 def _differing(table: Table, first: str, second: str) -> list[tuple[str, str]]:
@@ -196,7 +196,7 @@ def _alike(subjects: list[Subject]) -> Iterator[str]:
     """Pairs of subjects that are the same up to names, numbers and layout."""
     for first, second in combinations(subjects, 2):
         if _shape(first) == _shape(second):
-            yield f"{_name(second)} and {_name(first)} are the same solution in second words"
+            yield f"{_name(second)} and {_name(first)} are the same solution in other words"
 
 
 def _tree(subject: Subject) -> ast.AST:
