@@ -22,7 +22,7 @@ from nbformat import NotebookNode
 
 from grader import golden
 from grader.checks import TOPICS, exercises
-from grader.golden import truth
+from grader.golden.truth import write_tables
 from helpers.files import write_text
 
 CHECK = re.compile(r'^check\("(\d+\.\d+)", ', re.MULTILINE)
@@ -31,9 +31,7 @@ MISTAKES = "## Common mistakes"
 
 def make_course(root: Path, tables: Path = golden.FOLDER) -> None:
     """Write every generated file below `root`: truth tables, paired notebooks, released notebooks."""
-    for topic in TOPICS.values():
-        write_text(tables / f"{topic}.json", golden.dump({n: truth.record(e) for n, e in exercises(topic).items()}))
-    golden.load.cache_clear()
+    write_tables(TOPICS.values(), tables)
     for script in sorted((root / "solutions").glob("*/*.py")):
         write_text(script.with_suffix(".ipynb"), nbformat.writes(notebook(script)))
         release(root, script.stem)
@@ -80,7 +78,7 @@ def notebook(script: Path) -> NotebookNode:
         }
     )
     nb.nbformat, nb.nbformat_minor = 4, 5
-    answer, seen, locked = None, set(), 0
+    answer, numbers, locked = None, set(), 0
     for position, cell in enumerate(nb.cells):
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags"})
         cell.id = f"{topic}-{position}"
@@ -95,9 +93,9 @@ def notebook(script: Path) -> NotebookNode:
             continue
         if called := CHECK.search(cell.source):
             number = called[1]
-            if answer is None or number in seen:
+            if answer is None or number in numbers:
                 raise ValueError(f"{script.name}: exercise {number} needs one answer cell and one check below it.")
-            seen.add(number)
+            numbers.add(number)
             _grade(answer, f"answer-{number}", solution=True)
             _grade(cell, f"check-{number}", grade=True, points=exercises(topic)[number].points)
             answer = None

@@ -7,7 +7,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from grader import on_gpu
@@ -15,7 +15,7 @@ from grader.checks import find
 from grader.experiment import Exercise, Fact, Subject, equal
 from grader.golden import table_of
 from grader.observe import observe
-from grader.verdict import Observation, Verdict, judge
+from grader.verdict import Finding, Observation, Problem, Table, Verdict, judge
 
 WIDTH = 88  # characters of a line; wider ones break in a half-screen notebook
 NOTEBOOK_SEEDS = (0,)
@@ -49,22 +49,16 @@ def check(number: str, thing: Subject) -> float | None:
     exercise = find(number)
     table = table_of(exercise)
     verdict = _verdict(exercise, thing, table)
-    points, outcome, named = 0, "error", []
-    if isinstance(verdict, str):
-        print(_line(number, exercise.name, "error"))
-        print(_fill("     got       ", verdict))
-    else:
-        points, outcome, named = verdict.points, verdict.outcome, list(verdict.named)
-        if outcome == "passed" or number not in _session or _session[number][0].outcome != "passed":
-            _session[number] = verdict, thing
-        print(describe(verdict), flush=True)
+    if verdict.outcome == "passed" or number not in _session or _session[number][0].outcome != "passed":
+        _session[number] = verdict, thing
+    print(describe(verdict), flush=True)
     if os.environ.get("NBGRADER_EXECUTION"):
-        _publish({"exercise": number, "points": points, "outcome": outcome, "named": named})
-        return float(points)
-    if outcome == "passed":  # the answer is there already; this may take a moment
+        _publish({"exercise": number, "points": verdict.points, "outcome": verdict.outcome, "named": list(verdict.named)})
+        return float(verdict.points)
+    if verdict.outcome == "passed":  # the answer is there already; this may take a moment
         for label, sentence in on_gpu.try_on_gpu(exercise, thing, table, _seeds()[0]):
             print(_fill(f"     {label:<10}", sentence))
-    elif outcome != "not attempted":
+    elif verdict.outcome != "not attempted":
         raise CheckFailed(f"{number} is not passed yet: see above.")
     return None
 
@@ -128,50 +122,57 @@ def describe(verdict: Verdict) -> str:
     lines += [_fill("     likely    ", f"{wrong.name}. {wrong.hint}") for wrong in named]
     if verdict.named and verdict.unexplained:
         lines.append("     besides   something else differs too")
-    lines += [_fill("     note      ", line) for line in verdict.said]
+    lines += [_fill("     note      ", line) for line in verdict.messages]
     if verdict.outcome in ("not yet", "error"):
         lines.append(f'     more      hint("{exercise.number}")')
     return "\n".join(lines)
 
 
-def _verdict(exercise: Exercise, thing: Subject, table: dict) -> Verdict | str:
-    """The verdict, or a sentence that says why there can be none."""
+def _verdict(exercise: Exercise, thing: Subject, table: Table) -> Verdict:
     if not callable(thing):
         came = "nothing" if thing is None else f"a {type(thing).__name__}"
-        return f"`{exercise.name}` must be something that can be called, got {came}."
+        return _refused(exercise, f"`{exercise.name}` must be something that can be called, got {came}.")
     if _is_reference(thing, exercise.reference):
-        return (
-            f"`{exercise.name}` is or calls the reference from `{exercise.reference.__module__}`. "
-            "Run your own cell again, then this one."
+        origin = exercise.reference.__module__
+        return _refused(
+            exercise, f"`{exercise.name}` is or calls the reference from `{origin}`. Run your own cell again, then this one."
         )
     worst = None
     for seed in _seeds():
-        seen = _observe_all(exercise, thing, seed)
-        verdict = judge(exercise, seen, table)
+        observations = _observe_all(exercise, thing, seed)
+        verdict = judge(exercise, observations, table)
         if worst is None or verdict.points < worst.points:
             worst = verdict
-        if any(observation.problem and observation.problem.kind == "time" for observation in seen.values()):
+        if any(observation.problem and observation.problem.kind == "time" for observation in observations.values()):
             return verdict
         if verdict.outcome == "not yet" and not _torch_is_itself(exercise, verdict, seed, table):
-            return (
+            return _refused(
+                exercise,
                 "the reference fails here too, so something in this kernel has changed torch itself. "
-                "Restart the kernel, and look for assignments such as nn.BatchNorm2d.train = ..."
+                "Restart the kernel, and look for assignments such as nn.BatchNorm2d.train = ...",
             )
     return worst
 
 
+def _refused(exercise: Exercise, reason: str) -> Verdict:
+    """A verdict that says why there can be none."""
+    problem = Problem("refused", reason)
+    findings = (Finding(experiment, "error", problem=problem) for experiment in exercise.experiments)
+    return Verdict(exercise, tuple(findings), named=(), unexplained=False)
+
+
 def _observe_all(exercise: Exercise, thing: Subject, seed: int) -> dict[str, Observation]:
     """Every experiment on one subject; once it had to be stopped, it is not run again."""
-    seen: dict[str, Observation] = {}
+    observations: dict[str, Observation] = {}
     stopped = None
     for experiment in exercise.experiments:
-        seen[experiment.key] = stopped or observe(experiment, thing, seed, exercise.number)
-        if seen[experiment.key].problem and seen[experiment.key].problem.kind == "time":
-            stopped = seen[experiment.key]
-    return seen
+        observations[experiment.key] = stopped or observe(experiment, thing, seed, exercise.number)
+        if observations[experiment.key].problem and observations[experiment.key].problem.kind == "time":
+            stopped = observations[experiment.key]
+    return observations
 
 
-def _torch_is_itself(exercise: Exercise, verdict: Verdict, seed: int, table: dict) -> bool:
+def _torch_is_itself(exercise: Exercise, verdict: Verdict, seed: int, table: Table) -> bool:
     """Whether the reference still passes where the learner's code did not: the control of every experiment."""
     failed = [finding.experiment for finding in verdict.findings if finding.outcome == "not yet"]
     for experiment in failed:
@@ -190,54 +191,39 @@ def _seeds() -> tuple[int, ...]:
 
 
 def _is_reference(thing: Any, reference: Any) -> bool:
-    """Whether `thing` is the reference, a wrapper or subclass of it, or a function or class that calls or borrows from it."""
+    """Whether `thing` is the reference, wraps or extends it, or has a function that is one of its own or looks it up."""
     for _ in range(10):  # wrappers inside wrappers; an object may also claim to wrap itself
-        if thing is reference:
-            return True
         if isinstance(thing, functools.partial):
             thing = thing.func
         elif inspect.ismethod(thing):
             thing = thing.__func__
-        elif inspect.isfunction(thing) and hasattr(thing, "__wrapped__"):
-            thing = thing.__wrapped__
-    if inspect.isclass(thing):
-        if inspect.isclass(reference) and (issubclass(thing, reference) or _methods(thing) & _methods(reference)):
-            return True
-        return any(_is_reference(part, reference) for part in vars(thing).values() if isinstance(part, FunctionType))
-    if not isinstance(thing, FunctionType):
-        return False
-    if thing.__code__ is getattr(reference, "__code__", None):
+        elif inspect.isfunction(thing):
+            thing = getattr(thing, "__wrapped__", thing)
+    if thing is reference or (inspect.isclass(thing) and inspect.isclass(reference) and issubclass(thing, reference)):
         return True
-    cells = dict(zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True))
-    names = thing.__globals__ | {name: cell.cell_contents for name, cell in cells.items() if _is_filled(cell)}
-    return any(value is reference for value in _loaded(thing.__code__, names))
+    own = {function.__code__ for function in _functions(inspect.unwrap(reference))}
+    functions = _functions(thing)
+    return any(f.__code__ in own or any(value is reference for value in _looked_up(f)) for f in functions)
 
 
-def _methods(cls: type) -> set[CodeType]:
-    return {part.__code__ for part in vars(cls).values() if isinstance(part, FunctionType)}
+def _functions(thing: Any) -> list[FunctionType]:
+    return [part for part in (vars(thing).values() if inspect.isclass(thing) else [thing]) if isinstance(part, FunctionType)]
 
 
-def _loaded(code: CodeType, names: dict[str, Any]) -> Iterator[Any]:
-    """What the code, functions inside it included, looks up by a name or as `module.name`."""
-    value = None
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
-            value = names.get(instruction.argval)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, ModuleType):
-            value = vars(value).get(instruction.argval)
-        else:
-            value = None
-        yield value
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _loaded(constant, names)
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
+def _looked_up(function: FunctionType) -> Iterator[Any]:
+    """What a function, with those inside it, looks up by a name or as `module.name`."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    names = function.__globals__ | {name: cell.cell_contents for name, cell in cells if cell != CellType()}
+    codes = [function.__code__]
+    for code in codes:
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        value = None
+        for step in dis.get_instructions(code):
+            if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                value = vars(value).get(step.argval) if inspect.ismodule(value) else None
+            else:
+                value = names.get(step.argval) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF") else None
+            yield value
 
 
 def _publish(verdict: dict) -> None:

@@ -42,23 +42,44 @@ def course() -> None:
 
 @app.command()
 def prove(
-    topic: Annotated[str | None, typer.Argument(help="A topic, such as features; all if left out.")] = None,
+    topic: Annotated[str | None, typer.Argument(help="A topic or an exercise, such as lora or 6.1; all if left out.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many draws of the inputs.")] = 20,
     processes: Annotated[int, typer.Option(min=1, help="How many exercises are proven at a time.")] = os.cpu_count() or 1,
 ) -> None:
     """Prove the checks: right solutions pass, and each misconception is rejected under its own name."""
-    from grader.checks import TOPICS
+    from grader.checks import TOPICS, exercises
     from grader.proof import all_faults
 
-    if topic and topic not in TOPICS.values():
-        raise typer.BadParameter(f"no topic {topic!r}. Choose from {', '.join(TOPICS.values())}.")
+    numbers = [number for name in TOPICS.values() for number in exercises(name) if topic in (None, name, number)]
+    if not numbers:
+        raise typer.BadParameter(f"no topic or exercise {topic!r}. Choose from {', '.join(TOPICS.values())}, or a number.")
     faulty = False
-    for fault in all_faults([topic] if topic else list(TOPICS.values()), range(seeds), processes):
+    for fault in all_faults(numbers, range(seeds), processes):
         faulty = True
         print(fault, flush=True)
     if not faulty:
         print("all checks proven")
     raise typer.Exit(faulty)
+
+
+@app.command()
+def new(
+    number: Annotated[str, typer.Argument(help="Of the exercise, such as 7.3: it belongs to that chapter.")],
+    name: Annotated[str, typer.Argument(help="Of what learners write, such as assert_frozen.")],
+) -> None:
+    """Make the files of a new exercise: a small one that passes its proof, to be replaced piece by piece."""
+    from grader.new import make_exercise
+
+    try:
+        files = make_exercise(_root(), number, name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    print("\n".join(str(file.relative_to(_root())) for file in files))
+    topic = files[-1].stem
+    print(
+        f"\nReplace what they hold. `python -m grader.golden tables {topic}` and `warmstart prove {number}` after each change;"
+    )
+    print(f"at the end `make course`, `python -m grader.golden record {topic}` and `warmstart mutants {number} --write`.")
 
 
 @app.command()

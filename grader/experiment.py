@@ -91,13 +91,13 @@ class Experiment:
         return {}
 
 
-def equal(one: Fact, other: Fact) -> bool:
+def equal(value: Fact, expected: Fact) -> bool:
     """Whether two values of a fact are the same: numbers, which facts round, to within 0.001, all else exactly."""
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(equal, one, other))
-    if _is_number(one) and _is_number(other):
-        return abs(one - other) <= 1e-3
-    return type(one) is type(other) and one == other
+    if isinstance(value, list) and isinstance(expected, list):
+        return len(value) == len(expected) and all(map(equal, value, expected))
+    if _is_number(value) and _is_number(expected):
+        return abs(value - expected) <= 1e-3
+    return type(value) is type(expected) and value == expected
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ class Exercise:
         """
         for key, change in changes.items():
             if isclass(solution):
-                subject = type(key, (solution,), change | {"__module__": solution.__module__})
+                # Like a function's decorator it says what it was made from: that is where its source stands.
+                subject = type(key, (solution,), change | {"__module__": solution.__module__, "__wrapped__": solution})
             else:
                 subject = partial(solution, **change)
             self.misconception(key)(subject)

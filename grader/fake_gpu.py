@@ -272,10 +272,10 @@ def _refuse_generator(there: bool, generator: torch.Generator | None) -> None:
 
 def _refuse_two_devices(func, args: tuple, kwargs: dict) -> None:
     leaves = _tensors((args, kwargs))
-    others = [leaf for leaf in leaves if not isinstance(leaf, _Fake)]
-    if any(leaf.device == _BELOW for leaf in others):
+    plain = [leaf for leaf in leaves if not isinstance(leaf, _Fake)]
+    if any(leaf.device == _BELOW for leaf in plain):
         raise Unsupported(f"{func} got a tensor without numbers, which torch made by itself.")
-    if not any(leaf.ndim for leaf in others) or func in _COPIES or (func in _INDICES and isinstance(leaves[0], _Fake)):
+    if not any(leaf.ndim for leaf in plain) or func in _COPIES or (func in _INDICES and isinstance(leaves[0], _Fake)):
         return
     raise TwoDevices(f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE} and cpu!")
 
@@ -301,9 +301,9 @@ def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _mapped(tree, lambda x: found.append(x) or x)
-    return found
+    leaves: list[Tensor] = []
+    _mapped(tree, lambda x: leaves.append(x) or x)
+    return leaves
 
 
 @cache

@@ -50,8 +50,11 @@ def take_in(folder: Path, released: Path) -> list[HandedIn]:
     wanted = _exercise_cells(released.read_bytes())
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {str(path.relative_to(folder)): path for path in paths}
-    found = [examine(file, path.read_bytes(), released.stem, wanted) for file, path in files.items()]
-    return [_alone(one, [other for other in found if other.student == one.student], released.stem) for one in found]
+    handed_in = [examine(file, path.read_bytes(), released.stem, wanted) for file, path in files.items()]
+    by_student: dict[str, list[HandedIn]] = {}
+    for submission in handed_in:
+        by_student.setdefault(submission.student, []).append(submission)
+    return [_alone(submission, by_student[submission.student], released.stem) for submission in handed_in]
 
 
 def examine(file: str, content: bytes, chapter: str, wanted: list[str]) -> HandedIn:
@@ -85,16 +88,18 @@ def examine(file: str, content: bytes, chapter: str, wanted: list[str]) -> Hande
     return HandedIn(file, student, True, " ".join(notes))
 
 
-def _alone(one: HandedIn, same: list[HandedIn], chapter: str) -> HandedIn:
-    """`one` unless its student handed in several files: then only the one with the expected name can be graded."""
-    expected = f"{one.student}_{chapter}.ipynb"
-    named_right = [other.file for other in same if Path(other.file).name == expected]
-    if not one.gradable or len(same) == 1 or named_right == [one.file]:
-        return one
-    files = ", ".join(other.file for other in same)
+def _alone(submission: HandedIn, of_student: list[HandedIn], chapter: str) -> HandedIn:
+    """The submission; if its student handed in several files, only the one with the expected name can be graded."""
+    expected = f"{submission.student}_{chapter}.ipynb"
+    named_right = [file.file for file in of_student if Path(file.file).name == expected]
+    if not submission.gradable or len(of_student) == 1 or named_right == [submission.file]:
+        return submission
+    files = ", ".join(file.file for file in of_student)
     todo = f"name that one {expected}, remove the others, and grade again"
     counts = f"{expected} counts; if it should not" if len(named_right) == 1 else "Ask which counts"
-    return replace(one, gradable=False, note=f"expected one file of {one.student}, got {files}. {counts}, {todo}.")
+    return replace(
+        submission, gradable=False, note=f"expected one file of {submission.student}, got {files}. {counts}, {todo}."
+    )
 
 
 def _exercise_cells(content: bytes) -> list[str]:
@@ -128,8 +133,8 @@ def _compare(cells: list[str], wanted: list[str], chapter: str) -> list[str]:
     """
     came = Counter(cells)
     if not came.keys() & set(wanted):
-        others = " and ".join(sorted({_chapter_of(name) for name in came})) or "none"
-        raise ValueError(f"expected the exercises of {chapter}, got {others}.")
+        chapters = " and ".join(sorted({_chapter_of(name) for name in came})) or "none"
+        raise ValueError(f"expected the exercises of {chapter}, got {chapters}.")
     notes = []
     if missing := [name for name in wanted if name.startswith("check-") and not came[name]]:
         notes.append(f"expected {', '.join(missing)}, got no such cell: put back and scored, nothing to do.")

@@ -171,12 +171,12 @@ def outcome_on(exercise: Exercise, table: Table, define: Callable[[], Subject]) 
         subject = define()
     except Exception:
         return "raised"
-    seen = {}
+    observations = {}
     for experiment in exercise.experiments:
-        seen[experiment.key] = observe(experiment, subject, 0, exercise.number)
-        if seen[experiment.key].problem and seen[experiment.key].problem.kind == "time":
+        observations[experiment.key] = observe(experiment, subject, 0, exercise.number)
+        if observations[experiment.key].problem and observations[experiment.key].problem.kind == "time":
             return "out of time"  # the other experiments would be, too
-    verdict = judge(exercise, seen, table)
+    verdict = judge(exercise, observations, table)
     if verdict.outcome == "passed":
         return "survived"
     if verdict.outcome == "error":

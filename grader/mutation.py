@@ -131,9 +131,9 @@ def _changes(node: ast.AST, modules: set[str]) -> Iterator[tuple[str, ast.AST | 
     match node:
         case ast.Compare(ops=operators):
             for i, operator in enumerate(operators):
-                for other in (BOUNDARY.get(type(operator)), OPPOSITE[type(operator)]):
-                    if other:
-                        yield "compare", _copy_with(node, ops=[*operators[:i], other(), *operators[i + 1 :]])
+                for changed in (BOUNDARY.get(type(operator)), OPPOSITE[type(operator)]):
+                    if changed:
+                        yield "compare", _copy_with(node, ops=[*operators[:i], changed(), *operators[i + 1 :]])
         case ast.BinOp(left, ast.MatMult(), right):
             yield "swap operands", _copy_with(node, left=right, right=left)
         case ast.BinOp(left, operator, right) if type(operator) in ARITHMETIC:
@@ -155,11 +155,11 @@ def _changes(node: ast.AST, modules: set[str]) -> Iterator[tuple[str, ast.AST | 
         case ast.Constant(bool(value)):
             yield "constant", ast.Constant(not value)
         case ast.Constant(int(value)):
-            yield from (("constant", ast.Constant(other)) for other in (value + 1, value - 1))
+            yield from (("constant", ast.Constant(number)) for number in (value + 1, value - 1))
         case ast.Constant(float(value)):
             yield "constant", ast.Constant(value * 2 if value else 1.0)
         case ast.keyword(name, ast.Constant(int()) | ast.UnaryOp(ast.USub(), ast.Constant(int()))) if name in DIMENSIONS:
-            yield from (("dim", _copy_with(node, value=ast.Constant(other))) for other in (0, 1, -1))
+            yield from (("dim", _copy_with(node, value=ast.Constant(dim))) for dim in (0, 1, -1))
         case ast.Call(function, values, keywords):
             for i, keyword in enumerate(keywords):
                 if keyword.arg:
@@ -196,9 +196,9 @@ def _changes(node: ast.AST, modules: set[str]) -> Iterator[tuple[str, ast.AST | 
             if handlers:
                 yield "no except", [_copy_with(node, handlers=[], orelse=[])] if final else [*body, *otherwise]
         case ast.ExceptHandler(ast.Name(name)):
-            for other in ("RuntimeError", "ValueError", "BaseException"):
-                if other != name:
-                    yield "except other", _copy_with(node, type=ast.Name(other))
+            for caught in ("RuntimeError", "ValueError", "BaseException"):
+                if caught != name:
+                    yield "except other", _copy_with(node, type=ast.Name(caught))
         case ast.Raise(ast.Call(ast.Name() as error, values)):
             yield "raise other", _copy_with(node, exc=ast.Call(ast.Name("RuntimeError"), values, []))
             yield "raise silent", _copy_with(node, exc=ast.Call(error, [], []))
@@ -295,7 +295,7 @@ def _cut(text: str, first: int, last: int, block: bool) -> str:
     return f"… {part}" if first else part
 
 
-def _common_length(some: Sequence[str], others: Sequence[str]) -> int:
+def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
     """How many lines, or letters, the two have in common at their beginnings."""
-    pairs = enumerate(zip(some, others, strict=False))
-    return next((i for i, (line, other) in pairs if line != other), min(len(some), len(others)))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(first), len(second)))

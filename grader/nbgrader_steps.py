@@ -33,19 +33,19 @@ class NameTheExercise(ClearSolutions):
 class CollectGradable(FileNameCollectorPlugin):
     """For `nbgrader zip_collect`: collect what `take_in` finds gradable, log a sentence about everything else."""
 
-    _found: dict[str, HandedIn] | None = None
+    _submissions: dict[str, HandedIn] | None = None
 
     def collect(self, submitted_file: str) -> dict[str, str] | None:
         course, path = self.parent.coursedir, Path(submitted_file)
         chapter = course.assignment_id
         folder = next(above for above in path.parents if above.name == self.parent.extracted_directory)
-        if self._found is None:
+        if self._submissions is None:
             release = Path(course.format_path(course.release_directory, ".", chapter))
-            self._found = {one.file: one for one in take_in(folder, release / f"{chapter}.ipynb")}
-        one = self._found[str(path.relative_to(folder))]
-        if one.note:
-            self.log.warning("%s: %s", one.file, one.note)
-        return {"student_id": one.student, "file_id": f"{chapter}.ipynb"} if one.gradable else None
+            self._submissions = {submission.file: submission for submission in take_in(folder, release / f"{chapter}.ipynb")}
+        submission = self._submissions[str(path.relative_to(folder))]
+        if submission.note:
+            self.log.warning("%s: %s", submission.file, submission.note)
+        return {"student_id": submission.student, "file_id": f"{chapter}.ipynb"} if submission.gradable else None
 
 
 class RebuildMetadata(NbGraderPreprocessor):

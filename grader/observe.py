@@ -53,7 +53,7 @@ class Run:
     raw: dict[str, Any] | None
     fresh: dict[str, Any] | None = None  # the inputs, drawn again; `facts` may use them up
     problem: Problem | None = None
-    said: tuple[str, ...] = ()  # what the subject printed, warned or wrote to stderr, shortened
+    messages: tuple[str, ...] = ()  # what the subject printed, warned or wrote to stderr, shortened
 
 
 def observe(experiment: Experiment, subject: Subject, seed: int, number: str, setting: Setting = CPU) -> Observation:
@@ -72,12 +72,12 @@ def observe(experiment: Experiment, subject: Subject, seed: int, number: str, se
 def observation(experiment: Experiment, ran: Run, seed: int, setting: Setting = CPU) -> Observation:
     """The facts of what was measured, or the problem that there was."""
     if ran.problem is not None:
-        return Observation(None, ran.problem, said=ran.said)
+        return Observation(None, ran.problem, messages=ran.messages)
     try:
         facts, notes = facts_of(experiment, ran.raw, seed, setting, ran.fresh)
     except Exception as error:
-        return Observation(None, _not_measurable(error), said=ran.said)
-    return Observation(facts, notes=tuple(notes.items()), said=ran.said)
+        return Observation(None, _not_measurable(error), messages=ran.messages)
+    return Observation(facts, notes=tuple(notes.items()), messages=ran.messages)
 
 
 def run(experiment: Experiment, subject: Subject, seed: int, number: str, setting: Setting = CPU) -> Run:
@@ -87,11 +87,11 @@ def run(experiment: Experiment, subject: Subject, seed: int, number: str, settin
     thread). Only KeyboardInterrupt passes through.
     """
     seconds = experiment.seconds if setting.device != "fake" else min(experiment.seconds, FAKE_GPU_SECONDS)
-    said: list[str] = []
+    messages: list[str] = []
     problem, raw, fresh = None, None, None
     with one_thread(), fresh_defaults():
         inputs = _draw(experiment, seed)
-        with setting.applied(), preserved(seed + 1) as changed, _caught(said):
+        with setting.applied(), preserved(seed + 1) as changed, _caught(messages):
             try:
                 inputs = setting.put(inputs)
                 with _time_limit(seconds):
@@ -107,7 +107,7 @@ def run(experiment: Experiment, subject: Subject, seed: int, number: str, settin
                 problem = _not_finite(raw) or _changed_inputs(experiment, inputs, fresh) or _changed_state(changed)
         except Exception as error:
             problem = _not_measurable(error)
-    return Run(raw, fresh, None, tuple(said)) if problem is None else Run(None, None, problem, tuple(said))
+    return Run(raw, fresh, None, tuple(messages)) if problem is None else Run(None, None, problem, tuple(messages))
 
 
 def facts_of(
@@ -285,7 +285,7 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 @contextmanager
-def _caught(said: list[str]) -> Iterator[None]:
+def _caught(messages: list[str]) -> Iterator[None]:
     """Collect what the body prints, warns or writes to stderr, through `sys` or through descriptor 2.
 
     nbgrader gives 0 points to a check cell with anything on stderr; a warning in right code must not cost points.
@@ -309,7 +309,7 @@ def _caught(said: list[str]) -> Iterator[None]:
             warned_of = dict.fromkeys(f"{w.category.__name__}: {w.message}" for w in warned)
             for label, text in (("printed", printed.text()), ("wrote to stderr", stderr), ("warned", "\n".join(warned_of))):
                 if text.strip():
-                    said.append(f"your code {label}: {_shorten(text.strip())}")
+                    messages.append(f"your code {label}: {_shorten(text.strip())}")
 
 
 class _Capped(io.StringIO):

@@ -48,12 +48,12 @@ def _problem(
 
 def _difference(exercise: Exercise, experiment: Experiment, subject: Subject, table: Table, seed: int, setting: Setting) -> str:
     """What differs there from float32 on the CPU. Of the fake GPU only what a real one would refuse counts."""
-    seen = observe(experiment, subject, seed, exercise.number, setting)
-    if seen.problem is not None:
-        told = setting != FAKE_GPU or seen.problem.kind == "refused"
-        return seen.problem.message.rstrip(".") if told else ""
+    observation = observe(experiment, subject, seed, exercise.number, setting)
+    if observation.problem is not None:
+        counts = setting != FAKE_GPU or observation.problem.kind == "refused"
+        return observation.problem.message.rstrip(".") if counts else ""
     if setting == FAKE_GPU:
         return ""
     expected = table[experiment.key]["reference"]
-    differs = (fact for fact in expected if not equal(expected[fact], seen.facts.get(fact)))
-    return next((f"{fact}: {seen.facts.get(fact)}. In float32 on the CPU: {expected[fact]}" for fact in differs), "")
+    differs = (fact for fact in expected if not equal(expected[fact], observation.facts.get(fact)))
+    return next((f"{fact}: {observation.facts.get(fact)}. In float32 on the CPU: {expected[fact]}" for fact in differs), "")

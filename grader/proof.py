@@ -23,7 +23,7 @@ from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
 
-from grader.checks import exercises, find
+from grader.checks import find
 from grader.experiment import Exercise, Experiment, Subject, equal
 from grader.golden import table_of
 from grader.observe import differing_facts, observation, observe, run
@@ -45,7 +45,7 @@ def faults(exercise: Exercise, seeds: Sequence[int]) -> list[str]:
         *(Claim(subject, f"“{key}” as {_name(subject)}", "not yet", {key}) for key, subject in rewritten.items()),
         *(Claim(subject, f"{_name(subject)}, two mistakes", "not yet", keys, any_of_them=True) for keys, subject in combined),
     ]
-    found = [
+    faults_found = [
         *_counts(exercise, correct, rewritten, combined),
         *_alike([exercise.reference, *correct]),
         *(f"“{key}”: {fault}" for key in wrong if key in rewritten for fault in _alike([wrong[key], rewritten[key]])),
@@ -57,16 +57,15 @@ def faults(exercise: Exercise, seeds: Sequence[int]) -> list[str]:
         for seed in seeds:
             for fault, why in _not_as_claimed(exercise, table, claim, seed):
                 shown.setdefault(fault, (why, []))[1].append(seed)
-    found += [f"{fault}, with seed {', '.join(map(str, failed))}: {why}" for fault, (why, failed) in shown.items()]
-    return [f"{number}: {fault}" for fault in found]
+    faults_found += [f"{fault}, with seed {', '.join(map(str, failed))}: {why}" for fault, (why, failed) in shown.items()]
+    return [f"{number}: {fault}" for fault in faults_found]
 
 
-def all_faults(topics: Sequence[str], seeds: Sequence[int], processes: int) -> Iterator[str]:
-    """The faults of all exercises of some topics, one exercise after the other."""
-    numbers = [number for topic in topics for number in exercises(topic)]
+def all_faults(numbers: Sequence[str], seeds: Sequence[int], processes: int) -> Iterator[str]:
+    """The faults of some exercises, one exercise after the other."""
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(_faults_of, numbers, [seeds] * len(numbers)):
-            yield from found
+        for faults_of_one in pool.map(_faults_of, numbers, [seeds] * len(numbers)):
+            yield from faults_of_one
 
 
 def _faults_of(number: str, seeds: Sequence[int]) -> list[str]:
@@ -103,8 +102,8 @@ def stub(number: str) -> Subject:
 
 def verdict_on(exercise: Exercise, subject: Subject, seed: int, table: Table) -> Verdict:
     """The verdict on one subject with one seed."""
-    seen = {experiment.key: observe(experiment, subject, seed, exercise.number) for experiment in exercise.experiments}
-    return judge(exercise, seen, table)
+    observations = {experiment.key: observe(experiment, subject, seed, exercise.number) for experiment in exercise.experiments}
+    return judge(exercise, observations, table)
 
 
 @dataclass(frozen=True)
@@ -120,16 +119,16 @@ class Claim:
 
 def _not_as_claimed(exercise: Exercise, table: Table, claim: Claim, seed: int) -> Iterator[tuple[str, str]]:
     """What is wrong with the verdict on a subject, and facts that rounding could change; each with its details."""
-    seen = {}
+    observations = {}
     for experiment in exercise.experiments:
         ran = run(experiment, claim.subject, seed, exercise.number)
-        seen[experiment.key] = observation(experiment, ran, seed)
-        if (facts := seen[experiment.key].facts) is not None:
+        observations[experiment.key] = observation(experiment, ran, seed)
+        if (facts := observations[experiment.key].facts) is not None:
             for fact in differing_facts(experiment, ran.raw, seed, facts):
                 yield f"{claim.label} must keep its facts, and does not: {fact}", experiment.key
         if exercise.autocast and claim.outcome == "passed":
             yield from _not_kept_in_autocast(exercise, experiment, table, claim, seed)
-    verdict = judge(exercise, seen, table)
+    verdict = judge(exercise, observations, table)
     named, wanted = set(verdict.named), set(claim.names)
     agrees = bool(named) and named <= wanted if claim.any_of_them else named == wanted and not verdict.unexplained
     if verdict.outcome != claim.outcome or not agrees:
@@ -155,7 +154,8 @@ def _counts(exercise: Exercise, correct: list, rewritten: dict, combined: list) 
     for what, there, needed in (
         ("right solutions", len(correct), 3),
         ("misconceptions", len(exercise.misconceptions), 4),
-        ("subjects with two mistakes", len(combined), 1),
+        # What two mistakes do together is one fact too many where there is one experiment to tell them apart.
+        ("subjects with two mistakes", len(combined), 1 if len(exercise.experiments) > 1 else 0),
     ):
         if there < needed:
             yield f"{there} {what}, at least {needed} are needed"
@@ -169,34 +169,34 @@ def _counts(exercise: Exercise, correct: list, rewritten: dict, combined: list) 
 
 def _equal_facts(exercise: Exercise, table: Table) -> Iterator[str]:
     """Two rows of the truth table that no experiment tells apart."""
-    for one, other in combinations(exercise.subjects, 2):
-        if not _differing(table, one, other):
-            yield f"“{other}” and “{one}” have equal facts"
+    for first, second in combinations(exercise.subjects, 2):
+        if not _differing(table, first, second):
+            yield f"“{second}” and “{first}” have equal facts"
 
 
 def _written_once(exercise: Exercise, table: Table, rewritten: dict) -> Iterator[str]:
     """Pairs of misconceptions that one fact alone tells apart, and of which none is written again in other words."""
-    for one, other in combinations([m.key for m in exercise.misconceptions], 2):
-        if len(_differing(table, one, other)) == 1 and not rewritten.keys() & {one, other}:
-            yield f"“{one}” and “{other}” differ in one fact: one of the two must be written again in other words"
+    for first, second in combinations([m.key for m in exercise.misconceptions], 2):
+        if len(_differing(table, first, second)) == 1 and not rewritten.keys() & {first, second}:
+            yield f"“{first}” and “{second}” differ in one fact: one of the two must be written again in other words"
 
 
-def _differing(table: Table, one: str, other: str) -> list[tuple[str, str]]:
+def _differing(table: Table, first: str, second: str) -> list[tuple[str, str]]:
     """The facts of two rows that differ, as (experiment, fact); an experiment that one of them has no facts in counts once."""
-    found = []
+    differing = []
     for experiment, row in table.items():
-        if row[one] is None or row[other] is None:
-            found += [(experiment, "")] * (row[one] != row[other])
+        if row[first] is None or row[second] is None:
+            differing += [(experiment, "")] * (row[first] != row[second])
         else:
-            found += [(experiment, fact) for fact, value in row[one].items() if not equal(value, row[other][fact])]
-    return found
+            differing += [(experiment, fact) for fact, value in row[first].items() if not equal(value, row[second][fact])]
+    return differing
 
 
 def _alike(subjects: list[Subject]) -> Iterator[str]:
     """Pairs of subjects that are the same up to names, numbers and layout."""
-    for one, other in combinations(subjects, 2):
-        if _shape(one) == _shape(other):
-            yield f"{_name(other)} and {_name(one)} are the same solution in other words"
+    for first, second in combinations(subjects, 2):
+        if _shape(first) == _shape(second):
+            yield f"{_name(second)} and {_name(first)} are the same solution in other words"
 
 
 def _tree(subject: Subject) -> ast.AST:

@@ -65,10 +65,10 @@ def grade_class(root: Path, folder: Path, handed_in: dict[str, bytes]) -> list[d
     for file, content in handed_in.items():
         (downloaded / "archive" / file).write_bytes(content)
     nbgrader(folder, "zip_collect", CHAPTER)
-    found = take_in(downloaded / "extracted", folder / "course" / CHAPTER / f"{CHAPTER}.ipynb")
+    submissions = take_in(downloaded / "extracted", folder / "course" / CHAPTER / f"{CHAPTER}.ipynb")
     seeds = ",".join(str(secrets.randbelow(2**31)) for _ in range(2))  # the same for all, known to nobody before
     write_text(folder / "seeds.txt", seeds + "\n")  # so that a regrade can use the same
-    students = [one.student for one in found if one.gradable]
+    students = [submission.student for submission in submissions if submission.gradable]
     failures = autograde(folder, students, seeds)
     if len(failures) < len(students):
         nbgrader(folder, "generate_feedback", CHAPTER)
@@ -76,16 +76,16 @@ def grade_class(root: Path, folder: Path, handed_in: dict[str, bytes]) -> list[d
     with (folder / "grades.csv").open(encoding="utf-8", newline="") as file:
         grades = {row["student_id"]: row for row in csv.DictReader(file)}
     rows = []
-    for one in found:
-        row = {"file": one.file, "student": one.student, "points": None, "of": None}
-        verdicts, notes = dict.fromkeys(exercises(TOPIC), ""), [one.note]
-        if one.gradable and one.student not in failures:
-            grade = grades[one.student]
+    for submission in submissions:
+        row = {"file": submission.file, "student": submission.student, "points": None, "of": None}
+        verdicts, notes = dict.fromkeys(exercises(TOPIC), ""), [submission.note]
+        if submission.gradable and submission.student not in failures:
+            grade = grades[submission.student]
             row |= {"points": float(grade["score"]), "of": float(grade["max_score"])}
-            verdicts, errors = _verdicts(_graded(folder, one.student))
+            verdicts, errors = _verdicts(_graded(folder, submission.student))
             notes += errors
-        elif one.gradable:
-            notes.append(failures[one.student])
+        elif submission.gradable:
+            notes.append(failures[submission.student])
         rows.append(row | verdicts | {"note": " ".join(filter(None, notes))})
     with (folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]) if rows else [])
@@ -125,8 +125,8 @@ def print_rows(rows: list[dict]) -> None:
         by_verdict: dict[str, list[str]] = {}
         for number in exercises(TOPIC):
             by_verdict.setdefault(row[number], []).append(number)
-        others = [f"{', '.join(numbers)} {verdict}" for verdict, numbers in by_verdict.items() if verdict not in ("passed", "")]
-        table.add_row(row["student"] or row["file"], points, "; ".join(others))
+        failed = [f"{', '.join(numbers)} {verdict}" for verdict, numbers in by_verdict.items() if verdict not in ("passed", "")]
+        table.add_row(row["student"] or row["file"], points, "; ".join(failed))
     console.print(table)
     notes = Table("file", "note", title="what was not as wanted", show_lines=True)
     for row in rows:
@@ -146,30 +146,33 @@ def sample_submissions(root: Path, mistakes: Sequence[Misconception] | None = No
     released = nbformat.read(root / "course" / CHAPTER / f"{CHAPTER}.ipynb", 4)
     solved = nbformat.read(root / "solutions" / CHAPTER / f"{CHAPTER}.ipynb", 4)
     right = {number: _without_markers(_cell(solved, "answer", number).source) for number in exercises(TOPIC)}
-    other = nbformat.read(root / "course" / "00_start" / "00_start.ipynb", 4)
+    start = nbformat.read(root / "course" / "00_start" / "00_start.ipynb", 4)
     first, second = by_name("extract"), by_name("linear_probe")
-    one, two = first.number, second.number
+    number, next_number = first.number, second.number
     chosen = first.misconceptions if mistakes is None else mistakes
     wrong = {_file_name(m.key): source_as(m.subject, first.name) for m in chosen}
     answers = {
         "perfect": right,
         "empty": {},
-        "half-done": {one: right[one]},
-        **{student: right | {one: text} for student, text in wrong.items()},
-        "right-but-noisy": right | {one: f"{right[one]}\n\n{NOISE}"},
-        "nan-and-syntax-error": right | {one: f"def extract{RETURNS_NAN}", two: right[two].replace("):", ")", 1)},
-        "changes-global-state": right | {one: f"{right[one]}\n\n{GLOBAL_STATE}"},
+        "half-done": {number: right[number]},
+        **{student: right | {number: text} for student, text in wrong.items()},
+        "right-but-noisy": right | {number: f"{right[number]}\n\n{NOISE}"},
+        "nan-and-syntax-error": right
+        | {number: f"def extract{RETURNS_NAN}", next_number: right[next_number].replace("):", ")", 1)},
+        "changes-global-state": right | {number: f"{right[number]}\n\n{GLOBAL_STATE}"},
         "untidy-cells": right,  # one deleted, one copied, one pasted from another chapter, some with damaged metadata
-        "kernel-dies": right | {one: f"{right[one]}\n\nimport os\nos.abort()  # as when memory runs out"},
+        "kernel-dies": right | {number: f"{right[number]}\n\nimport os\nos.abort()  # as when memory runs out"},
     }
     notebooks = {student: with_answers(released, filled) for student, filled in answers.items()}
     half = notebooks["half-done"]  # its student deleted what they did not do
-    half.cells = [cell for cell in half.cells if cell not in (_cell(half, "answer", two), _cell(half, "check", two))]
+    half.cells = [
+        cell for cell in half.cells if cell not in (_cell(half, "answer", next_number), _cell(half, "check", next_number))
+    ]
     untidy = notebooks["untidy-cells"]
-    untidy.cells.remove(_cell(untidy, "check", one))
-    untidy.cells = [_with_id(_cell(untidy, "check", two)), *untidy.cells, _with_id(_cell(other, "answer", "0.1"))]
-    _cell(untidy, "answer", one).metadata.nbgrader.schema_version = 1
-    _cell(untidy, "answer", two).metadata.nbgrader.locked = True
+    untidy.cells.remove(_cell(untidy, "check", number))
+    untidy.cells = [_with_id(_cell(untidy, "check", next_number)), *untidy.cells, _with_id(_cell(start, "answer", "0.1"))]
+    _cell(untidy, "answer", number).metadata.nbgrader.schema_version = 1
+    _cell(untidy, "answer", next_number).metadata.nbgrader.locked = True
     files = {f"{student}_{CHAPTER}.ipynb": nbformat.writes(notebook).encode() for student, notebook in notebooks.items()}
     perfect = files[f"perfect_{CHAPTER}.ipynb"]
     return files | {
@@ -177,7 +180,7 @@ def sample_submissions(root: Path, mistakes: Sequence[Misconception] | None = No
         "named_homework.ipynb": perfect,
         f"cut-off_{CHAPTER}.ipynb": perfect[: len(perfect) // 2],
         f"empty-file_{CHAPTER}.ipynb": b"",
-        f"other-chapter_{CHAPTER}.ipynb": nbformat.writes(other).encode(),
+        f"other-chapter_{CHAPTER}.ipynb": nbformat.writes(start).encode(),
     }
 
 

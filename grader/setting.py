@@ -138,7 +138,7 @@ class _Moving:
         if isinstance(value, torch.optim.Optimizer):
             for group in value.param_groups:
                 group["params"] = [self(parameter) for parameter in group["params"]]
-            state = {self(parameter): self(of) for parameter, of in value.state.items()}
+            state = {self(parameter): self(values) for parameter, values in value.state.items()}
             value.state.clear()
             value.state.update(state)
             return value

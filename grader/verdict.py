@@ -31,7 +31,7 @@ class Observation:
     facts: Facts | None
     problem: Problem | None = None
     notes: tuple[tuple[str, str], ...] = ()  # (fact, magnitude to show beside it)
-    said: tuple[str, ...] = ()  # what the subject printed, warned or wrote to stderr, shortened
+    messages: tuple[str, ...] = ()  # what the subject printed, warned or wrote to stderr, shortened
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Verdict:
     findings: tuple[Finding, ...]
     named: tuple[str, ...]  # keys of misconceptions
     unexplained: bool  # whether a failed experiment with facts is explained by none of them
-    said: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
 
     @property
     def outcome(self) -> str:
@@ -65,7 +65,7 @@ class Verdict:
         return sum(finding.experiment.points for finding in self.findings if finding.outcome == "passed")
 
 
-def judge(exercise: Exercise, seen: Mapping[str, Observation], table: Table) -> Verdict:
+def judge(exercise: Exercise, observations: Mapping[str, Observation], table: Table) -> Verdict:
     """Judge one exercise.
 
     Args:
@@ -73,15 +73,17 @@ def judge(exercise: Exercise, seen: Mapping[str, Observation], table: Table) -> 
         seen: one observation per experiment, by the experiment's key.
         table: the exercise's truth table.
     """
-    findings = tuple(_find(experiment, seen[experiment.key], table[experiment.key]) for experiment in exercise.experiments)
-    named, explained = _diagnose(findings, seen, table)
+    findings = tuple(
+        _find(experiment, observations[experiment.key], table[experiment.key]) for experiment in exercise.experiments
+    )
+    named, explained = _diagnose(findings, observations, table)
     # What could not be observed because of a named mistake needs no explanation of its own.
     observed = {
         f.experiment.key for f in findings if f.outcome == "not yet" and not all(got is None for _, _, got in f.differs)
     }
     unexplained = bool(observed - explained) or (not named and any(f.outcome == "not yet" for f in findings))
-    said = tuple(dict.fromkeys(line for observation in seen.values() for line in observation.said))
-    return Verdict(exercise, findings, named, unexplained, said)
+    messages = tuple(dict.fromkeys(line for observation in observations.values() for line in observation.messages))
+    return Verdict(exercise, findings, named, unexplained, messages)
 
 
 def _find(experiment: Experiment, observation: Observation, row: Mapping[str, Facts | None]) -> Finding:
@@ -96,7 +98,9 @@ def _find(experiment: Experiment, observation: Observation, row: Mapping[str, Fa
     return Finding(experiment, "not yet" if differs else "passed", differs, notes=observation.notes)
 
 
-def _diagnose(findings: tuple[Finding, ...], seen: Mapping[str, Observation], table: Table) -> tuple[tuple[str, ...], set[str]]:
+def _diagnose(
+    findings: tuple[Finding, ...], observations: Mapping[str, Observation], table: Table
+) -> tuple[tuple[str, ...], set[str]]:
     """The misconceptions to name, and the experiments that they explain."""
     failed = {f.experiment.key for f in findings if f.outcome == "not yet" and f.differs}
     failed_facts = {f.experiment.key: f.differs for f in findings}
@@ -109,7 +113,7 @@ def _diagnose(findings: tuple[Finding, ...], seen: Mapping[str, Observation], ta
         shown = {
             key
             for key in wrong & failed
-            if _same(table[key][name], seen[key].facts) and any(got is not None for _, _, got in failed_facts[key])
+            if _same(table[key][name], observations[key].facts) and any(got is not None for _, _, got in failed_facts[key])
         }
         if shown:
             explains[name] = shown
@@ -126,7 +130,7 @@ def _diagnose(findings: tuple[Finding, ...], seen: Mapping[str, Observation], ta
     raise AssertionError("all candidates together reach what they reach")
 
 
-def _same(one: Facts | None, other: Facts | None) -> bool:
-    if one is None or other is None:
+def _same(facts: Facts | None, expected: Facts | None) -> bool:
+    if facts is None or expected is None:
         return False
-    return one.keys() == other.keys() and all(equal(one[fact], other[fact]) for fact in one)
+    return facts.keys() == expected.keys() and all(equal(facts[fact], expected[fact]) for fact in facts)

@@ -294,7 +294,7 @@ def test_output_warnings_and_stderr_are_caught_and_cost_nothing(capfd):
 
 def test_much_output_is_shortened():
     observation = observe(Quick(), lambda x: print("x" * 100_000), 0, "9.1")
-    assert len(observation.said[0]) < 2100
+    assert len(observation.messages[0]) < 2100
 
 
 class Borrowed:

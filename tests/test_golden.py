@@ -92,7 +92,7 @@ def test_verify_finds_what_was_recorded_here_again():
     if versions() in all_versions():
         compared = between(here.results, read(path_of("start", CPU)).results)
         assert len(compared) == len(here.results["0.1"]) > 0
-        assert all(deviation.far < 1e-5 and not deviation.other for deviation in compared.values())
+        assert all(deviation.far < 1e-5 and not deviation.unlike for deviation in compared.values())
 
 
 def test_verify_says_in_a_table_where_a_machine_deviates(monkeypatch):
@@ -156,7 +156,7 @@ def test_deviations_tell_numbers_from_what_is_no_number(measured, far, differs):
         return {"9.1": {"e": {"who": {0: raw}}}}
 
     deviation = between(results({"x": torch.tensor([1.0, 2.0]), "n": 1}), results(measured))["9.1", "e"]
-    assert deviation.far == pytest.approx(far, rel=0.02) and deviation.other == differs
+    assert deviation.far == pytest.approx(far, rel=0.02) and deviation.unlike == differs
 
 
 def test_near_is_relative_to_what_is_large_and_never_to_what_is_small():

@@ -91,11 +91,11 @@ def put_back(model: nn.Module, snapshot: dict[str, dict]) -> None:
             parameter.grad = snapshot["gradients"].get(name)
 
 
-def same(one: object, other: object) -> bool:
+def same(value: object, expected: object) -> bool:
     """Whether two values are equal, to the last bit and of the same dtype if they are tensors."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return type(one) is type(other) and one == other
+    if isinstance(value, Tensor) and isinstance(expected, Tensor):
+        return value.dtype == expected.dtype and torch.equal(value, expected)
+    return type(value) is type(expected) and value == expected
 
 
 def some(things: Iterable) -> str:

@@ -6,7 +6,8 @@
     deviations.json         how far results of devices, and of versions, are from each other
 
 null stands for a misconception that has no facts in that experiment, because it raises there. Nothing here is edited:
-`make course` records the truth tables, `python -m grader.golden record` the rest, and tests record again and compare.
+`make course` and `python -m grader.golden tables` record the truth tables, `python -m grader.golden record` the rest, and
+tests record again and compare.
 """
 
 import json

@@ -64,9 +64,9 @@ def versions() -> str:
     return f"torch-{torch.__version__.partition('+')[0]}"
 
 
-def path_of(topic: str, setting: Setting, of: str | None = None, folder: Path = FOLDER) -> Path:
-    """Where a record is or will be; `of`: whose versions, this environment's if left out."""
-    return folder / "records" / (of or versions()) / str(setting).replace(" ", "-") / f"{topic}.safetensors"
+def path_of(topic: str, setting: Setting, version: str | None = None, folder: Path = FOLDER) -> Path:
+    """Where a record is or will be; `version`: the name of its folder, this environment's if left out."""
+    return folder / "records" / (version or versions()) / str(setting).replace(" ", "-") / f"{topic}.safetensors"
 
 
 def all_versions(folder: Path = FOLDER) -> list[str]:
@@ -98,8 +98,8 @@ def measure(
         if setting.precision != "bfloat16" or exercise.autocast:
             results[number] = {
                 experiment.key: {
-                    who: {seed: _raw(run(experiment, subject, seed, number, setting)) for seed in seeds}
-                    for who, subject in subjects(exercise).items()
+                    name: {seed: _raw(run(experiment, subject, seed, number, setting)) for seed in seeds}
+                    for name, subject in subjects(exercise).items()
                 }
                 for experiment in exercise.experiments
             }
@@ -135,8 +135,8 @@ def read(path: Path) -> Record:
     results = _unpacked(json.loads(metadata["results"]), tensors)
     for experiments in results.values():
         for subjects in experiments.values():
-            for who, seeds in subjects.items():
-                subjects[who] = {int(seed): raw for seed, raw in seeds.items()}
+            for name, seeds in subjects.items():
+                subjects[name] = {int(seed): raw for seed, raw in seeds.items()}
     return Record(About(**json.loads(metadata["about"])), results)
 
 
@@ -144,9 +144,9 @@ def each(results: Results) -> Iterator[tuple[str, str, str, int, Raw]]:
     """(number, experiment, subject, seed, raw), one after the other."""
     for number, experiments in results.items():
         for experiment, subjects in experiments.items():
-            for who, seeds in subjects.items():
+            for name, seeds in subjects.items():
                 for seed, raw in seeds.items():
-                    yield number, experiment, who, seed, raw
+                    yield number, experiment, name, seed, raw
 
 
 def _raw(ran) -> Raw:

@@ -1,0 +1,59 @@
+"""Exercise 0.0: what is to be written, in a line. (An example to replace: subtract the mean of all numbers.)"""
+
+from torch import Tensor
+
+from grader.experiment import Exercise, Experiment, Trial, expect_tensor
+from grader.near import near, which
+from helpers.a_topic import a_name
+
+exercise = Exercise(__name__, "0.0", a_name)
+
+
+@exercise.experiment("the mean of all")
+class TheMeanOfAll(Experiment):
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        return {"x": 5 + trial.normal(trial.integer(3, 5), trial.integer(6, 8))}
+
+    def measure(self, subject, inputs):
+        return {"y": expect_tensor(subject(inputs["x"].clone()), tuple(inputs["x"].shape), "the result")}
+
+    def facts(self, raw, inputs):
+        x, y = inputs["x"], raw["y"]
+        known = {
+            "the mean of all": x.mean().expand_as(x),
+            "the mean of each row": x.mean(1, keepdim=True).expand_as(x),
+            "the mean of each column": x.mean(0).expand_as(x),
+            "nothing": 0,
+        }
+        return {
+            "what is subtracted": which(x - y, known, otherwise="something else"),
+            "rows whose mean is 0": _how_many(y.mean(1)),
+            "columns whose mean is 0": _how_many(y.mean(0)),
+        }
+
+
+def _how_many(means: Tensor) -> str:
+    zeros = [near(mean, 0) for mean in means]
+    return "all" if all(zeros) else "some" if any(zeros) else "none"
+
+
+@exercise.misconception("each row by itself")
+def each_row_by_itself(x):
+    return x - x.mean(1, keepdim=True)
+
+
+@exercise.misconception("each column by itself")
+def each_column_by_itself(x):
+    return x - x.mean(0)
+
+
+@exercise.misconception("rows and then columns")
+def rows_and_then_columns(x):
+    return each_column_by_itself(each_row_by_itself(x))
+
+
+@exercise.misconception("nothing subtracted")
+def nothing_subtracted(x):
+    return x.clone()
