@@ -1,14 +1,15 @@
 """Exercise 4.3: unfreeze parameters in the middle of training, in the optimizer that is there."""
 
 from contextlib import suppress
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from grader.checks import traces
 from grader.experiment import Exercise, Experiment, Trial
-from grader.near import near
+from grader.near import near, which
 from helpers.finetune import unfreeze_into
 
 exercise = Exercise(__name__, "4.3", unfreeze_into)
@@ -19,12 +20,19 @@ exercise = Exercise(__name__, "4.3", unfreeze_into)
 NEW, DEFAULT, FIRST, SECOND = 0.02, 0.08, 0.04, 0.16  # learning rates: each another multiple of NEW
 
 
-@exercise.experiment("new ones train")
-class NewOnesTrain(Experiment):
-    points = 2
+class _Layers(Experiment):
+    """Draws a layer of each name, and the slopes of a loss along its weight and along its bias."""
 
-    def draw(self, trial: Trial) -> dict:
-        return {"head": _layer(trial), "block": _layer(trial), "slopes": 1 + trial.normal(2).abs()}
+    names: tuple[str, ...]
+
+    def draw(self, trial: Trial) -> dict[str, Any]:
+        return {name: _layer(trial) for name in self.names} | {"slopes": 1 + trial.normal(2).abs()}
+
+
+@exercise.experiment("new ones train")
+class NewOnesTrain(_Layers):
+    points = 2
+    names = "head", "block"
 
     def measure(self, subject, inputs):
         head, block = inputs["head"], inputs["block"].requires_grad_(False)
@@ -37,7 +45,7 @@ class NewOnesTrain(Experiment):
             _step(optimizer, _slopes(new, inputs["slopes"]) | _slopes(head.parameters(), inputs["slopes"]))
             values.append(_values(new))
         another = isinstance(returned, Optimizer) and returned is not optimizer
-        return {"another": another, "seen": _seen(optimizer, new, values[0]), "values": values}
+        return {"another": another, "moves": _moves(optimizer, new, values[0]), "values": values}
 
     def facts(self, raw, inputs):
         start, first, second = raw["values"]
@@ -45,19 +53,16 @@ class NewOnesTrain(Experiment):
         twice = _times(first - second, start - first) if once else None
         return {
             "the optimizer afterwards": "another one came back" if raw["another"] else "the one given",
-            "unfrozen parameters, after a step": _fate(raw["seen"]),
+            "unfrozen parameters, after a step": _fate(raw["moves"]),
             "their first step, in units of lr x gradient": once,
             "their second step with the same gradient, in units of the first": twice,
         }
 
 
 @exercise.experiment("any iterable")
-class AnyIterable(Experiment):
+class AnyIterable(_Layers):
     points = 2
-
-    def draw(self, trial: Trial) -> dict:
-        layers = {name: _layer(trial) for name in ("head", "block", "tied")}
-        return layers | {"slopes": 1 + trial.normal(2).abs()}
+    names = "head", "block", "tied"
 
     def measure(self, subject, inputs):
         head, block, tied = inputs["head"], inputs["block"].requires_grad_(False), inputs["tied"].requires_grad_(False)
@@ -68,15 +73,15 @@ class AnyIterable(Experiment):
             before = _values(layer.parameters())
             subject(optimizer, parameters, NEW)
             _step(optimizer, _slopes(layer.parameters(), inputs["slopes"]) | _slopes(head.parameters(), inputs["slopes"]))
-            seen = _seen(optimizer, list(layer.parameters()), before)
-            raw[name] = {"values": [before, _values(layer.parameters())], "seen": seen}
+            moves = _moves(optimizer, list(layer.parameters()), before)
+            raw[name] = {"values": [before, _values(layer.parameters())], "moves": moves}
         return raw
 
     def facts(self, raw, inputs):
         before, after = raw["tied"]["values"]
         step = _times((before - after)[:1], NEW * inputs["slopes"][:1])
         return {
-            "parameters out of a generator": _fate(raw["block"]["seen"]),
+            "parameters out of a generator": _fate(raw["block"]["moves"]),
             "step of one that comes twice, in units of lr x gradient": step,
         }
 
@@ -113,7 +118,7 @@ class OldOnesGoOn(Experiment):
             waiting = [0.0 if parameter.grad is None else parameter.grad.item() for parameter in old]
             for row in slopes[4:]:
                 _step(optimizer, _slopes(old, row) | _slopes(new, row[:2]))
-            raw[kind] = {"old": _values(old), "new": _seen(optimizer, new, before), "waiting": waiting}
+            raw[kind] = {"old": _values(old), "new": _moves(optimizer, new, before), "waiting": waiting}
         return raw
 
     def facts(self, raw, inputs):
@@ -121,12 +126,8 @@ class OldOnesGoOn(Experiment):
         for kind in self.kinds:
             head, middle, _ = inputs["layers"][kind]
             start = _values([*head.parameters(), *middle.parameters()])
-            close = (
-                name
-                for name, changes in self.changes.items()
-                if near(raw[kind]["old"], self.control(kind, start, slopes, **changes))
-            )
-            facts[f"{kind}: what trained before moves"] = next(close, "in some other way")
+            known = {name: self.control(kind, start, slopes, **changes) for name, changes in self.changes.items()}
+            facts[f"{kind}: what trained before moves"] = which(raw[kind]["old"], known, "in some other way")
             facts[f"{kind}: new ones, given together with old ones"] = _fate(raw[kind]["new"])
         kept = all(near(raw[kind]["waiting"], slopes[3]) for kind in self.kinds)
         return facts | {"gradients that were waiting for the next step": "kept" if kept else "lost"}
@@ -152,12 +153,9 @@ class OldOnesGoOn(Experiment):
 
 
 @exercise.experiment("already in the optimizer")
-class AlreadyInTheOptimizer(Experiment):
+class AlreadyInTheOptimizer(_Layers):
     points = 2
-
-    def draw(self, trial: Trial) -> dict:
-        layers = {name: _layer(trial) for name in ("head", "tail", "block")}
-        return layers | {"slopes": 1 + trial.normal(2).abs()}
+    names = "head", "tail", "block"
 
     def measure(self, subject, inputs):
         head, tail, block = (inputs[name] for name in ("head", "tail", "block"))
@@ -173,15 +171,15 @@ class AlreadyInTheOptimizer(Experiment):
         subject(optimizer, list(given), NEW)
         added = len(optimizer.param_groups) - groups
         _step(optimizer, _slopes(everything, inputs["slopes"].repeat(3)))
-        seen = _seen(optimizer, list(block.parameters()), before[4:])
-        return {"values": [before, _values(everything)], "added": added, "seen": seen}
+        moves = _moves(optimizer, list(block.parameters()), before[4:])
+        return {"values": [before, _values(everything)], "added": added, "moves": moves}
 
     def facts(self, raw, inputs):
         before, after = raw["values"]
         lr = torch.tensor([FIRST, FIRST, SECOND, SECOND, NEW, NEW])
         steps = (before - after).flatten() / (lr * inputs["slopes"].repeat(3))
         return {
-            "new ones, given together with frozen ones it had": _fate(raw["seen"]),
+            "new ones, given together with frozen ones it had": _fate(raw["moves"]),
             "step of the new ones, in units of lr x gradient": _times(steps[4:], torch.ones(2)),
             "step of the frozen ones it had, in units of their own group's": _times(steps[2:4], torch.ones(2)),
             "step of all others, in units of their own group's": _times(steps[:2], torch.ones(2)),
@@ -203,10 +201,10 @@ class EqualValues(Experiment):
         subject(optimizer, list(new), NEW)
         slopes = inputs["slopes"]
         _step(optimizer, _slopes(first.parameters(), slopes) | _slopes(new, slopes.repeat(2)))
-        return {"seen": _seen(optimizer, new, before)}
+        return {"moves": _moves(optimizer, new, before)}
 
     def facts(self, raw, inputs):
-        return {"parameters of two new BatchNorms beside an old one": _fate(raw["seen"])}
+        return {"parameters of two new BatchNorms beside an old one": _fate(raw["moves"])}
 
 
 def _layer(trial: Trial) -> nn.Linear:
@@ -241,26 +239,23 @@ def _values(parameters) -> Tensor:
     return torch.stack([parameter.detach().clone().flatten() for parameter in parameters])  # (number of parameters, 1)
 
 
-def _seen(optimizer: Optimizer, parameters: list[Tensor], before: Tensor) -> dict:
+def _moves(optimizer: Optimizer, parameters: list[Tensor], before: Tensor) -> dict:
     """What `_fate` is told from: how far the parameters have moved since `before`, and what they need to move."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return {
-        "moves": (_values(parameters) - before).flatten(),
+        "distances": (_values(parameters) - before).flatten(),
         "trainable": [parameter.requires_grad for parameter in parameters],
         "there": [id(parameter) in held for parameter in parameters],
     }
 
 
-def _fate(seen: dict) -> str:
+def _fate(moves: dict) -> str:
     """Whether the parameters have moved, and if not, what is missing."""
-    moved = [not near(move, 0, scale=NEW) for move in seen["moves"]]
-    if any(moved):
-        return "all of them move" if all(moved) else "some of them move"
-    return f"none moves ({_how_many(seen['trainable'])} trainable, {_how_many(seen['there'])} in the optimizer)"
-
-
-def _how_many(which: list[bool]) -> str:
-    return "all" if all(which) else "some" if any(which) else "none"
+    moved = traces.how_many(not near(distance, 0, scale=NEW) for distance in moves["distances"])
+    if moved != "none":
+        return f"{moved} of them move"
+    trainable, there = traces.how_many(moves["trainable"]), traces.how_many(moves["there"])
+    return f"none moves ({trainable} trainable, {there} in the optimizer)"
 
 
 def _times(steps: Tensor, unit: Tensor) -> float | None:
@@ -270,9 +265,13 @@ def _times(steps: Tensor, unit: Tensor) -> float | None:
     return round(number, 3) if near(times, number) else None  # three digits to show
 
 
+def _all_in(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _not_yet_in(optimizer: Optimizer, parameters) -> list[Tensor]:
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [parameter for parameter in dict.fromkeys(parameters) if id(parameter) not in known]
+    known = set(_all_in(optimizer))  # which asks for hashes, and a tensor's is its identity
+    return [parameter for parameter in parameters if parameter not in known]
 
 
 def _add(optimizer: Optimizer, new: list[Tensor], lr: float) -> None:
@@ -280,102 +279,69 @@ def _add(optimizer: Optimizer, new: list[Tensor], lr: float) -> None:
         optimizer.add_param_group({"params": new, "lr": lr})
 
 
+def _unfreeze_into(
+    *arguments,
+    listed=list,
+    unfrozen=lambda optimizer, parameters: parameters,  # those to make trainable
+    unique=dict.fromkeys,
+    new=_not_yet_in,
+    add=_add,
+):
+    """A right solution, in pieces that a misconception replaces."""
+    optimizer, parameters, lr = arguments
+    parameters = listed(parameters)
+    for parameter in unfrozen(optimizer, parameters):
+        parameter.requires_grad_(True)
+    add(optimizer, new(optimizer, unique(parameters)), lr)
+
+
+def _different_values(optimizer, parameters):
+    known, new = _all_in(optimizer), []
+    for parameter in parameters:
+        if not any(torch.equal(parameter, value) for value in known + new):
+            new.append(parameter)
+    return new
+
+
+def _add_unless_refused(optimizer, new, lr):
+    with suppress(ValueError):
+        _add(optimizer, new, lr)
+
+
+exercise.misconceptions_of(
+    _unfreeze_into,
+    {
+        "the optimizer never hears of it": {"add": lambda optimizer, new, lr: None},
+        "in the optimizer, still frozen": {"unfrozen": lambda optimizer, parameters: []},
+        "compared by value": {"new": _different_values},
+        "generator read twice": {"listed": lambda parameters: parameters},
+        "torch's refusal swallowed": {"new": lambda optimizer, parameters: list(parameters), "add": _add_unless_refused},
+        "the optimizer's default learning rate": {
+            "add": lambda optimizer, new, lr: _add(optimizer, new, optimizer.defaults["lr"]),
+        },
+        "only the new ones made trainable": {"unfrozen": _not_yet_in},
+        "in the group twice": {"unique": list},
+        "an empty group": {"add": lambda optimizer, new, lr: optimizer.add_param_group({"params": new, "lr": lr})},
+    },
+)
+
+
 @exercise.misconception("a new optimizer")
 def a_new_optimizer(optimizer, parameters, lr):
-    everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    everything += _not_yet_in(optimizer, parameters := list(parameters))
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    return type(optimizer)(everything, lr=lr)
-
-
-@exercise.misconception("the optimizer never hears of it")
-def the_optimizer_never_hears_of_it(optimizer, parameters, lr):
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-
-
-@exercise.misconception("in the optimizer, still frozen")
-def in_the_optimizer_still_frozen(optimizer, parameters, lr):
-    _add(optimizer, _not_yet_in(optimizer, parameters), lr)
-
-
-@exercise.misconception("compared by value")
-def compared_by_value(optimizer, parameters, lr):
-    known = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    new = []
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-        if not any(torch.equal(parameter, other) for other in known + new):
-            new.append(parameter)
-    _add(optimizer, new, lr)
-
-
-@exercise.misconception("generator read twice")
-def generator_read_twice(optimizer, parameters, lr):
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    _add(optimizer, _not_yet_in(optimizer, parameters), lr)
-
-
-@exercise.misconception("torch's refusal swallowed")
-def refusal_swallowed(optimizer, parameters, lr):
-    everything = list(dict.fromkeys(parameters))
+    everything = [*_all_in(optimizer), *parameters]
     for parameter in everything:
         parameter.requires_grad_(True)
-    with suppress(ValueError):
-        _add(optimizer, everything, lr)
+    return type(optimizer)(dict.fromkeys(everything), lr=lr)
 
 
 @exercise.misconception("one learning rate for all groups")
 def one_learning_rate_for_all_groups(optimizer, parameters, lr):
-    parameters = list(parameters)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    _add(optimizer, _not_yet_in(optimizer, parameters), lr)
+    _unfreeze_into(optimizer, parameters, lr)
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 @exercise.misconception("moments cleared")
 def moments_cleared(optimizer, parameters, lr):
-    parameters = list(parameters)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    _add(optimizer, _not_yet_in(optimizer, parameters), lr)
+    _unfreeze_into(optimizer, parameters, lr)
     optimizer.state.clear()
-
-
-@exercise.misconception("the optimizer's default learning rate")
-def default_learning_rate(optimizer, parameters, lr):
-    parameters = list(parameters)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    new = _not_yet_in(optimizer, parameters)
-    if new:
-        optimizer.add_param_group({"params": new})
-
-
-@exercise.misconception("only the new ones made trainable")
-def only_the_new_ones_made_trainable(optimizer, parameters, lr):
-    new = _not_yet_in(optimizer, parameters)
-    for parameter in new:
-        parameter.requires_grad_(True)
-    _add(optimizer, new, lr)
-
-
-@exercise.misconception("in the group twice")
-def in_the_group_twice(optimizer, parameters, lr):
-    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    parameters = list(parameters)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    _add(optimizer, [parameter for parameter in parameters if parameter not in known], lr)
-
-
-@exercise.misconception("an empty group")
-def an_empty_group(optimizer, parameters, lr):
-    parameters = list(parameters)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer.add_param_group({"params": _not_yet_in(optimizer, parameters), "lr": lr})
