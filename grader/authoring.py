@@ -3,7 +3,7 @@
     solutions/02_features/02_features.py      written by the author (jupytext percent script)
     solutions/02_features/02_features.ipynb   the same with nbgrader's metadata, made here
     course/02_features/02_features.ipynb      released from that by nbgrader: stubs for solutions
-    grader/golden/features.json               truth tables, recorded from grader/checks/features.py
+    grader/golden/features.json               truth tables, recorded from grader/checks/features/
 
 nbgrader's metadata follows from what the author writes: a cell with `### BEGIN SOLUTION` is an answer, a cell that
 calls `check("2.1", ...)` is worth that exercise's points, a cell tagged `demo` is the learner's to play with and is not
