@@ -1,21 +1,56 @@
-"""Exercise 0.1: accuracy from logits."""
+"""Exercise 0.1: accuracy from logits. Read this one before you write an exercise: its comments say why it is as it is.
+
+What the parts are called stands in `grader/experiment.py`, what is proven of them in `grader/proof.py`.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from grader.experiment import Exercise, Experiment, Trial, expect_number
-from grader.near import near
+from grader.near import which
 from helpers.training import accuracy
 
+# A module of checks that has this variable is an exercise. The reference is a tested function of `helpers`.
 exercise = Exercise(__name__, "0.1", accuracy)
+
+
+def _hits(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(1) == labels).float()
+
+
+def _confidence(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.softmax(1).amax(1)
+
+
+def _probability(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+
+
+def _over_classes(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.stack([_hits(logits, labels)[labels == c].mean() for c in labels.unique()])
+
+
+# What a result can be known as: the right quantity, and what mistakes compute in its place.
+QUANTITIES = {
+    "the rows that are right": lambda logits, labels: _hits(logits, labels).mean(),
+    "the rows that are wrong": lambda logits, labels: 1 - _hits(logits, labels).mean(),
+    "the accuracies of the classes": lambda logits, labels: _over_classes(logits, labels).mean(),
+    "the largest probability of each row": lambda logits, labels: _confidence(logits, labels).mean(),
+    "the probability of the label": lambda logits, labels: _probability(logits, labels).mean(),
+}
 
 
 class _Counting(Experiment):
     """Draws three batches of 48 rows on which no two ways of counting agree, nor stay in proportion."""
 
+    # The logits are random, these counts are not: with every seed, each two of the quantities have to differ.
     sizes = (24, 12, 8, 4)  # rows of each class
     right = ((18, 9, 2, 1), (20, 3, 6, 4), (7, 10, 1, 3))  # of which so many are right, in each batch
 
+    # Chance comes from `trial` alone, so that a seed can be drawn again: `facts` gets fresh inputs, whatever the subject
+    # did to the first ones. It is drawn on the CPU, where it is the same on every machine; the grader moves it to a GPU.
     def draw(self, trial: Trial) -> dict:
         labels = torch.arange(4).repeat_interleave(torch.tensor(self.sizes))
         batches = []
@@ -28,74 +63,68 @@ class _Counting(Experiment):
             batches.append((logits[order], labels[order]))
         return {"batches": batches}
 
+    # Only here does the subject run. It is a learner's code: `expect_number` makes a sentence of what is no number.
+    # Tensors, numbers, strings, lists and dicts may come back, since they are recorded; no judgement yet.
     def measure(self, subject, inputs):
         return {"results": [expect_number(subject(*batch), "the accuracy") for batch in inputs["batches"]]}
 
     def find(self, raw: dict, inputs: dict) -> tuple[str, float | None]:
         """The quantity that the three results are in proportion to, and the factor."""
         results = torch.tensor(raw["results"], dtype=torch.float64)
-        for name, quantity in QUANTITIES.items():
-            ratios = results / torch.stack([quantity(*batch) for batch in inputs["batches"]]).double()
-            if near(ratios / ratios[0], 1):
-                return name, ratios[0].item()
-        return "something else", None
+        known = {
+            name: torch.stack([quantity(*batch) for batch in inputs["batches"]]).double()
+            for name, quantity in QUANTITIES.items()
+        }
+        name = which(results / results[0], {name: values / values[0] for name, values in known.items()})
+        return name, (results[0] / known[name][0]).item() if name in known else None
 
 
-def _hits(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(1) == labels).float()
-
-
-QUANTITIES = {
-    "the rows that are right": lambda logits, labels: _hits(logits, labels).mean(),
-    "the rows that are wrong": lambda logits, labels: 1 - _hits(logits, labels).mean(),
-    "the accuracies of the classes": lambda z, y: torch.stack([_hits(z, y)[y == c].mean() for c in range(4)]).mean(),
-    "the largest probability of each row": lambda logits, labels: logits.softmax(1).amax(1).mean(),
-    "the probability of the label": lambda z, y: z.softmax(1).gather(1, y[:, None]).mean(),
-}
-
-
+# The key in quotes is what truth tables and records know the experiment by, so it stays. The claim that a learner reads
+# stands under it in `grader/words/start.toml`, and may be rewritten.
 @exercise.experiment("right rows count")
 class RightRowsCount(_Counting):
+    # Facts are compared with those that were recorded of the reference, with another seed. So they are words that stay
+    # the same whatever was drawn, not 0.6875. They say what was seen, not whether it is right: other facts, other mistake.
     def facts(self, raw, inputs):
         return {"the result is in proportion to": self.find(raw, inputs)[0]}
 
 
 @exercise.experiment("is afraction")
 class IsAFraction(_Counting):
+    # None is "not observable here": without a quantity there is no factor. It does not pass, and it explains nothing.
     def facts(self, raw, inputs):
-        factor = self.find(raw, inputs)[1]
-        if factor is None:
-            return {"what stands for all rows": None}
-        words = {1.0: "1", 100.0: "100", 48.0: "the number of rows", 0.25: "1 / the number of classes"}
-        return {"what stands for all rows": next((w for f, w in words.items() if near(factor / f, 1)), "another number")}
+        _, factor = self.find(raw, inputs)
+        known = {"1": 1.0, "100": 100.0, "the number of rows": 48.0, "1 / the number of classes": 0.25}
+        return {"what stands for all rows": None if factor is None else which(factor, known, "another number")}
 
 
-@exercise.misconception("percentage")
-def percentage(logits, labels):
-    return (logits.argmax(dim=1) == labels).float().mean() * 100
+def solution(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    score: Callable[[Tensor, Tensor], Tensor] = _hits,
+    divisor: Callable[[Tensor], float] = len,
+) -> Tensor:
+    """Right if left alone; each of the misconceptions changes a piece."""
+    return score(logits, labels).sum() / divisor(logits)
 
 
-@exercise.misconception("count")
-def count(logits, labels):
-    return (logits.argmax(dim=1) == labels).float().sum()
+# Misconceptions are run as learners' code is, and their facts are recorded. Each has to show some that no other shows, or
+# a wrong hint would be given: the first three differ from the reference in what stands for all rows, the other two in the
+# quantity. Their hints and sources stand under these keys, in the same file of words.
+exercise.misconceptions_of(
+    solution,
+    {
+        "percentage": {"divisor": lambda logits: len(logits) / 100},
+        "count": {"divisor": lambda logits: 1},
+        "divided by all logits": {"divisor": Tensor.numel},
+        "confidence": {"score": _confidence},
+        "probability of the label": {"score": _probability},
+    },
+)
 
 
-@exercise.misconception("divided by all logits")
-def divided_by_all_logits(logits, labels):
-    return (logits.argmax(dim=1) == labels).sum() / logits.numel()
-
-
-@exercise.misconception("confidence")
-def confidence(logits, labels):
-    return logits.softmax(dim=1).max(dim=1).values.mean()
-
-
-@exercise.misconception("probability of the label")
-def probability_of_the_label(logits, labels):
-    return logits.softmax(dim=1)[torch.arange(len(labels)), labels].mean()
-
-
+# What is no right solution with a piece changed is a function of its own.
 @exercise.misconception("mean over classes")
 def mean_over_classes(logits, labels):
-    hits = (logits.argmax(dim=1) == labels).float()
-    return torch.stack([hits[labels == c].mean() for c in labels.unique()]).mean()
+    return _over_classes(logits, labels).mean()

@@ -22,46 +22,37 @@ def by_margin(logits, labels):
     return float(beaten.all(dim=1).double().mean())
 
 
-def percentage_again(logits, labels):
-    wins = 0
-    for row, label in zip(logits, labels, strict=True):
-        if int(row.argsort()[-1]) == int(label):
-            wins += 1
-    return round(100 * wins / len(labels), 6)
-
-
-def confidence_again(logits, labels):
-    exponentials = (logits - logits.max(dim=1, keepdim=True).values).exp()
-    return (1 / exponentials.sum(dim=1)).mean().item()
-
-
-def count_again(logits, labels):
+def count_in_a_loop(logits, labels):
     return sum(int(torch.argmax(row)) == int(label) for row, label in zip(logits, labels, strict=True))
 
 
-def probability_again(logits, labels):
-    shares = [row.exp()[label] / row.exp().sum() for row, label in zip(logits, labels, strict=True)]
-    return sum(map(float, shares)) / len(shares)
+def percentage_of_a_loop(logits, labels):
+    return round(100 * by_loop(logits, labels), 6)
 
 
-def percentage_of_confidence(logits, labels):
-    return 100 * torch.softmax(logits, 1).amax(1).mean()
+def _probabilities(logits):
+    exponentials = (logits - logits.max(dim=1, keepdim=True).values).exp()
+    return exponentials / exponentials.sum(dim=1, keepdim=True)
 
 
-def count_of_label_probabilities(logits, labels):
-    return F.softmax(logits, -1).gather(1, labels[:, None]).sum()
+def confidence_by_hand(logits, labels):
+    return _probabilities(logits).max(dim=1).values.mean().item()
+
+
+def probability_by_hand(logits, labels):
+    return sum(row[label].item() for row, label in zip(_probabilities(logits), labels, strict=True)) / len(labels)
 
 
 CORRECT = [by_loop, by_topk, by_margin]
 REWRITTEN = {
-    "percentage": percentage_again,
-    "confidence": confidence_again,
-    "count": count_again,
-    "probability of the label": probability_again,
+    "percentage": percentage_of_a_loop,
+    "confidence": confidence_by_hand,
+    "count": count_in_a_loop,
+    "probability of the label": probability_by_hand,
 }
 COMBINED = [
-    ({"percentage", "confidence"}, percentage_of_confidence),
-    ({"count", "probability of the label"}, count_of_label_probabilities),
+    ({"percentage", "confidence"}, lambda logits, labels: 100 * F.softmax(logits, 1).amax(1).mean()),
+    ({"count", "probability of the label"}, lambda logits, labels: F.softmax(logits, 1).gather(1, labels[:, None]).sum()),
 ]
 EQUIVALENT = {
     "winners = logits.argmax(dim=1) -> winners = logits.argmax(dim=-1)": "of two axes, the last is the second",
