@@ -1,6 +1,6 @@
 """What the explorers of `helpers.explorers` show: one figure and its text alternative for one setting of the controls.
 
-Those of chapters 02, 04 and 05 are here, and what all have in common; `explorer_lora` and `explorer_export` have the others.
+Those of chapters 02, 04 and 05 are here, and what all have in common; `lora` and `export` beside it have the rest.
 """
 
 import statistics
