@@ -6,7 +6,7 @@ from operator import attrgetter
 from torch import Tensor, nn
 
 from grader.checks import traces
-from grader.checks.finetune.networks import linear, named, tied
+from grader.checks.finetune.parts import linear, named, tied
 from grader.checks.networks import trained
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
 from helpers import expect

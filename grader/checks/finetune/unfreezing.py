@@ -241,11 +241,11 @@ def _values(parameters) -> Tensor:
 
 def _moves(optimizer: Optimizer, parameters: list[Tensor], before: Tensor) -> dict:
     """What `_fate` is told from: how far the parameters have moved since `before`, and what they need to move."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    there = set(map(id, _all_in(optimizer)))
     return {
         "distances": (_values(parameters) - before).flatten(),
         "trainable": [parameter.requires_grad for parameter in parameters],
-        "there": [id(parameter) in held for parameter in parameters],
+        "there": [id(parameter) in there for parameter in parameters],
     }
 
 

@@ -24,21 +24,21 @@ def by_identity(model, names):
 
 
 def down_the_tree(model, names):
-    found, chosen = set(), []
+    known, chosen = set(), []
 
     def walk(module, path, inside):
         for name, parameter in module._parameters.items():
             if parameter is not None and (inside or path + name in names):
-                found.add(path + name)
+                known.add(path + name)
                 chosen.append(parameter)
         for name, child in module._modules.items():
             here = path + name
             if here in names:
-                found.add(here)
+                known.add(here)
             walk(child, here + ".", inside or here in names)
 
     walk(model, "", False)
-    if not found.issuperset(names):
+    if not known.issuperset(names):
         raise ValueError("there is no such part")
     model.requires_grad_(False)
     for parameter in chosen:

@@ -58,26 +58,26 @@ class ByModules:
     """Walks over modules instead of names; a parameter seen before is left out."""
 
     def __call__(self, model, lr, factor, weight_decay, stages):
-        seen, groups, stage = set(), defaultdict(set), 0
+        listed, groups, stage = set(), defaultdict(set), 0
         for path, module in model.named_modules():
             stage = stages.index(path) if path in stages else stage
             for parameter in module.parameters(recurse=False):
-                if parameter not in seen and parameter.requires_grad:
+                if parameter not in listed and parameter.requires_grad:
                     groups[stage, parameter.ndim in (0, 1)].add(parameter)
-                seen.add(parameter)
+                listed.add(parameter)
         rates = torch.logspace(1 - len(stages), 0, len(stages), base=factor, dtype=torch.float64) * lr
         return tuple(
-            {"params": sorted(found, key=id), "lr": rates[i].item(), "weight_decay": 0.0 if spared else weight_decay}
-            for (i, spared), found in groups.items()
+            {"params": sorted(params, key=id), "lr": rates[i].item(), "weight_decay": 0.0 if spared else weight_decay}
+            for (i, spared), params in groups.items()
         )
 
 
 def named_modules_alone(model, lr, factor, weight_decay, stages):
-    groups, seen = [], set()
+    groups, listed = [], set()
     for i, stage in enumerate(stages):
         for parameter in model.get_submodule(stage).parameters():
-            if parameter.requires_grad and parameter not in seen:
-                seen.add(parameter)
+            if parameter.requires_grad and parameter not in listed:
+                listed.add(parameter)
                 rate = lr * (1 / factor) ** (len(stages) - 1 - i)
                 groups.append({"params": parameter, "lr": rate, "weight_decay": weight_decay if parameter.dim() > 1 else 0})
     return groups

@@ -17,7 +17,7 @@ def written_into_the_groups(optimizer, parameters, lr):
     for parameter in parameters:
         parameter.requires_grad = True
         there = sum((group["params"] for group in optimizer.param_groups), fresh)
-        if not any(parameter is other for other in there):
+        if not any(parameter is present for present in there):
             fresh = [*fresh, parameter]
     if len(fresh) > 0:
         optimizer.param_groups.append({**optimizer.defaults, "params": fresh, "lr": lr})
