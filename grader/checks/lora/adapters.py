@@ -110,7 +110,7 @@ def name_in_base(parameter: Tensor, own: Mapping[str, Tensor]) -> str | None:
 
 
 class Layer(nn.Module):
-    """LoRA for an nn.Linear, in pieces that a misconception replaces; for another base, `update` is another."""
+    """A right solution for an nn.Linear, in pieces that a misconception replaces; a convolution replaces `update`."""
 
     random = ("A",)  # what starts at random; all else that trains starts at zero
 
@@ -160,7 +160,7 @@ class Layer(nn.Module):
 
 
 def solution(base: nn.Module, rank: int, alpha: float, kind: type[Layer] = Layer, **pieces: Any) -> Layer:
-    """A layer of that kind, in which some pieces are others."""
+    """A layer of that kind with some pieces replaced; a function, since a proof has to find the source of a mistake."""
     return type("Changed", (kind,), pieces)(base, rank, alpha)
 
 

@@ -171,19 +171,19 @@ def rank_of(
     update=lambda before, after: after - before,
     matrix=lambda update: update.flatten(1),
     power=2,
-    held=lambda share: share,
+    threshold=lambda share: share,
     count=lambda fewest: fewest,
 ) -> int:
     """The fewest singular values that hold a share of the squares: a right solution, with an option for each piece of it."""
     change = update(wide(before.detach()), wide(after.detach()))
-    return count(_fewest(torch.linalg.svdvals(matrix(change)) ** power, held(share)))
+    return count(_fewest(torch.linalg.svdvals(matrix(change)) ** power, threshold(share)))
 
 
 CHANGES = {
     "not squared": {"power": 1},
-    "share of the norm": {"held": lambda share: share**2},
+    "share of the norm": {"threshold": lambda share: share**2},
     "squared twice": {"power": 4},
-    "error of the norm": {"held": lambda share: 1 - (1 - share) ** 2},
+    "error of the norm": {"threshold": lambda share: 1 - (1 - share) ** 2},
     "position for a number": {"count": lambda fewest: max(fewest - 1, 0)},
     "one too many": {"count": lambda fewest: fewest + 1 if fewest else 0},
     "means taken away": {"matrix": lambda update: update.flatten(1) - update.flatten(1).mean(0)},
