@@ -22,7 +22,6 @@ EXERCISES = [pytest.param(exercise, id=exercise.number) for exercise in ALL]
 NUMPY = "can't convert cuda:0 device type tensor to numpy"
 MADE_THERE = "on the CPU, and its inputs are on the GPU"  # a tensor or a module made without naming a device
 CPU_ONLY = {
-    ("2.3", "by_adam"): MADE_THERE,
     ("2.3", "by_gradient_descent"): MADE_THERE,
     ("2.3", "by_hand"): NUMPY,
     ("2.3", "by_scikit_learn"): NUMPY,

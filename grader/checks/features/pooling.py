@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor
-from grader.near import near
+from grader.near import near, which
 from helpers.text import mean_pool
 
 exercise = Exercise(__name__, "2.7", mean_pool)
@@ -37,16 +37,15 @@ class OwnTokensAlike(_Pooling):
 
     def facts(self, raw, inputs):
         hidden, mask = inputs["hidden"], inputs["mask"].bool()[..., None]
-        candidates = {
+        directions = {
             "the mean over the text's own tokens": (hidden * mask).sum(1),
             "the mean over all places, padding included": hidden.sum(1),
             "the first token": hidden[:, 0],
             "the largest value of each column": hidden.masked_fill(~mask, -torch.inf).amax(1),
             "the largest value of each column, padding included": hidden.amax(1),
         }
-        pooled = F.normalize(raw["pooled"].double())
-        along = (name for name, rows in candidates.items() if near(pooled, F.normalize(rows.double())))
-        return {"the result points along": next(along, "something else")}
+        known = {name: F.normalize(rows.double()) for name, rows in directions.items()}
+        return {"the result points along": which(F.normalize(raw["pooled"].double()), known)}
 
 
 @exercise.experiment("divided by own length")
@@ -58,7 +57,7 @@ class DividedByOwnLength(_Pooling):
 
     def facts(self, raw, inputs):
         mask = inputs["mask"].double()
-        own, one = mask.sum(1), inputs["hidden"][:, 0].double()
+        own, vector = mask.sum(1), inputs["hidden"][:, 0].double()
         factors = {
             "1": torch.ones_like(own),
             "the text's number of tokens": own,
@@ -66,9 +65,8 @@ class DividedByOwnLength(_Pooling):
             "the part of the places that are tokens": own / mask.shape[1],
             "the text's part of all tokens of the batch": own / own.sum(),
         }
-        pooled = raw["pooled"].double()
-        found = (name for name, f in factors.items() if near(pooled, f[:, None] * one))
-        return {"the result is that vector times": next(found, "something else")}
+        known = {name: factor[:, None] * vector for name, factor in factors.items()}
+        return {"the result is that vector times": which(raw["pooled"], known)}
 
 
 @exercise.experiment("padding does not matter")
@@ -79,22 +77,17 @@ class PaddingDoesNotMatter(_Pooling):
         hidden, padding = inputs["hidden"], inputs["mask"][..., None] == 0
         clean = self.pool(subject, hidden, inputs["mask"])
         raw = {}
-        for name, value in {"large": 1e4, "infinite": torch.inf, "nan": torch.nan}.items():
+        for name, value in {"a large number": 1e4, "infinity": torch.inf, "NaN": torch.nan}.items():
             pooled = self.pool(subject, hidden.masked_fill(padding, value), inputs["mask"])
-            raw |= {f"{name}: finite": pooled.isfinite(), f"{name}: moved": (pooled - clean).nan_to_num(0, 0, 0)}
+            raw[f"{name} at padding"] = {"finite": pooled.isfinite(), "moved": (pooled - clean).nan_to_num(0, 0, 0)}
         return raw
 
     def facts(self, raw, inputs):
-        def effect(name: str) -> str:
-            if not raw[f"{name}: finite"].all():
-                return "makes the result NaN or infinite"
-            return "changes nothing" if near(raw[f"{name}: moved"], 0) else "changes the result"
-
-        return {
-            "a large number at padding": effect("large"),
-            "infinity at padding": effect("infinite"),
-            "NaN at padding": effect("nan"),
-        }
+        effects = {}
+        for name, result in raw.items():
+            finite = "changes nothing" if near(result["moved"], 0) else "changes the result"
+            effects[name] = finite if result["finite"].all() else "makes the result NaN or infinite"
+        return effects
 
 
 @exercise.experiment("text without tokens")
@@ -115,48 +108,34 @@ class TextWithoutTokens(_Pooling):
         return {"a text without tokens gives": finite if raw["finite"].all() else "NaN or infinity"}
 
 
-def _sum(hidden: Tensor, mask: Tensor) -> Tensor:
-    """A right sum over a text's own tokens, for what is wrong elsewhere."""
+def _sum(hidden, mask):
     return hidden.masked_fill(mask[..., None] == 0, 0).sum(1)
 
 
-@exercise.misconception("mask ignored")
-def mask_ignored(hidden, attention_mask):
-    return hidden.mean(1)
+def _first(hidden, mask):
+    return hidden[:, 0] * mask.any(1, keepdim=True)
 
 
-@exercise.misconception("divided by the padded length")
-def divided_by_the_padded_length(hidden, attention_mask):
-    return _sum(hidden, attention_mask) / hidden.shape[1]
+def _largest(hidden, mask):
+    largest = hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
+    return largest.masked_fill(~mask.any(1, keepdim=True), 0)
 
 
-@exercise.misconception("not divided")
-def not_divided(hidden, attention_mask):
-    return _sum(hidden, attention_mask)
+def in_pieces(hidden, attention_mask, total=_sum, divisor=lambda mask: mask.sum(1, keepdim=True).clamp_min(1)):
+    """A right solution, in pieces that a misconception replaces."""
+    return total(hidden, attention_mask) / divisor(attention_mask)
 
 
-@exercise.misconception("divided by the tokens of the batch")
-def divided_by_the_tokens_of_the_batch(hidden, attention_mask):
-    return _sum(hidden, attention_mask) / attention_mask.sum()
-
-
-@exercise.misconception("first token in place of the mean")
-def first_token(hidden, attention_mask):
-    return hidden[:, 0] * attention_mask.any(1, keepdim=True)
-
-
-@exercise.misconception("maximum in place of the mean")
-def maximum(hidden, attention_mask):
-    largest = hidden.masked_fill(attention_mask[..., None] == 0, -torch.inf).amax(1)
-    return largest.masked_fill(~attention_mask.any(1, keepdim=True), 0)
-
-
-@exercise.misconception("padding multiplied by zero")
-def padding_multiplied_by_zero(hidden, attention_mask):
-    weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
-
-
-@exercise.misconception("divided by zero")
-def divided_by_zero(hidden, attention_mask):
-    return _sum(hidden, attention_mask) / attention_mask.sum(1, keepdim=True)
+exercise.misconceptions_of(
+    in_pieces,
+    {
+        "mask ignored": {"total": lambda hidden, mask: hidden.sum(1), "divisor": lambda mask: mask.shape[1]},
+        "divided by the padded length": {"divisor": lambda mask: mask.shape[1]},
+        "not divided": {"divisor": lambda mask: 1},
+        "divided by the tokens of the batch": {"divisor": Tensor.sum},
+        "first token in place of the mean": {"total": _first, "divisor": lambda mask: 1},
+        "maximum in place of the mean": {"total": _largest, "divisor": lambda mask: 1},
+        "padding multiplied by zero": {"total": lambda hidden, mask: (hidden * mask[..., None]).sum(1)},
+        "divided by zero": {"divisor": lambda mask: mask.sum(1, keepdim=True)},
+    },
+)

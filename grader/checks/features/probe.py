@@ -1,5 +1,7 @@
 """Exercise 2.3: the linear probe."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,14 +22,9 @@ class _Optimum(Experiment):
     """
 
     seconds = 30.0
-    penalty = 0.1
-    n = 40
 
-    def draw(self, trial: Trial) -> dict:
-        return self.draw_task(trial, self.n, self.penalty)
-
-    def draw_task(self, trial: Trial, n: int, penalty: float) -> dict:
-        counts = torch.tensor([n - n * 12 // 40 - n * 6 // 40, n * 12 // 40, n * 6 // 40])
+    def draw(self, trial: Trial, n: int = 40, penalty: float = 0.1) -> dict:
+        counts = torch.tensor([22, 12, 6]) * n // 40
         labels = torch.arange(3).repeat_interleave(counts)[trial.permutation(n)]
         centers = F.normalize(trial.normal(3, 4), dim=1)  # the classes overlap
         return {"features": centers[labels] + trial.normal(n, 4), "labels": labels, "classes": 3, "penalty": penalty}
@@ -39,8 +36,7 @@ class _Optimum(Experiment):
     def find(self, raw: dict, inputs: dict) -> dict[str, str | None]:
         """The loss whose gradient vanishes at the head, and the weights of the penalties on weights and bias."""
         x, labels = inputs["features"].double(), inputs["labels"]
-        weight = raw["weight"].double().sub(raw["weight"].double().mean(0))
-        bias = raw["bias"].double().sub(raw["bias"].double().mean())
+        weight, bias = (raw[name].double() - raw[name].double().mean(0) for name in ("weight", "bias"))
         # A saturated head has a small gradient for every loss: so what remains must be small beside one example's, too.
         losses = {
             "cross-entropy of the logits": (lambda logits: F.cross_entropy(logits, labels), 0.1),
@@ -89,7 +85,7 @@ class RightLoss(_Optimum):
 class RightPenalty(_Optimum):
     def draw(self, trial: Trial) -> dict:
         # Two sizes and two penalties: what is penalty / n by chance on one of them is not on the other.
-        return {"tasks": [self.draw_task(trial, 40, 0.1), self.draw_task(trial, 80, 0.25)]}
+        return {"tasks": [super(RightPenalty, self).draw(trial, *task) for task in ((40, 0.1), (80, 0.25))]}
 
     def measure(self, subject, inputs):
         return {"heads": [super(RightPenalty, self).measure(subject, task) for task in inputs["tasks"]]}
@@ -158,15 +154,15 @@ def _affine(head: object, features: Tensor, outputs: int | str) -> dict[str, Ten
     return {"weight": weight, "bias": bias}
 
 
-def _train_probe(features, labels, classes, penalty, *, loss, steps=300, bias=True, squares=None) -> nn.Linear:
-    """Full-batch L-BFGS for the misconceptions below; they differ in the loss and in what is penalised."""
+def in_pieces(features, labels, classes, penalty, *, loss=F.cross_entropy, steps=300, bias=True, times=1, on_bias=0):
+    """A right solution, full-batch L-BFGS, in pieces that a misconception replaces; the penalty counts `times` over."""
     head = nn.Linear(features.shape[1], classes, bias=bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=steps, line_search_fn="strong_wolfe", tolerance_change=1e-12)
-    squares = squares or (lambda head: head.weight.square().sum() / 2)
 
     def objective():
         optimizer.zero_grad()
-        value = loss(head(features), labels) + penalty * squares(head)
+        squares = head.weight.square().sum() + (on_bias * head.bias.square().sum() if bias else 0)
+        value = loss(head(features), labels) + times * penalty / 2 * squares
         value.backward()
         return value
 
@@ -174,47 +170,20 @@ def _train_probe(features, labels, classes, penalty, *, loss, steps=300, bias=Tr
     return head
 
 
-@exercise.misconception("softmax before cross-entropy")
-def softmax_before_cross_entropy(features, labels, classes, penalty):
-    return _train_probe(features, labels, classes, penalty, loss=lambda z, y: F.cross_entropy(z.softmax(1), y))
-
-
-@exercise.misconception("penalty forgotten")
-def penalty_forgotten(features, labels, classes, penalty):
-    return _train_probe(features, labels, classes, 0.0, loss=F.cross_entropy)
-
-
-@exercise.misconception("penalty not halved")
-def penalty_not_halved(features, labels, classes, penalty):
-    return _train_probe(
-        features, labels, classes, penalty, loss=F.cross_entropy, squares=lambda head: head.weight.square().sum()
-    )
-
-
-@exercise.misconception("sum in place of mean")
-def sum_in_place_of_mean(features, labels, classes, penalty):
-    return _train_probe(features, labels, classes, penalty, loss=lambda z, y: F.cross_entropy(z, y, reduction="sum"))
-
-
-@exercise.misconception("penalty on the bias too")
-def penalty_on_the_bias_too(features, labels, classes, penalty):
-    return _train_probe(
-        *(features, labels, classes, penalty),
-        loss=F.cross_entropy,
-        squares=lambda head: (head.weight.square().sum() + head.bias.square().sum()) / 2,
-    )
-
-
-@exercise.misconception("no bias")
-def no_bias(features, labels, classes, penalty):
-    return _train_probe(features, labels, classes, penalty, loss=F.cross_entropy, bias=False)
-
-
-@exercise.misconception("not at the optimum")
-def not_at_the_optimum(features, labels, classes, penalty):
-    return _train_probe(features, labels, classes, penalty, loss=F.cross_entropy, steps=1)
+exercise.misconceptions_of(
+    in_pieces,
+    {
+        "softmax before cross-entropy": {"loss": lambda logits, labels: F.cross_entropy(logits.softmax(1), labels)},
+        "penalty forgotten": {"times": 0},
+        "penalty not halved": {"times": 2},
+        "sum in place of mean": {"loss": partial(F.cross_entropy, reduction="sum")},
+        "penalty on the bias too": {"on_bias": 1},
+        "no bias": {"bias": False},
+        "not at the optimum": {"steps": 1},
+    },
+)
 
 
 @exercise.misconception("classes counted from the labels")
 def classes_counted_from_the_labels(features, labels, classes, penalty):
-    return _train_probe(features, labels, int(labels.max()) + 1, penalty, loss=F.cross_entropy)
+    return in_pieces(features, labels, int(labels.max()) + 1, penalty)

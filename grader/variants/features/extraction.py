@@ -2,7 +2,6 @@
 
 import copy
 import math
-import pickle
 from contextlib import ExitStack
 
 import torch
@@ -19,14 +18,10 @@ def on_a_copy(backbone, images, batch_size):
 def into_a_table(backbone, images, batch_size):
     training = [name for name, module in backbone.named_modules() if module.training]
     backbone.train(False)
-    table, start = None, 0
     with torch.inference_mode():
-        while start < images.shape[0]:
-            rows = backbone(images[start : start + batch_size])
-            if table is None:
-                table = torch.empty(images.shape[0], rows.shape[1])
-            table[start : start + rows.shape[0]] = rows
-            start += rows.shape[0]
+        table = torch.empty(len(images), backbone(images[:1]).shape[1])
+        for start in range(0, len(images), batch_size):
+            table[start : start + batch_size] = backbone(images[start : start + batch_size])
     for name in training:
         backbone.get_submodule(name).training = True
     return table.clone()
@@ -40,16 +35,6 @@ def one_at_a_time(backbone, images, batch_size):
         for module in backbone.modules():
             module.training = False
         return torch.stack([backbone(image.unsqueeze(0)).squeeze(0) for image in images])
-
-
-def on_a_pickled_copy(backbone, images, batch_size):
-    frozen = pickle.loads(pickle.dumps(backbone))
-    frozen.train(mode=False)
-    rows = []
-    with torch.no_grad():
-        for start in range(0, len(images), batch_size):
-            rows += list(frozen(images[start : start + batch_size]))
-    return torch.stack(rows)
 
 
 class Extractor:
@@ -67,19 +52,9 @@ class Extractor:
         return torch.stack(rows)
 
 
+@torch.no_grad()
 def still_training(backbone, images, batch_size):
-    rows = []
-    loader = DataLoader(TensorDataset(images), batch_size=batch_size, shuffle=False)
-    with torch.inference_mode():
-        for (batch,) in loader:
-            rows.append(backbone(batch).clone())
-    return torch.cat(rows).clone()
-
-
-def train_mode_and_short(backbone, images, batch_size):
-    with torch.no_grad():
-        whole = len(images) - len(images) % batch_size
-        return torch.cat([backbone(images[i : i + batch_size]) for i in range(0, whole, batch_size)])
+    return torch.vstack([backbone(batch) for (batch,) in DataLoader(TensorDataset(images), batch_size)])
 
 
 def graph_and_eval_for_good(backbone, images, batch_size):
@@ -94,12 +69,9 @@ def at_once_and_put_back_with_train(backbone, images, batch_size):
     return features
 
 
-CORRECT = [on_a_copy, into_a_table, one_at_a_time, on_a_pickled_copy, Extractor()]
-REWRITTEN = {
-    "train mode during extraction": still_training,
-}
+CORRECT = [on_a_copy, into_a_table, one_at_a_time, Extractor()]
+REWRITTEN = {"train mode during extraction": still_training}
 COMBINED = [
-    ({"train mode during extraction", "last batch dropped"}, train_mode_and_short),
     ({"graph kept", "left in eval mode"}, graph_and_eval_for_good),
     ({"everything at once", "put back with train()"}, at_once_and_put_back_with_train),
 ]

@@ -2,24 +2,11 @@
 
 import copy
 import operator
-from functools import reduce
+from functools import partial, reduce
 
-from torch import fx, nn
+from torch import nn
 
-
-def with_a_pre_hook(model, name):
-    head = model.get_submodule(name)
-
-    def features(images):
-        entered = {}
-        handle = head.register_forward_pre_hook(lambda module, args: entered.update(x=args[0]))
-        try:
-            model(images)
-        finally:
-            handle.remove()
-        return entered["x"]
-
-    return features
+from grader.checks.features.head import in_pieces
 
 
 def by_torchvision(model, name):
@@ -29,16 +16,6 @@ def by_torchvision(model, name):
     before = nodes[nodes.index(name) - 1]
     extractor = create_feature_extractor(model, [before], suppress_diff_warning=True)
     return lambda images: extractor(images)[before]
-
-
-def by_cutting_the_graph(model, name):
-    cut = fx.symbolic_trace(model)
-    for node in cut.graph.nodes:
-        if node.op == "call_module" and node.target == name:
-            node.replace_all_uses_with(node.args[0])
-            cut.graph.erase_node(node)
-    cut.recompile()
-    return cut
 
 
 def put_back_afterwards(model, name):
@@ -57,30 +34,27 @@ def put_back_afterwards(model, name):
 
 
 class _Stop(Exception):
-    pass
+    """Of forward: at the head."""
 
 
 class UpToTheHead(nn.Module):
-    """A module around the model; a hook that stays stops forward at the head, but only inside this module's calls."""
+    """A module around the model; what enters the head leaves it in an exception."""
 
     def __init__(self, model, name):
         super().__init__()
-        self.model, self.running, self.features = model, False, None
-        operator.attrgetter(name)(model).register_forward_hook(self.catch)
+        self.model, self.head = model, operator.attrgetter(name)(model)
 
-    def catch(self, head, args, logits):
-        if self.running:
-            self.features = args[0].detach()
-            raise _Stop
+    def stop(self, head, args):
+        raise _Stop(args[0].detach())
 
     def forward(self, images):
-        self.running = True
+        handle = self.head.register_forward_pre_hook(self.stop)
         try:
             self.model(images)
-        except _Stop:
-            return self.features
+        except _Stop as stop:
+            return stop.args[0]
         finally:
-            self.running = False
+            handle.remove()
 
 
 def head_that_passes_on(model, name):
@@ -89,16 +63,8 @@ def head_that_passes_on(model, name):
     return copy.deepcopy(model, memo).requires_grad_(False)
 
 
-def what_the_model_gives(model, name):
-    clone = copy.deepcopy(model)
-    return lambda images: clone(images).detach()
-
-
-def classifier_made_empty(model, name):
-    clone = copy.deepcopy(model)
-    top, *_ = name.partition(".")
-    clone._modules[top] = nn.Sequential()
-    return clone
+def classifier_that_passes_on(model, name):
+    return head_that_passes_on(model, name.split(".")[0])
 
 
 def wrapped_after_fc(model, name):
@@ -107,41 +73,11 @@ def wrapped_after_fc(model, name):
     return nn.Sequential(clone, nn.Flatten())
 
 
-def in_place_and_eval(model, name):
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, nn.Identity())
-    return model.eval()
-
-
-def whole_classifier_of_a_model_in_eval_mode(model, name):
-    clone = copy.deepcopy(model.eval())
-    clone._modules[name.split(".")[0]] = nn.Identity()
-    return clone
-
-
-def fc_in_place(model, name):
-    model.fc = nn.Identity()
-    return model
-
-
-def last_layer_in_place(model, name):
-    *_, last = (key for key, module in model.named_modules() if isinstance(module, nn.Linear))
-    parent, _, attribute = last.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, nn.Identity())
-    return model
-
-
-CORRECT = [with_a_pre_hook, by_torchvision, by_cutting_the_graph, put_back_afterwards, UpToTheHead, head_that_passes_on]
-REWRITTEN = {
-    "output of the head": what_the_model_gives,
-    "whole classifier removed": classifier_made_empty,
-    "always fc": wrapped_after_fc,
-}
+CORRECT = [by_torchvision, put_back_afterwards, UpToTheHead, head_that_passes_on]
+REWRITTEN = {"whole classifier removed": classifier_that_passes_on, "always fc": wrapped_after_fc}
 COMBINED = [
-    ({"head removed in place", "model put into eval mode"}, in_place_and_eval),
-    ({"whole classifier removed", "model put into eval mode"}, whole_classifier_of_a_model_in_eval_mode),
-    ({"head removed in place", "always fc"}, fc_in_place),
-    ({"head removed in place", "last layer by order of definition"}, last_layer_in_place),
+    ({"head removed in place", "model put into eval mode"}, partial(in_pieces, copied=nn.Module.eval)),
+    ({"head removed in place", "always fc"}, partial(in_pieces, copied=lambda model: model, place=lambda *_: ("", "fc"))),
 ]
 
 EQUIVALENT = {

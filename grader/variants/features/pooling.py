@@ -12,24 +12,10 @@ def text_by_text(hidden, attention_mask):
     return torch.stack(rows)
 
 
-def by_where(hidden, attention_mask):
-    mask = attention_mask.bool().unsqueeze(2)
-    kept = torch.where(mask, hidden, torch.zeros_like(hidden))
-    return kept.sum(dim=1) / torch.clamp(mask.sum(dim=1), min=1e-9)
-
-
 def in_numpy(hidden, attention_mask):
     h, m = hidden.detach().numpy(), attention_mask.numpy().astype(bool)[:, :, None]
     total = np.add.reduce(h, axis=1, where=np.broadcast_to(m, h.shape))
     return torch.tensor(total / np.maximum(m.sum(1), 1), dtype=hidden.dtype)
-
-
-def by_lengths(hidden, attention_mask):
-    pooled = hidden.new_zeros(hidden.size(0), hidden.size(2))
-    for i, length in enumerate(attention_mask.count_nonzero(1).tolist()):
-        for position in range(length):
-            pooled[i] += hidden[i, position] / length
-    return pooled
 
 
 def in_place_on_a_copy(hidden, attention_mask):
@@ -62,10 +48,6 @@ def weights_from_the_mask(hidden, attention_mask):
     return torch.einsum("nt,ntw->nw", weights, hidden)
 
 
-def product_and_padded_length(hidden, attention_mask):
-    return (hidden * attention_mask[..., None]).mean(1)
-
-
 def sum_of_all(hidden, attention_mask):
     return hidden.sum(1)
 
@@ -75,7 +57,7 @@ def first_that_counts(hidden, attention_mask):
     return torch.stack([states[0] if own.any() else states.new_zeros(len(states[0])) for states, own in rows])
 
 
-CORRECT = [text_by_text, by_where, in_numpy, by_lengths, in_place_on_a_copy, Pool()]
+CORRECT = [text_by_text, in_numpy, in_place_on_a_copy, Pool()]
 REWRITTEN = {
     "first token in place of the mean": first_that_counts,
     "divided by the padded length": mean_of_zeroed,
@@ -83,7 +65,6 @@ REWRITTEN = {
 }
 COMBINED = [
     ({"padding multiplied by zero", "divided by zero"}, weights_from_the_mask),
-    ({"padding multiplied by zero", "divided by the padded length"}, product_and_padded_length),
     ({"mask ignored", "not divided"}, sum_of_all),
 ]
 EQUIVALENT = {}
