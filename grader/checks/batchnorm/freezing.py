@@ -26,7 +26,7 @@ class _Freezing(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(3, 5)
-        top, deeper = (trained(nn.BatchNorm2d(channels, eps=0.1), trial) for _ in range(2))
+        top, deeper = (trained(nn.BatchNorm2d(channels, eps=0.1), trial) for _ in range(2))  # an eps that matters
         layer1 = nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, channels, 1), bn=deeper))
         layers = OrderedDict(conv=nn.Conv2d(1, channels, 2), bn=top, relu=nn.ReLU(), layer1=layer1)
         return {"model": nn.Sequential(layers), "x": 3 + 2 * trial.normal(trial.integer(4, 6), 1, 4, 4)}
