@@ -306,20 +306,20 @@ def solution(
     *,
     find: Callable[[nn.Module], list[nn.Module]] = norms,
     flagged: Callable[[nn.Module, list[nn.Module]], Iterable[nn.Module]] = lambda model, layers: layers,
-    held: Callable[[nn.Module, list[nn.Module]], Iterable[nn.Module]] = lambda model, layers: layers,
-    hold: Callable[[nn.Module], Undo] = _stuck,
+    fixed: Callable[[nn.Module, list[nn.Module]], Iterable[nn.Module]] = lambda model, layers: layers,
+    fix: Callable[[nn.Module], Undo] = _stuck,
     finish: Callable[[nn.Module], object] = lambda layer: None,
 ) -> Undo:
     """Right if left alone; each of the misconceptions changes a piece.
 
-    `find` names the layers that are meant, `flagged` the modules whose parameters get no gradient, `held` those that stay
-    in eval mode. `hold` sees to that for one of them and returns the function that ends it; `finish` is undo's last step.
+    `find` names the layers that are meant, `flagged` the modules whose parameters get no gradient, `fixed` those that stay
+    in eval mode. `fix` sees to that for one of them and returns the function that ends it; `finish` is undo's last step.
     """
     layers = find(model)
     flags = {parameter: parameter.requires_grad for module in flagged(model, layers) for parameter in module.parameters()}
     for parameter in flags:
         parameter.requires_grad_(False)
-    ends = [hold(module) for module in list(held(model, layers))]
+    ends = [fix(module) for module in list(fixed(model, layers))]
 
     def undo() -> None:
         for end in ends:
@@ -381,18 +381,18 @@ def _never_to_be_undone(layer: nn.Module) -> Undo:
 exercise.misconceptions_of(
     solution,
     {
-        "eval() once": {"hold": _in_eval_mode_once},
-        "requires_grad=False alone": {"held": lambda model, layers: []},
-        "statistics that stand still": {"hold": _without_momentum},
+        "eval() once": {"fix": _in_eval_mode_once},
+        "requires_grad=False alone": {"fixed": lambda model, layers: []},
+        "statistics that stand still": {"fix": _without_momentum},
         "BatchNorm2d only": {"find": lambda model: [layer for layer in norms(model) if isinstance(layer, nn.BatchNorm2d)]},
         "found by name": {"find": _called_bn},
-        "the whole model in eval mode": {"held": lambda model, layers: model.modules()},
+        "the whole model in eval mode": {"fixed": lambda model, layers: model.modules()},
         "the whole model frozen": {"flagged": lambda model, layers: [model]},
-        "only the model's own train()": {"held": lambda model, layers: [model], "hold": _from_the_top},
+        "only the model's own train()": {"fixed": lambda model, layers: [model], "fix": _from_the_top},
         "affine still trains": {"flagged": lambda model, layers: []},
-        "another eps": {"hold": _with_the_default_eps},
+        "another eps": {"fix": _with_the_default_eps},
         "undo unfreezes everything": {"finish": lambda layer: layer.requires_grad_(True)},
         "undo to the default momentum": {"finish": lambda layer: setattr(layer, "momentum", 0.1)},
-        "stuck in eval mode after undo": {"hold": _never_to_be_undone},
+        "stuck in eval mode after undo": {"fix": _never_to_be_undone},
     },
 )

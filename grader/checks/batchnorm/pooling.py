@@ -99,12 +99,12 @@ class NothingKept(BatchesOfOneValue):
         return {"batches": [batch for _ in range(4) for batch in uneven(trial, sizes, channels)]}
 
     def measure(self, subject, inputs):
-        held: list[int] = []
-        variance = _variance(subject, _one_by_one(inputs["batches"], held), inputs["batches"])
-        return variance | {"held": max(held, default=0)}
+        in_memory: list[int] = []
+        variance = _variance(subject, _one_by_one(inputs["batches"], in_memory), inputs["batches"])
+        return variance | {"in memory": max(in_memory, default=0)}
 
     def facts(self, raw, inputs):
-        few = raw["held"] <= len(inputs["batches"]) // 2
+        few = raw["in memory"] <= len(inputs["batches"]) // 2
         return super().facts(raw, inputs) | {"batches in memory at once": "few" if few else "most of them"}
 
 
@@ -114,7 +114,7 @@ def _variance(subject, batches: Iterable[Tensor], drawn: list[Tensor]) -> dict:
     return {"finite": bool(var.isfinite().all()), "var": var.nan_to_num(0, 0, 0)}
 
 
-def _one_by_one(batches: list[Tensor], held: list[int]) -> Iterator[Tensor]:
+def _one_by_one(batches: list[Tensor], in_memory: list[int]) -> Iterator[Tensor]:
     """Clones of the batches; after each, note how many are in memory, whole or as views. Copies of them are not seen."""
     given: list[weakref.ref] = []
     for batch in batches:
@@ -122,7 +122,7 @@ def _one_by_one(batches: list[Tensor], held: list[int]) -> Iterator[Tensor]:
         given.append(weakref.ref(copy.untyped_storage()))
         yield copy
         del copy
-        held.append(sum(storage() is not None for storage in given))
+        in_memory.append(sum(storage() is not None for storage in given))
 
 
 Summary = tuple[int, Tensor, Tensor]  # the number of values per channel, their mean, their sum of squared deviations
