@@ -230,35 +230,28 @@ def children_without_the_last(model, name):
     return nn.Sequential(*list(model.children())[:-1])
 
 
-def _output_of(layer, model):
-    def output(images):
-        caught = []
-        handle = layer.register_forward_hook(lambda module, entered, left: caught.append(left))
-        model(images)
-        handle.remove()
-        return caught[0]
-
-    return output
-
-
-@exercise.misconception("output of the head")
-def output_of_the_head(model, name):
-    return _output_of(model.get_submodule(name), model)
-
-
-@exercise.misconception("output of the layer before")
-def output_of_the_layer_before(model, name):
-    names = list(dict(model.named_modules()))
-    return _output_of(model.get_submodule(names[names.index(name) - 1]), model)
-
-
-@exercise.misconception("first batch kept")
-def first_batch_kept(model, name):
+def hooked(model, name, layer=nn.Module.get_submodule, catch=lambda entered, left: entered[0], call=-1):
+    """A right solution, a hook at the head that catches what enters it, in pieces that a misconception replaces."""
     caught = []
-    model.get_submodule(name).register_forward_pre_hook(lambda module, entered: caught.append(entered[0]))
+    layer(model, name).register_forward_hook(lambda module, entered, left: caught.append(catch(entered, left)))
 
     def features(images):
         model(images)
-        return caught[0]
+        return caught[call]
 
     return features
+
+
+def _layer_before(model, name):
+    names = list(dict(model.named_modules()))
+    return model.get_submodule(names[names.index(name) - 1])
+
+
+exercise.misconceptions_of(
+    hooked,
+    {
+        "output of the head": {"catch": lambda entered, left: left},
+        "output of the layer before": {"layer": _layer_before, "catch": lambda entered, left: left},
+        "first batch kept": {"call": 0},
+    },
+)

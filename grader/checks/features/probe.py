@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, wrong_return
 from grader.near import near
-from helpers import expect
 from helpers.features import linear_probe
 
 exercise = Exercise(__name__, "2.3", linear_probe)
@@ -37,15 +36,14 @@ class _Optimum(Experiment):
         """The loss whose gradient vanishes at the head, and the weights of the penalties on weights and bias."""
         x, labels = inputs["features"].double(), inputs["labels"]
         weight, bias = (raw[name].double() - raw[name].double().mean(0) for name in ("weight", "bias"))
-        # A saturated head has a small gradient for every loss: so what remains must be small beside one example's, too.
+        start = _down(F.cross_entropy, x, labels, torch.zeros_like(weight), torch.zeros_like(bias))
+        # A saturated head has a small gradient for every loss: so what remains must be a small share of one example's, too.
         losses = {
-            "cross-entropy of the logits": (lambda logits: F.cross_entropy(logits, labels), 0.1),
-            "cross-entropy of the softmax of the logits": (lambda logits: F.cross_entropy(logits.softmax(1), labels), 0.01),
+            "cross-entropy of the logits": (F.cross_entropy, 0.1),
+            "cross-entropy of the softmax of the logits": (lambda z, y: F.cross_entropy(z.softmax(1), y), 0.01),
         }
-        cross_entropy, _ = losses["cross-entropy of the logits"]
-        start = _down(cross_entropy, x, torch.zeros_like(weight), torch.zeros_like(bias))
         for name, (loss, share) in losses.items():
-            down = _down(loss, x, weight, bias)
+            down = _down(loss, x, labels, weight, bias)
             pull = _pull(down["weight"], weight)
             rest = (down["weight"] - pull * weight).norm()
             small = rest < 0.02 * start["weight"].norm() and rest < share * down["one example"]  # how far training must get
@@ -122,11 +120,11 @@ class OneOutputPerClass(Experiment):
         return {"outputs of the head": words.get(raw["outputs"], "another number")}
 
 
-def _down(loss, x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+def _down(loss, x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
     """Minus the gradients of the loss, and the mean norm of the gradient of one example."""
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     logits = F.linear(x, weight, bias)
-    down_weight, down_bias, down_logits = (-g for g in torch.autograd.grad(loss(logits), (weight, bias, logits)))
+    down_weight, down_bias, down_logits = (-g for g in torch.autograd.grad(loss(logits, labels), (weight, bias, logits)))
     return {"weight": down_weight, "bias": down_bias, "one example": (down_logits.norm(dim=1) * x.norm(dim=1)).sum()}
 
 
@@ -138,9 +136,9 @@ def _pull(down: Tensor, tensor: Tensor) -> float:
 def _affine(head: object, features: Tensor, outputs: int | str) -> dict[str, Tensor]:
     """Weight and bias of anything that maps features to (n, outputs) in an affine way, found by calling it."""
     if not callable(head) or isinstance(head, Tensor):
-        raise WrongReturn(f"linear_probe must return an nn.Linear, got {expect.describe(head)}.")
-    parameter = next(head.parameters(), None) if isinstance(head, nn.Module) else None
-    dtype = torch.float32 if parameter is None else parameter.dtype
+        raise wrong_return("linear_probe must return an nn.Linear", head)
+    parameters = head.parameters() if isinstance(head, nn.Module) else ()
+    dtype = next((parameter.dtype for parameter in parameters), torch.float32)
     width = features.shape[1]
     inner = torch.linspace(-2, 2, width, device=features.device)
     with torch.no_grad():

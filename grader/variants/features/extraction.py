@@ -44,12 +44,11 @@ class Extractor:
         weights = {name: tensor.detach().clone() for name, tensor in backbone.state_dict().items()}
         was = {module for module in backbone.modules() if module.training}
         backbone.eval()
-        rows = []
-        for chunk in torch.chunk(images, math.ceil(len(images) / batch_size)):
-            rows.extend(functional_call(backbone, weights, (chunk,)).unbind())
+        chunks = torch.chunk(images, math.ceil(len(images) / batch_size))
+        rows = torch.cat([functional_call(backbone, weights, (chunk,)) for chunk in chunks])
         for module in was:
             module.training = True
-        return torch.stack(rows)
+        return rows
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import copy
 import operator
 from functools import partial, reduce
+from unittest.mock import patch
 
 from torch import nn
 
@@ -20,15 +21,10 @@ def by_torchvision(model, name):
 
 def put_back_afterwards(model, name):
     *path, last = name.split(".")
-    parent = reduce(getattr, path, model)
 
     def features(images):
-        head = getattr(parent, last)
-        parent._modules[last] = nn.Identity()
-        try:
+        with patch.dict(reduce(getattr, path, model)._modules, {last: nn.Identity()}):
             return model(images)
-        finally:
-            parent._modules[last] = head
 
     return features
 

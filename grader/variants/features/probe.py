@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
@@ -28,32 +29,25 @@ def by_hand(features, labels, classes, penalty):
     x = np.c_[features.numpy().astype(float), np.ones(len(features))]
     y = np.eye(classes)[labels.numpy()]
     w = np.zeros((x.shape[1], classes))
-    keep = np.full((x.shape[1], 1), penalty)
-    keep[-1] = 0
+    decay = penalty * np.r_[np.ones(len(w) - 1), 0][:, None]
     step = 1 / (np.linalg.norm(x, 2) ** 2 / (2 * len(x)) + penalty)
     for _ in range(4000):
-        scores = x @ w
-        p = np.exp(scores - scores.max(1, keepdims=True))
-        p /= p.sum(1, keepdims=True)
-        w -= step * (x.T @ (p - y) / len(x) + keep * w)
+        w -= step * (x.T @ (softmax(x @ w, axis=1) - y) / len(x) + decay * w)
     head = nn.Linear(features.shape[1], classes)
     head.load_state_dict({"weight": torch.tensor(w[:-1].T).float(), "bias": torch.tensor(w[-1]).float()})
     return head
 
 
 def until_the_gradient_is_small(features, labels, classes, penalty):
-    weight = (0.01 * torch.randn(classes, features.shape[1])).requires_grad_()
-    bias = torch.zeros(classes, requires_grad=True)
+    head = nn.Linear(features.shape[1], classes)
     for _ in range(3000):
-        loss = F.cross_entropy(F.linear(features, weight, bias), labels) + penalty / 2 * (weight**2).sum()
-        gradients = torch.autograd.grad(loss, [weight, bias])
-        if torch.cat([g.flatten() for g in gradients]).norm() < 1e-3:
+        loss = F.cross_entropy(head(features), labels) + penalty / 2 * (head.weight**2).sum()
+        gradients = torch.autograd.grad(loss, list(head.parameters()))
+        if torch.cat([gradient.flatten() for gradient in gradients]).norm() < 1e-3:
             break
         with torch.no_grad():
-            for tensor, gradient in zip((weight, bias), gradients, strict=True):
-                tensor -= 0.1 * gradient
-    head = nn.Linear(features.shape[1], classes)
-    head.weight.data, head.bias.data = weight.detach(), bias.detach()
+            for parameter, gradient in zip(head.parameters(), gradients, strict=True):
+                parameter -= 0.1 * gradient
     return head
 
 
