@@ -307,4 +307,4 @@ CHANGES = adapters.CHANGES | {
     "samples in rows only": {"update": lambda layer, x: torch.mm(x, layer.delta().T)},
     "reshaped, not transposed": {"delta": lambda layer: layer.scaling * layer.B @ layer.A.view(layer.A.T.shape).T},
 }
-exercise.misconceptions_of(adapters.solution, CHANGES)
+exercise.misconceptions_of(Layer, CHANGES)
