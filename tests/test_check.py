@@ -381,19 +381,19 @@ def test_under_nbgrader_the_points_are_returned_and_nothing_is_raised(monkeypatc
 
 
 def test_grading_draws_other_inputs_than_the_notebook(monkeypatch):
-    drawn = []
+    runs = [set(), set(), set()]
 
     def spy(backbone, images, batch_size):
         if not images.is_cuda and not torch.is_autocast_enabled("cpu"):  # there, with the same inputs
-            drawn.append(images.sum().item())
+            drawn.add(images.sum().item())
         return right(backbone, images, batch_size)
 
-    check("2.2", spy)
-    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
-    check("2.2", spy)
-    monkeypatch.setenv("WARMSTART_SEEDS", "5")
-    check("2.2", spy)
-    assert len(set(drawn)) == len(drawn)
+    for drawn, variables in zip(runs, ({}, {"NBGRADER_EXECUTION": "autograde"}, {"WARMSTART_SEEDS": "5"}), strict=True):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        check("2.2", spy)
+    assert [len(drawn) > 2 for drawn in runs] == [True] * 3
+    assert len(set.union(*runs)) == sum(map(len, runs))
 
 
 @pytest.mark.parametrize("name", ["torch.py", "helpers.py", "numpy/__init__.py"])
