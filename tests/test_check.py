@@ -381,16 +381,17 @@ def test_under_nbgrader_the_points_are_returned_and_nothing_is_raised(monkeypatc
 
 
 def test_grading_draws_other_inputs_than_the_notebook(monkeypatch):
-    runs = [set(), set(), set()]
+    runs = []
 
     def spy(backbone, images, batch_size):
         if not images.is_cuda and not torch.is_autocast_enabled("cpu"):  # there, with the same inputs
-            drawn.add(images.sum().item())
+            runs[-1].add(images.sum().item())
         return right(backbone, images, batch_size)
 
-    for drawn, variables in zip(runs, ({}, {"NBGRADER_EXECUTION": "autograde"}, {"WARMSTART_SEEDS": "5"}), strict=True):
+    for variables in ({}, {"NBGRADER_EXECUTION": "autograde"}, {"WARMSTART_SEEDS": "5"}):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
+        runs.append(set())
         check("2.2", spy)
     assert [len(drawn) > 2 for drawn in runs] == [True] * 3
     assert len(set.union(*runs)) == sum(map(len, runs))
