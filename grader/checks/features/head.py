@@ -52,7 +52,7 @@ class _OutOfOrder(nn.Module):
         return self.head(self.before_the_head(x))
 
 
-class _WhatTheyAre(Experiment):
+class _KnownFeatures(Experiment):
     """Compares the features with what `known(model, images)` has."""
 
     head: ClassVar[str]
@@ -66,7 +66,7 @@ class _WhatTheyAre(Experiment):
 
 
 @exercise.experiment("steps of forward")
-class StepsOfForward(_WhatTheyAre):
+class StepsOfForward(_KnownFeatures):
     points = 2
     head = "fc"
 
@@ -83,7 +83,7 @@ class StepsOfForward(_WhatTheyAre):
 
 
 @exercise.experiment("nested head")
-class NestedHead(_WhatTheyAre):
+class NestedHead(_KnownFeatures):
     head = "classifier.2"
 
     def draw(self, trial: Trial) -> dict:
@@ -103,7 +103,7 @@ class NestedHead(_WhatTheyAre):
 
 
 @exercise.experiment("head by name")
-class HeadByName(_WhatTheyAre):
+class HeadByName(_KnownFeatures):
     head = "head"
 
     def draw(self, trial: Trial) -> dict:
