@@ -97,7 +97,7 @@ def test_verify_finds_what_was_recorded_here_again():
 
 def test_verify_says_in_a_table_where_a_machine_deviates(monkeypatch):
     results = measure("start", CPU).results
-    seeds = results["0.1"]["is afraction"]["reference"]
+    seeds = results["0.1"]["is a fraction"]["reference"]
     seeds[0] = {name: value + 0.25 if isinstance(value, float) else value for name, value in seeds[0].items()}
     seeds[1] = seeds[1] | {"more": 1}
     about = About("another", None, "float32", {}, "", "")

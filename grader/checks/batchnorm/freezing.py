@@ -119,7 +119,7 @@ class _Branches(nn.ModuleDict):
         return {name: branch(inputs[name]) for name, branch in self.items()}
 
 
-@exercise.experiment("every batch norm")
+@exercise.experiment("every BatchNorm")
 class EveryBatchNorm(_Freezing):
     points = 2
 

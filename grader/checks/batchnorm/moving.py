@@ -182,7 +182,7 @@ class OtherValues(_Named):
         model.rewritten.copy_(model.rewritten.clone())
 
 
-@exercise.experiment("numbers and nan")
+@exercise.experiment("numbers and NaN")
 class NumbersAndNan(_Named):
     words: ClassVar = {
         "stays": "a tensor with a NaN that stays",

@@ -143,7 +143,7 @@ class AnyWhiteSpace(_OneText):
         return {"tabs, line ends and many spaces part words": "as one space does" if spaced == mixed else "otherwise"}
 
 
-@exercise.experiment("fits max length")
+@exercise.experiment("fits max_length")
 class FitsMaxLength(Experiment):
     points = 2
 

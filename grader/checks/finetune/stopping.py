@@ -90,7 +90,7 @@ class Ties(_BesideAControl):
         return {"patience": patience, "scores": scores[: len(equal)], "control": scores[len(equal) :], "best": 1}
 
 
-@exercise.experiment("nan first")
+@exercise.experiment("NaN first")
 class NanFirst(_BesideAControl):
     fact = "NaN, then rising, then low scores: it stops"
     control = "a low first score"
@@ -101,7 +101,7 @@ class NanFirst(_BesideAControl):
         return {"patience": patience, "scores": [NAN, *scores[1:]], "control": scores, "best": patience + 2}
 
 
-@exercise.experiment("nan later")
+@exercise.experiment("NaN later")
 class NanLater(_BesideAControl):
     fact = "the best, then NaN, then falling scores: it stops"
     control = "a lower score in place of NaN"

@@ -175,7 +175,7 @@ class GoesOnTraining(Experiment):
         }
 
 
-@exercise.experiment("the models own")
+@exercise.experiment("the model's own")
 class TheModelsOwn(Experiment):
     def draw(self, trial: Trial) -> dict:
         trained = Network(*sizes(trial))

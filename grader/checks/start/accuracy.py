@@ -89,7 +89,7 @@ class RightRowsCount(_Counting):
         return {"the result is in proportion to": self.find(raw, inputs)[0]}
 
 
-@exercise.experiment("is afraction")
+@exercise.experiment("is a fraction")
 class IsAFraction(_Counting):
     # None is "not observable here": without a quantity there is no factor. It does not pass, and it explains nothing.
     def facts(self, raw, inputs):
