@@ -29,13 +29,21 @@ def _statistics(norm: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def _used(norm: _BatchNorm, trial: Trial) -> _BatchNorm:
+    """Like `trained`, with statistics far from those of every batch that is drawn here: that recomputing moves them, shows."""
+    trained(norm, trial)
+    norm.running_mean.copy_(1 + trial.normal(norm.num_features).abs())
+    norm.running_var.copy_(0.2 + 0.3 * torch.rand(norm.num_features, generator=trial.generator))
+    return norm
+
+
 @exercise.experiment("all batches as one")
 class AllBatchesAsOne(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(4, 6)
-        layers = OrderedDict(bn=trained(nn.BatchNorm2d(channels), trial), flatten=nn.Flatten(), fc=nn.Linear(4 * channels, 3))
+        layers = OrderedDict(bn=_used(nn.BatchNorm2d(channels), trial), flatten=nn.Flatten(), fc=nn.Linear(4 * channels, 3))
         model = nn.Sequential(layers).eval()
         far = uneven(trial, [(2, 2, 2), (4, 2, 2), (3, 2, 2), (12, 2, 2)], channels, offset=100.0, unit=0.002)
         return {
@@ -71,10 +79,10 @@ class DeeperLayers(Experiment):
     def draw(self, trial: Trial) -> dict:
         channels, width = trial.integer(2, 3), trial.integer(4, 5)
         layers = OrderedDict(
-            bn1=trained(nn.BatchNorm2d(channels), trial),
+            bn1=_used(nn.BatchNorm2d(channels), trial),
             conv=nn.Conv2d(channels, width, 1),
             relu=nn.LeakyReLU(0.2),
-            bn2=trained(nn.BatchNorm2d(width), trial),
+            bn2=_used(nn.BatchNorm2d(width), trial),
         )
         return {
             "model": nn.Sequential(layers).eval(),
@@ -118,7 +126,7 @@ class _Kinds(nn.Module):
         self.layer = nn.Sequential(OrderedDict(block=nn.ModuleList([nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(channels)))])))
         self.downsample = nn.Sequential(nn.Identity(), nn.BatchNorm2d(channels))
         for norm in norms(self):
-            trained(norm, trial)
+            _used(norm, trial)
 
     def places(self) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         """Each BatchNorm with the shape, behind (n, channels), in which it sees the image."""
@@ -176,7 +184,7 @@ class EveryKind(Experiment):
 class DropoutOff(Experiment):
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(3, 5)
-        layers = OrderedDict(dropout=nn.Dropout(0.5), bn=trained(nn.BatchNorm2d(channels), trial))
+        layers = OrderedDict(dropout=nn.Dropout(0.5), bn=_used(nn.BatchNorm2d(channels), trial))
         return {"model": nn.Sequential(layers), "batch": 30 + 3 * trial.normal(12, channels, 2, 2)}
 
     def measure(self, subject, inputs):
@@ -196,10 +204,10 @@ class _Mixed(Experiment):
         channels = trial.integer(3, 5)
         layers = OrderedDict(
             conv1=nn.Conv2d(channels, 4, 1).requires_grad_(False),
-            bn1=trained(nn.BatchNorm2d(4, momentum=0.3), trial),
+            bn1=_used(nn.BatchNorm2d(4, momentum=0.3), trial),
             dropout=nn.Dropout(0.2),
             conv2=nn.Conv2d(4, 3, 1).eval(),
-            bn2=trained(nn.BatchNorm2d(3), trial).eval(),
+            bn2=_used(nn.BatchNorm2d(3), trial).eval(),
         )
         return {"model": nn.Sequential(layers), "batches": uneven(trial, [(3, 2, 2), (5, 2, 2)], channels)}
 

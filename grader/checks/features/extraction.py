@@ -14,10 +14,13 @@ exercise = Exercise(__name__, "2.2", extract, autocast=True)
 
 
 def _backbone(trial: Trial, width: int) -> nn.Sequential:
-    """A small network with BatchNorm and dropout, in train mode, whose statistics are not those of a fresh layer."""
+    """A small network with BatchNorm and dropout, in train mode, whose statistics are not those of a fresh layer.
+
+    Its features are around 1, so that what bfloat16 rounds is small beside them.
+    """
     return nn.Sequential(
-        *(nn.Conv2d(1, 6, 3, padding=1), trained(nn.BatchNorm2d(6), trial), nn.ReLU(), nn.Dropout(0.3)),
-        *(nn.Conv2d(6, width, 3, stride=2), trained(nn.BatchNorm2d(width), trial), nn.ReLU()),
+        *(nn.Conv2d(1, 6, 3, padding=1), trained(nn.BatchNorm2d(6, affine=False), trial), nn.ReLU(), nn.Dropout(0.3)),
+        *(nn.Conv2d(6, width, 3, stride=2), trained(nn.BatchNorm2d(width, affine=False), trial), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
     )
 
