@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.checks import traces
-from grader.checks.features.counting import SharedList
+from grader.checks.counting import SharedList
 from grader.checks.networks import trained
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
 from helpers import expect

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from grader.checks import traces
-from grader.checks.features.counting import SharedList
+from grader.checks.counting import SharedList
 from grader.checks.networks import trained
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near

@@ -6,8 +6,8 @@ from operator import attrgetter
 from torch import Tensor, nn
 
 from grader.checks import traces
-from grader.checks.finetune.parts import linear, named, tied
-from grader.checks.networks import trained
+from grader.checks.networks import linear, named, tied, trained
+from grader.checks.refusals import raised
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
 from helpers import expect
 from helpers.backbones import BasicBlock
@@ -154,13 +154,7 @@ class UnknownName(Experiment):
         return {"model": model, "names": ["fc", f"layer{trial.integer(3, 9)}"]}
 
     def measure(self, subject, inputs):
-        came = "nothing"
-        try:
-            subject(inputs["model"], inputs["names"])
-        except NotImplementedError:
-            raise  # the stub's
-        except Exception as error:
-            came = "ValueError" if isinstance(error, ValueError) else type(error).__name__
+        came, _ = raised(lambda: subject(inputs["model"], inputs["names"]))
         return _left(inputs["model"]) | {"came": came}
 
     def facts(self, raw, inputs):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from grader.checks.finetune.parts import linear, named, tied
+from grader.checks.networks import linear, named, tied
 from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, wrong_return
 from grader.near import near
 from helpers import expect

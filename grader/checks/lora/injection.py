@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from grader.checks.lora.refusals import raised
+from grader.checks.refusals import raised
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
 from helpers import expect
 from helpers.lora import replace

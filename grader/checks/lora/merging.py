@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.checks.lora.refusals import raised
+from grader.checks.refusals import raised
 from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn
 from grader.near import near
 from helpers import expect, lora

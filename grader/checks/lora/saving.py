@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from grader.checks import traces
 from grader.checks.lora.adapter_files import Network, Shared, Solution, another_copy, cloned, every_name, no_names, sizes
 from grader.checks.lora.full_disk import full_disk
-from grader.checks.lora.refusals import raised
+from grader.checks.refusals import raised
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn
 from grader.near import near, which
 from helpers import expect

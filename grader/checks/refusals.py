@@ -1,4 +1,4 @@
-"""How solutions of this topic refuse a model, a name or a file."""
+"""How solutions refuse a model, a name or a file."""
 
 from collections.abc import Callable
 
