@@ -19,7 +19,7 @@ lab: .venv/installed  ## set up if needed, then open JupyterLab on the first cha
 test: .venv/installed  ## set up if needed, then run all tests, in two processes
 	$(BIN)/python -m pytest --numprocesses 2
 
-test-fast: .venv/installed  ## the tests that take less than 90 seconds together
+test-fast: .venv/installed  ## the tests that take a minute together
 	$(BIN)/python -m pytest --numprocesses 2 -m fast
 
 prove: .venv/installed  ## prove every check on twenty draws of its inputs

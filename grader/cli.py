@@ -33,11 +33,14 @@ def lab() -> None:
 
 
 @app.command()
-def course() -> None:
+def course(topic: Annotated[str | None, typer.Argument(help="A topic, such as features; all if left out.")] = None) -> None:
     """Write everything that is generated: truth tables, paired notebooks, released notebooks."""
     from grader.authoring import make_course
+    from grader.checks import TOPICS
 
-    make_course(_root())
+    if topic and topic not in TOPICS.values():
+        raise typer.BadParameter(f"no topic {topic!r}. Choose from {', '.join(TOPICS.values())}.")
+    make_course(_root(), topic=topic)
 
 
 @app.command()
@@ -76,10 +79,8 @@ def new(
         raise typer.BadParameter(str(error)) from None
     print("\n".join(str(file.relative_to(_root())) for file in files))
     topic = files[-1].stem
-    print(
-        f"\nReplace what they hold. `python -m grader.golden tables {topic}` and `warmstart prove {number}` after each change;"
-    )
-    print(f"at the end `make course`, `python -m grader.golden record {topic}` and `warmstart mutants {number} --write`.")
+    print(f"\nReplace what they hold. After each change: `python -m grader.golden tables {topic}`, `warmstart prove {number}`.")
+    print("CONTRIBUTING.md says in which order, and what to do at the end.")
 
 
 @app.command()
@@ -115,8 +116,12 @@ def mutants(
             file=sys.stderr,
         )
         raise typer.Exit(2)
-    if not measure(_root(), chosen, cap=cap, processes=processes, write=write):
-        raise typer.Exit(1)
+    try:
+        good = measure(_root(), chosen, cap=cap, processes=processes, write=write)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    raise typer.Exit(not good)
 
 
 @app.command()

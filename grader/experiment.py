@@ -75,7 +75,8 @@ class Experiment:
     points: ClassVar[int] = 1
     seconds: ClassVar[float] = 10.0  # after that the subject is stopped
     on_fake_gpu: ClassVar[bool] = True  # whether it can run on a fake GPU
-    may_change: ClassVar[tuple[str, ...]] = ()  # names of inputs that the statement lets a subject change in place
+    # Names of inputs that the statement lets a subject change in place. A module may always change: look at it in `facts`.
+    may_change: ClassVar[tuple[str, ...]] = ()
 
     def draw(self, trial: Trial) -> dict[str, Any]:
         raise NotImplementedError

@@ -139,7 +139,7 @@ def outcomes_of(root: Path, number: str, cap: int) -> Outcomes:
     if (outcome := in_forked_process(partial(outcome_of, original.code), LONGEST)) != "survived":
         raise ValueError(
             f"the author's solution of {number} must pass its check in a forked process, got {outcome!r}. Run "
-            f"`warmstart prove {exercise.topic}`: if that finds no fault, this platform cannot fork a process that uses torch."
+            f"`warmstart prove {number}`: if that finds no fault, this platform cannot fork a process that uses torch."
         )
     limit = 60 + 5 * (time.monotonic() - started)
     possible = mutants(original.code, original.above)

@@ -70,7 +70,7 @@ def judge(exercise: Exercise, observations: Mapping[str, Observation], table: Ta
 
     Args:
         exercise: the exercise.
-        seen: one observation per experiment, by the experiment's key.
+        observations: one per experiment, by the experiment's key.
         table: the exercise's truth table.
     """
     findings = tuple(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from grader import golden
 from grader.checks import TOPICS, exercises
+from grader.experiment import Exercise
 from grader.golden import AWAITS, FOLDER
 from grader.golden import __main__ as command
 from grader.golden.__main__ import deviations, facts_that_differ
@@ -29,6 +31,7 @@ from grader.golden.records import (
     versions,
     write,
 )
+from grader.golden.truth import record, write_tables
 from grader.near import distance, near, rounded_to
 from grader.observe import run
 from grader.setting import CPU, FAKE_GPU, GPU, Setting
@@ -107,7 +110,7 @@ def test_verify_says_in_a_table_where_a_machine_deviates(monkeypatch):
     done = CliRunner().invoke(command.app, ["verify", "start"])
     text = " ".join(done.output.split())
     assert done.exit_code == 0 and "every fact is as recorded" in text
-    assert re.search(r"0\.1 is afraction cpu float32 torch-9 another the same \(reference: ", text)
+    assert re.search(r"0\.1 is a fraction cpu float32 torch-9 another the same \(reference: ", text)
     assert "start cpu float32 2 experiments compared" in text and "bfloat16" not in text
     if not GPU.there:
         assert f"start cuda float32 {AWAITS}" in text
@@ -238,3 +241,28 @@ def test_an_optimizer_goes_along_with_its_parameters():
         assert layer.weight.is_cuda and layer.weight.grad.is_cuda and optimizer.state[layer.weight]["momentum_buffer"].is_cuda
         optimizer.step()
     assert FAKE_GPU.fetch({"w": layer.weight})["w"].device.type == "cpu"
+
+
+class Breaks(Halves):
+    def facts(self, raw, inputs):
+        return {"y": undefined}  # noqa: F821 - what an author may leave behind
+
+
+def test_a_truth_table_is_not_written_while_the_reference_has_no_facts():
+    exercise = Exercise("grader.checks.made.halves", "9.1", lambda x: x / 2, "half", experiments=[Halves()])
+    assert record(exercise) == {"halves": {"reference": {"y": "half"}}}
+    with pytest.raises(NameError, match="undefined"):  # with its traceback: it is the author's own code
+        record(replace(exercise, experiments=[Breaks()]))
+    with pytest.raises(ValueError, match=r"^9.1, 'halves': the reference must have facts, got: .+1 / 0.+ Mend the"):
+        record(replace(exercise, reference=lambda x: 1 / 0))
+
+
+def test_what_changed_in_a_truth_table_is_told(tmp_path):
+    rows = list(write_tables(["start"], tmp_path))
+    assert len(rows) == 14 and rows[0] == (
+        "0.1, right rows count: reference: {'the result is in proportion to': 'the rows that are right'}"
+    )
+    assert list(write_tables(["start"], tmp_path)) == []
+    file = tmp_path / "start.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"100"', '"101"'), encoding="utf-8")
+    assert list(write_tables(["start"], tmp_path)) == ["0.1, is a fraction: percentage: {'what stands for all rows': '100'}"]

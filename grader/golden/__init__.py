@@ -30,7 +30,12 @@ def table_of(exercise: Exercise) -> Table:
 @cache
 def load(topic: str) -> dict[str, Table]:
     """The truth tables of a topic, by exercise number."""
-    return json.loads((FOLDER / f"{topic}.json").read_text(encoding="utf-8"))
+    return read(FOLDER / f"{topic}.json")
+
+
+def read(file: Path) -> dict[str, Table]:
+    """The truth tables in a file, by exercise number."""
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def dump(tables: Mapping[str, Mapping[str, Mapping]]) -> str:

@@ -29,8 +29,9 @@ Topics = Annotated[list[str] | None, typer.Argument(help="Topics, such as lora; 
 
 @app.command()
 def tables(topics: Topics = None) -> None:
-    """Write the truth tables: the facts of every reference and every misconception."""
-    write_tables(_known(topics))
+    """Write the truth tables, the facts of every reference and every misconception, and print what changed."""
+    changed = list(write_tables(_known(topics)))
+    print("\n".join(changed) or "no fact has changed")
 
 
 @app.command()

@@ -1,27 +1,44 @@
 """Truth tables, recorded from the code."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from grader.checks import exercises
 from grader.experiment import Exercise
-from grader.golden import FOLDER, dump, load
-from grader.observe import observe
+from grader.golden import FOLDER, dump, load, read
+from grader.observe import facts_of, observe, run
 from helpers.files import write_text
 
 
 def record(exercise: Exercise, seed: int = 0) -> dict[str, dict[str, dict | None]]:
-    """Run every subject of an exercise through every experiment and return its truth table."""
-    return {
-        experiment.key: {
-            name: observe(experiment, subject, seed, exercise.number).facts for name, subject in exercise.subjects.items()
+    """Run every subject of an exercise through every experiment and return its truth table.
+
+    Raises:
+        ValueError: the reference cannot be measured. What is wrong in an experiment's own `facts` is raised as it is.
+    """
+    table = {}
+    for experiment in exercise.experiments:
+        reference = run(experiment, exercise.reference, seed, exercise.number)
+        if reference.problem:
+            raise ValueError(
+                f"{exercise.number}, {experiment.key!r}: the reference must have facts, got: {reference.problem.message}. "
+                "Mend the experiment or the reference first."
+            )
+        facts_of(experiment, reference.raw, seed)
+        table[experiment.key] = {
+            key: observe(experiment, subject, seed, exercise.number).facts for key, subject in exercise.subjects.items()
         }
-        for experiment in exercise.experiments
-    }
+    return table
 
 
-def write_tables(topics: Iterable[str], folder: Path = FOLDER) -> None:
-    """Record the truth tables of topics, each into its file in the folder."""
+def write_tables(topics: Iterable[str], folder: Path = FOLDER) -> Iterator[str]:
+    """Record the truth tables of topics, each into its file in the folder; yield what is another than it was, line by line."""
     for topic in topics:
-        write_text(folder / f"{topic}.json", dump({number: record(e) for number, e in exercises(topic).items()}))
+        file = folder / f"{topic}.json"
+        before, tables = read(file) if file.exists() else {}, {number: record(e) for number, e in exercises(topic).items()}
+        write_text(file, dump(tables))
+        for number, table in tables.items():
+            for key, rows in table.items():
+                kept = before.get(number, {}).get(key, {})
+                yield from (f"{number}, {key}: {name}: {facts}" for name, facts in rows.items() if kept.get(name, "") != facts)
     load.cache_clear()
