@@ -21,7 +21,7 @@ The facts of the reference and of every misconception stand in `grader/golden/`;
 learner's facts with them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import isclass
@@ -198,6 +198,17 @@ def expect_tensor(value: object, shape: tuple[int | str, ...], what: str) -> Ten
     except (TypeError, ValueError) as error:
         question = " Is there a return?" if value is None else ""
         raise WrongReturn(str(error) + question) from None
+
+
+def expect_names(value: object, wanted: str) -> list[str]:
+    """Pass on strings in their order as a list, or say what came instead: "replace must return a list of names", got a set."""
+    if isinstance(value, str | bytes | dict | set | frozenset | Tensor) or not isinstance(value, Iterable):
+        raise wrong_return(wanted, value)
+    names = list(value)
+    for name in names:
+        if not isinstance(name, str):
+            raise WrongReturn(f"{wanted}, got a list with {expect.describe(name)}.")
+    return names
 
 
 def expect_number(value: object, what: str) -> float:

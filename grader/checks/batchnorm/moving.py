@@ -1,7 +1,7 @@
 """Exercise 5.2: count what moves, whatever its flags say."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from grader.checks import traces
 from grader.checks.networks import trained
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
-from helpers import expect
+from grader.experiment import Exercise, Experiment, Trial, expect_names
 from helpers.batchnorm import moved
 
 exercise = Exercise(__name__, "5.2", moved)
@@ -21,14 +20,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _names(value: object) -> list[str]:
-    """The answer as a list of strings, or a sentence about its form."""
-    if isinstance(value, str | dict | set | frozenset | Tensor) or not isinstance(value, Iterable):
-        raise wrong_return("the names must be a list of strings", value)
-    names = list(value)
-    for name in names:
-        if not isinstance(name, str):
-            raise WrongReturn(f"the names must be a list of strings, got a list with {expect.describe(name)}.")
-    return names
+    return expect_names(value, "the names must be a list of strings")
 
 
 def _in_order(names: list[str], model: nn.Module) -> list[str]:
@@ -64,7 +56,10 @@ class FrozenNetwork(Experiment):
     def measure(self, subject, inputs):
         model, x = inputs["model"], inputs["x"]
         in_train_mode = _names(subject(model, lambda: model.train()(x)))
-        return {"train": in_train_mode, "eval": _names(subject(model, lambda: model.eval()(x)))}
+        return {
+            "train": in_train_mode,
+            "eval": _names(subject(model, lambda: model.eval()(x))),
+        }
 
     def facts(self, raw, inputs):
         return {

@@ -3,13 +3,12 @@
 from collections.abc import Iterable
 from operator import attrgetter
 
-from torch import Tensor, nn
+from torch import nn
 
 from grader.checks import traces
 from grader.checks.networks import linear, named, tied, trained
 from grader.checks.refusals import raised
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
-from helpers import expect
+from grader.experiment import Exercise, Experiment, Trial, expect_names
 from helpers.backbones import BasicBlock
 from helpers.finetune import train_only
 
@@ -96,7 +95,7 @@ class WholeNames(Experiment):
         return {"model": _deep_network(trial)}
 
     def measure(self, subject, inputs):
-        names = _names(subject(inputs["model"], ["fc.bias", "blocks.1"]))
+        names = expect_names(subject(inputs["model"], ["fc.bias", "blocks.1"]), "train_only must return a list of names")
         return _left(inputs["model"]) | {"names": names}
 
     def facts(self, raw, inputs):
@@ -166,16 +165,6 @@ def _left(model: nn.Module) -> dict:
     """What became of a model, and whether one of its modules was given the attribute of a parameter."""
     attribute = any(vars(module).get("requires_grad") is True for module in model.modules())
     return {"traces": traces.of(model), "attribute": attribute}
-
-
-def _names(value: object) -> list[str]:
-    if isinstance(value, str | set | frozenset | Tensor) or not isinstance(value, Iterable):
-        raise wrong_return("train_only must return a list of names", value)
-    names = list(value)
-    for name in names:
-        if not isinstance(name, str):
-            raise WrongReturn(f"train_only must return a list of names, got a list with {expect.describe(name)}.")
-    return names
 
 
 def _norms(model: nn.Module) -> list[str]:

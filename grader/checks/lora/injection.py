@@ -5,11 +5,10 @@ from collections.abc import Iterable
 from itertools import takewhile
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from grader.checks.refusals import raised
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
-from helpers import expect
+from grader.experiment import Exercise, Experiment, Trial, expect_names
 from helpers.lora import replace
 
 exercise = Exercise(__name__, "6.3", replace)
@@ -269,7 +268,7 @@ def _replaced(subject, model: nn.Module, targets: list[str], listed: bool = Fals
     except ValueError as error:
         refused = f"it raised ValueError: {error}"
     else:
-        names = _names(returned) if listed else []
+        names = expect_names(returned, "replace must return a list of names") if listed else []
     return {"places": _places(model, before), "refused": refused, "names": names}
 
 
@@ -294,16 +293,6 @@ def _place(model: nn.Module, name: str, was: nn.Module) -> str:
 def _how(places: dict[str, str], names: Iterable[str]) -> str:
     hows = {places[name] for name in names}
     return hows.pop() if len(hows) == 1 else "some replaced, some not" if hows <= {"replaced", "untouched"} else "different"
-
-
-def _names(value: object) -> list[str]:
-    if isinstance(value, str | set | frozenset | Tensor) or not isinstance(value, Iterable):
-        raise wrong_return("replace must return a list of names", value)
-    names = list(value)
-    for name in names:
-        if not isinstance(name, str):
-            raise WrongReturn(f"replace must return a list of names, got a list with {expect.describe(name)}.")
-    return names
 
 
 def _ends(name, target):
