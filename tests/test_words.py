@@ -64,27 +64,41 @@ def test_a_teacher_rewrites_claims_names_and_hints_without_touching_code(file):
     assert (wrong.key, wrong.name, wrong.hint) == ("adds one", "un de trop", "Combien ?")
 
 
+HINTS = '["9.1"]\nhints = ["?", ".", "."]\n'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", 'grader/words/made.toml must have a table ["9.1"] with the words of that exercise, and has none. Add it.'),
+        ("", 'must have a table ["9.1"] with the words of that exercise, and has none. Add it.'),
+        ('["9.1"]\nhints = ["?"]', 'must have 3 hints in ["9.1"], got 1: a question, an observation, the formula.'),
+        (HINTS, 'must have the key "it adds" in ["9.1".claims], and has not. Add it.'),
         (
-            '["9.1"]\nhints = []\n["9.1".claims]\n["9.1".misconceptions]',
-            'grader/words/made.toml must have the key "it adds" in ["9.1".claims], and has not. Add it.',
+            HINTS + '["9.1".claims]\n"it adds" = "It adds."',
+            'must have the key "adds one" in ["9.1".misconceptions], and has not. Add it.',
+        ),
+        (
+            HINTS + '["9.1".claims]\n"it adds" = "It adds."\n["9.1".misconceptions."adds one"]\nsource = "a test"',
+            'must have the key "hint" in ["9.1".misconceptions."adds one"], and has not. Add it.',
+        ),
+        (
+            '["9.1"\n',
+            "must be TOML, got: Expected ']' at the end of a table declaration (at line 1, column 7). Mend that line.",
         ),
     ],
 )
-def test_missing_words_say_where_they_belong(file, text, message):
+def test_what_is_missing_in_the_words_is_said_with_its_place(file, text, message):
     file(text)
-    with pytest.raises(words.NoWords, match="grader/words") as error:
+    with pytest.raises(words.NoWords) as error:
         made().experiment("it adds")(Experiment)
-    assert str(error.value) == message
+        made().misconception("adds one")(lambda x: x)
+    assert str(error.value) == f"grader/words/made.toml {message}"
 
 
 def test_misconceptions_may_be_a_solution_with_one_piece_changed(file):
     file("""
         ["9.1"]
-        hints = []
+        hints = ["?", ".", "."]
         ["9.1".claims]
         ["9.1".misconceptions]
         "adds two" = { hint = "?", source = "a test" }

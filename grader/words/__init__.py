@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent
 
 
 class NoWords(LookupError):
-    """An exercise has something of which no words are there."""
+    """A file of words lacks something, or cannot be read; the message says where, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -33,39 +33,47 @@ class Words:
 
     file: str
     number: str
-    hints: list[str]
+    hints: list[str]  # three
     claims: dict[str, str]
     misconceptions: dict[str, dict[str, str]]
 
     def claim(self, key: str) -> str:
         """What an experiment says is so."""
-        return self._entry("claims", key)
+        return self._entry(self.claims, f'["{self.number}".claims]', key)
 
     def misconception(self, key: str) -> tuple[str, str, str]:
         """Name, hint and source of a misconception."""
-        entry = self._entry("misconceptions", key)
-        return entry.get("name", key), entry["hint"], entry["source"]
+        table = f'["{self.number}".misconceptions'
+        entry = self._entry(self.misconceptions, f"{table}]", key)
+        hint, source = (self._entry(entry, f'{table}."{key}"]', part) for part in ("hint", "source"))
+        return entry.get("name", key), hint, source
 
-    def _entry(self, part: str, key: str):
-        try:
-            return getattr(self, part)[key]
-        except KeyError:
-            raise NoWords(f'{self.file} must have the key "{key}" in ["{self.number}".{part}], and has not. Add it.') from None
+    def _entry(self, entries: dict, table: str, key: str):
+        if key not in entries:
+            raise NoWords(f'{self.file} must have the key "{key}" in {table}, and has not. Add it.')
+        return entries[key]
 
 
 def of(topic: str, number: str) -> Words:
     """The words of an exercise.
 
     Raises:
-        NoWords: there are none; the message says where they belong.
+        NoWords: there are none, or not three hints.
     """
     file = f"grader/words/{topic}.toml"
-    if number not in _read(topic):
+    table = _read(topic).get(number)
+    if table is None:
         raise NoWords(f'{file} must have a table ["{number}"] with the words of that exercise, and has none. Add it.')
-    return Words(file, number, **_read(topic)[number])
+    hints = table.get("hints", [])
+    if len(hints) != 3:
+        raise NoWords(f'{file} must have 3 hints in ["{number}"], got {len(hints)}: a question, an observation, the formula.')
+    return Words(file, number, hints, table.get("claims", {}), table.get("misconceptions", {}))
 
 
 @cache
 def _read(topic: str) -> dict:
     path = FOLDER / f"{topic}.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except tomllib.TOMLDecodeError as error:
+        raise NoWords(f"grader/words/{topic}.toml must be TOML, got: {error}. Mend that line.") from None
