@@ -99,7 +99,7 @@ def mutants(
     written: from a part of the mutants, or with a lower score.
     """
     from grader.checks import TOPICS, exercises, find
-    from grader.mutants import list_mutants, measure
+    from grader.mutants import SolutionRejected, list_mutants, measure
 
     chosen = numbers or [number for topic in TOPICS.values() for number in exercises(topic)]
     for number in chosen:
@@ -118,7 +118,7 @@ def mutants(
         raise typer.Exit(2)
     try:
         good = measure(_root(), chosen, cap=cap, processes=processes, write=write)
-    except ValueError as error:
+    except SolutionRejected as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
     raise typer.Exit(not good)

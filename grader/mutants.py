@@ -35,6 +35,10 @@ ENVIRONMENT = {  # of the processes that are started here
 REJECTED = ("named", "described", "raised", "out of time")
 
 
+class SolutionRejected(ValueError):
+    """The author's solution does not pass its own check, so nothing can be learnt from its mutants."""
+
+
 @dataclass(frozen=True)
 class Count:
     """What became of mutants, as a row of the table has it."""
@@ -126,7 +130,7 @@ def outcomes_of(root: Path, number: str, cap: int) -> Outcomes:
     """Make the mutants of an exercise and run them.
 
     Raises:
-        ValueError: the author's solution itself is rejected, or its process crashes as a mutant's would.
+        SolutionRejected: the author's solution itself is rejected, or its process crashes as a mutant's would.
     """
     exercise = find(number)
     original, table = solution_of(root, number), table_of(exercise)
@@ -137,7 +141,7 @@ def outcomes_of(root: Path, number: str, cap: int) -> Outcomes:
     outcome_of(original.code)  # here, so that no forked process has to import what it needs
     started = time.monotonic()
     if (outcome := in_forked_process(partial(outcome_of, original.code), LONGEST)) != "survived":
-        raise ValueError(
+        raise SolutionRejected(
             f"the author's solution of {number} must pass its check in a forked process, got {outcome!r}. Run "
             f"`warmstart prove {number}`: if that finds no fault, this platform cannot fork a process that uses torch."
         )

@@ -33,8 +33,9 @@ def test_prove_says_that_all_is_proven(root):
 def test_prove_names_the_topics_there_are(root):
     done = warmstart("prove", "lroa", cwd=root)
     assert done.returncode == 2
-    assert "no topic 'lroa'. Choose from start, features, finetune, batchnorm, lora, export." in " ".join(
-        re.sub(r"[│╭╮╰╯─]", " ", done.stderr).split()
+    assert (
+        "no topic or exercise 'lroa'. Choose from start, features, finetune, batchnorm, lora, export, or a number."
+        in " ".join(re.sub(r"[│╭╮╰╯─]", " ", done.stderr).split())
     )
 
 

@@ -294,6 +294,16 @@ def test_an_error_in_a_run_is_no_wrong_argument(root, monkeypatch):
     assert (done.exit_code, str(done.exception)) == (1, "of the run itself")
 
 
+def test_an_authors_solution_that_fails_is_one_sentence_and_no_traceback(root, monkeypatch):
+    def measure(*_, **__):
+        raise command.SolutionRejected("the author's solution of 0.1 must pass")
+
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(command, "measure", measure)
+    done = CliRunner().invoke(app, ["mutants", "0.1"])
+    assert (done.exit_code, done.output.strip()) == (1, "the author's solution of 0.1 must pass")
+
+
 @forks
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_the_authors_solution_is_judged_as_its_mutants_are(root, monkeypatch):
@@ -304,7 +314,7 @@ def test_the_authors_solution_is_judged_as_its_mutants_are(root, monkeypatch):
         return "raised"  # as where a forked process crashes
 
     monkeypatch.setattr(command, "in_forked_process", in_forked_process)
-    message = r"the author's solution of 0.1 must pass its check in a forked process, got 'raised'. Run `warmstart prove start`"
+    message = r"the author's solution of 0.1 must pass its check in a forked process, got 'raised'. Run `warmstart prove 0.1`"
     with pytest.raises(ValueError, match=message):
         command.outcomes_of(root, "0.1", 100)
     assert judged == ["survived"]

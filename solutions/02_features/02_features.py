@@ -315,8 +315,8 @@ cost = predict(times_longer=None)
 
 # %% [markdown]
 # What one number of the probe's curve takes is measured here, and a tenth of one run of fine-tuning. The two new curves are
-# recorded: `helpers.recordings.transfer` measured them with the same labels, three learning rates for each, the best chosen on the same
-# validation digits, 300 steps, five draws.
+# recorded: `helpers.recordings.transfer` measured them with the same labels, three learning rates for each, the best chosen
+# on the same validation digits, 300 steps, five draws.
 
 # %% tags=["demo"]
 from helpers.training import fit

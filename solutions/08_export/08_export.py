@@ -544,7 +544,7 @@ print("parity of the file:", largest_error(model, helpers.export.OnnxSession(pat
 # ### TensorRT
 #
 # *TensorRT* builds an engine, a program for one kind of NVIDIA GPU, from an ONNX file.
-# `helpers.export.to_tensorrt(onnx_path, path)` is the path by its Python API, in full float32. With its command-line
+# `helpers.tensorrt.to_tensorrt(onnx_path, path)` is the path by its Python API, in full float32. With its command-line
 # tool it is
 #
 #     trtexec --onnx=model.onnx --saveEngine=model.engine --noTF32 --minShapes=input:1x1x32x32 --optShapes=input:4x1x32x32 --maxShapes=input:8x1x32x32
@@ -553,9 +553,11 @@ print("parity of the file:", largest_error(model, helpers.export.OnnxSession(pat
 # for it. The next cell runs TensorRT where it and a GPU are.
 
 # %% tags=["demo"]
+from helpers.tensorrt import TensorRTEngine, to_tensorrt
+
 engine = None
 try:
-    engine = helpers.export.TensorRTEngine(helpers.export.to_tensorrt(path, folder / "model.engine"))
+    engine = TensorRTEngine(to_tensorrt(path, folder / "model.engine"))
     print("parity of the engine:", largest_error(model, lambda x: engine(x).cpu(), images, (1, 4, 8)))
 except helpers.export.ExportFailed as error:
     print("not run here:", error)
