@@ -688,10 +688,8 @@ for name in NEEDS:
 # | without PyTorch | ONNX | operators that ONNX does not have; another program to keep up to date |
 # | on one kind of NVIDIA GPU | TensorRT, from the ONNX file | an engine for that GPU and that version alone |
 #
-# For phones there is ExecuTorch, which starts from an exported program; it is not tried here. `helpers.recordings.formats.compare`
-# makes this table for a network of yours.
-#
-# ### Formats, to turn by hand
+# For phones there is ExecuTorch, which starts from an exported program; it is not tried here.
+# `helpers.recordings.formats.compare` makes this table for a network of yours.  Formats, to turn by hand
 
 # %% tags=["demo"]
 from helpers.explorers import explore_export
