@@ -689,7 +689,9 @@ for name in NEEDS:
 # | on one kind of NVIDIA GPU | TensorRT, from the ONNX file | an engine for that GPU and that version alone |
 #
 # For phones there is ExecuTorch, which starts from an exported program; it is not tried here.
-# `helpers.recordings.formats.compare` makes this table for a network of yours.  Formats, to turn by hand
+# `helpers.recordings.formats.compare` makes this table for a network of yours.
+#
+# ### Formats, to turn by hand
 
 # %% tags=["demo"]
 from helpers.explorers import explore_export
