@@ -31,7 +31,7 @@ MISTAKES = "## Common mistakes"
 
 def make_course(root: Path, tables: Path = golden.FOLDER, topic: str | None = None) -> None:
     """Write every generated file below `root`, or those of one topic: truth tables, paired and released notebooks."""
-    list(write_tables([topic] if topic else TOPICS.values(), tables))
+    write_tables([topic] if topic else TOPICS.values(), tables)
     for script in sorted((root / "solutions").glob(f"*_{topic or '*'}/*.py")):
         write_text(script.with_suffix(".ipynb"), nbformat.writes(notebook(script)))
         release(root, script.stem)

@@ -91,8 +91,9 @@ def progress() -> None:
     if not _session:
         print("nothing checked yet in this kernel")
     for number, (verdict, _) in sorted(_session.items(), key=lambda entry: [int(part) for part in entry[0].split(".")]):
-        named = f" ({', '.join(verdict.named)})" if verdict.named else ""
         exercise = verdict.exercise
+        names = [wrong.name for wrong in exercise.misconceptions if wrong.key in verdict.named]
+        named = f" ({', '.join(names)})" if names else ""
         print(f"{number}  {exercise.name:<20}  {verdict.points} of {exercise.points} points  {verdict.outcome}{named}")
 
 
@@ -144,7 +145,7 @@ def _verdict(exercise: Exercise, thing: Subject, table: Table) -> Verdict:
         if worst is None or verdict.points < worst.points:
             worst = verdict
         if any(observation.problem and observation.problem.kind == "time" for observation in observations.values()):
-            return verdict
+            break  # with other inputs it would be stopped again
         if verdict.outcome == "not yet" and not _torch_is_itself(exercise, verdict, seed, table):
             return _refused(
                 exercise,
@@ -156,7 +157,7 @@ def _verdict(exercise: Exercise, thing: Subject, table: Table) -> Verdict:
 
 def _refused(exercise: Exercise, reason: str) -> Verdict:
     """A verdict that says why there can be none."""
-    problem = Problem("refused", reason)
+    problem = Problem("not judged", reason)
     findings = (Finding(experiment, "error", problem=problem) for experiment in exercise.experiments)
     return Verdict(exercise, tuple(findings), named=(), unexplained=False)
 

@@ -53,6 +53,17 @@ def distance(result: Tensor | float | Sequence, expected: Tensor | float | Seque
     return far if far == far else float("inf")
 
 
+def same(value: object, expected: object) -> bool:
+    """Whether two values are equal: tensors to the last bit, NaN to NaN, and of one dtype; all else of one type."""
+    if not (isinstance(value, Tensor) and isinstance(expected, Tensor)):
+        return type(value) is type(expected) and value == expected
+    if value.dtype != expected.dtype or value.shape != expected.shape:
+        return False
+    if value.is_floating_point():
+        return torch.allclose(value, expected, rtol=0, atol=0, equal_nan=True)
+    return torch.equal(value, expected)
+
+
 def which(
     result: Tensor | float | Sequence, known: Mapping[str, Tensor | float | Sequence], otherwise: str = "different"
 ) -> str:

@@ -37,16 +37,19 @@ def make_exercise(root: Path, number: str, name: str) -> list[Path]:
 
     Raises:
         ValueError: a number or a name that is taken or cannot be one; nothing is written then.
+        RuntimeError: the truth table cannot be recorded.
     """
-    topic = _topic_for(number, name)
+    topic = _topic_for(root, number, name)
     chapter = f"{int(number.partition('.')[0]):02}_{topic}"
     package = (root / "helpers" / topic).is_dir()
     module = f"helpers.{topic}.{name}" if package else f"helpers.{topic}"
-    names = {"helpers.a_topic": module, "a_topic": topic, "a_name": name, "0.0": number, "00": chapter[:2]}
+    names = {r"helpers\.a_topic": module, "a_topic": topic, "a_name": name, r"\b0\.0\b": number, r"\b00\b": chapter[:2]}
 
     def filled(part: str) -> str:
         text = (TEMPLATE / part).read_text(encoding="utf-8")
-        return re.sub("|".join(map(re.escape, names)), lambda match: names[match[0]], text)
+        for pattern, word in names.items():
+            text = re.sub(pattern, word, text)
+        return text
 
     texts = {}
     for file, part in (
@@ -66,7 +69,10 @@ def make_exercise(root: Path, number: str, name: str) -> list[Path]:
     for file, text in texts.items():
         write_text(file, text)
     # In a new process: this one may have imported what has just changed.
-    subprocess.run([sys.executable, "-m", "grader.golden", "tables", topic], cwd=root, check=True, capture_output=True)
+    command = [sys.executable, "-m", "grader.golden", "tables", topic]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the files are written, and their truth table cannot be recorded:\n{done.stdout}{done.stderr}")
     return [*texts, root / "grader" / "golden" / f"{topic}.json"]
 
 
@@ -77,7 +83,7 @@ def _with_cells(chapter: str, template: str) -> str:
     return chapter.replace(mistakes, template[start : template.index(mistakes)] + mistakes, 1)
 
 
-def _topic_for(number: str, name: str) -> str:
+def _topic_for(root: Path, number: str, name: str) -> str:
     chapter = number.partition(".")[0]
     if not re.fullmatch(r"\d+\.[1-9]\d*", number) or int(chapter) >= len(CHAPTERS) or chapter != str(int(chapter)):
         raise ValueError(f"number must be chapter.exercise, with a chapter from 0 to {len(CHAPTERS) - 1}, got {number!r}.")
@@ -87,6 +93,7 @@ def _topic_for(number: str, name: str) -> str:
         raise ValueError(f"number must be a new one, got {number}, which is {there[number].name}. Take another.")
     if not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError(f"name must be one that Python allows, got {name!r}. Take letters, digits and _.")
-    if name in {exercise.name for exercise in there.values()} or (TEMPLATE.parent / "checks" / topic / f"{name}.py").exists():
+    files = (root / "grader" / "checks" / topic / f"{name}.py", root / "helpers" / topic / f"{name}.py")
+    if name in {exercise.name for exercise in there.values()} or any(file.exists() for file in files):
         raise ValueError(f"name must be a new one in {topic}, got {name!r}, which is taken. Take another.")
     return topic

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from grader.experiment import Experiment, Subject, Trial, WrongReturn, equal
 from grader.fake_gpu import Refused
-from grader.near import MARGINS, rounded_to
+from grader.near import MARGINS, rounded_to, same
 from grader.setting import CPU, Setting
 from grader.state import fresh_defaults, preserved
 from grader.verdict import Facts, Observation, Problem
@@ -214,17 +214,10 @@ def _changed_inputs(experiment: Experiment, after: dict[str, Any], fresh: dict[s
         if name in experiment.may_change or isinstance(value, nn.Module):
             continue
         for (_, was), (_, now) in zip(_tensors(value), _tensors(after[name]), strict=False):
-            if not _same(was, now.detach()):
+            if not same(was, now.detach()):
                 which = f"its input `{name}`" if isinstance(value, Tensor) else "its inputs"
                 return Problem("changed inputs", f"your code changed {which} in place: work on a copy")
     return None
-
-
-def _same(was: Tensor, now: Tensor) -> bool:
-    """Equal, NaN to NaN included."""
-    if was.is_floating_point() and was.shape == now.shape and was.dtype == now.dtype:
-        return torch.allclose(was, now, rtol=0, atol=0, equal_nan=True)
-    return torch.equal(was, now)
 
 
 def _changed_state(changed: list[str]) -> Problem | None:

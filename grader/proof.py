@@ -26,10 +26,10 @@ from pathlib import Path
 from grader.checks import find
 from grader.experiment import Exercise, Experiment, Subject, equal
 from grader.golden import table_of
-from grader.observe import differing_facts, observation, observe, run
+from grader.observe import differing_facts, observation, run
 from grader.setting import Setting
 from grader.variants import variants_of
-from grader.verdict import Table, Verdict, judge
+from grader.verdict import Table, judge
 
 
 def faults(exercise: Exercise, seeds: Sequence[int]) -> list[str]:
@@ -103,12 +103,6 @@ def stub(number: str) -> Subject:
     return not_attempted
 
 
-def verdict_on(exercise: Exercise, subject: Subject, seed: int, table: Table) -> Verdict:
-    """The verdict on one subject with one seed."""
-    observations = {experiment.key: observe(experiment, subject, seed, exercise.number) for experiment in exercise.experiments}
-    return judge(exercise, observations, table)
-
-
 @dataclass(frozen=True)
 class Claim:
     """What the verdict on a subject must be."""
@@ -133,7 +127,9 @@ def _not_as_claimed(exercise: Exercise, table: Table, claim: Claim, seed: int) -
             yield from _not_kept_in_autocast(exercise, experiment, table, claim, seed)
     verdict = judge(exercise, observations, table)
     named, wanted = set(verdict.named), set(claim.names)
-    agrees = bool(named) and named <= wanted if claim.any_of_them else named == wanted and not verdict.unexplained
+    agrees = named == wanted and not verdict.unexplained
+    if claim.any_of_them:
+        agrees = bool(named) and named <= wanted
     if verdict.outcome != claim.outcome or not agrees:
         expected = f"{claim.outcome!r}{f' as {sorted(wanted)}' if wanted else ''}"
         got = f"{verdict.outcome!r} as {sorted(named)}{' and something unexplained' if verdict.unexplained else ''}"

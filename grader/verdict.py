@@ -16,11 +16,15 @@ Facts = dict[str, Fact]
 Table = Mapping[str, Mapping[str, Facts | None]]  # experiment -> "reference" or a misconception's key -> facts
 
 
+OUTCOMES = {"not attempted": "not attempted", "needs": "not attempted", "raised": "error", "time": "error"}  # of problems
+
+
 @dataclass(frozen=True)
 class Problem:
     """Why an experiment has no facts."""
 
-    kind: str  # "not attempted" | "needs" | "raised" | "returned" | "not finite" | "changed inputs" | "changed state" | "time"
+    kind: str  # "not attempted", "needs", "raised", "returned", "not finite", "changed inputs", "changed state", "time";
+    # "refused" by a GPU, real or fake; "not judged", since it is the reference or torch itself was changed
     message: str  # one sentence for the learner
 
 
@@ -89,10 +93,7 @@ def judge(exercise: Exercise, observations: Mapping[str, Observation], table: Ta
 def _find(experiment: Experiment, observation: Observation, row: Mapping[str, Facts | None]) -> Finding:
     problem = observation.problem
     if problem is not None:
-        outcome = {"not attempted": "not attempted", "needs": "not attempted"}.get(
-            problem.kind, "error" if problem.kind in ("raised", "time") else "not yet"
-        )
-        return Finding(experiment, outcome, problem=problem)
+        return Finding(experiment, OUTCOMES.get(problem.kind, "not yet"), problem=problem)
     expected, got = row["reference"], observation.facts
     differs = tuple((fact, expected[fact], got.get(fact)) for fact in expected if not equal(expected[fact], got.get(fact)))
     return Finding(experiment, "not yet" if differs else "passed", differs, notes=observation.notes)
@@ -103,7 +104,7 @@ def _diagnose(
 ) -> tuple[tuple[str, ...], set[str]]:
     """The misconceptions to name, and the experiments that they explain."""
     failed = {f.experiment.key for f in findings if f.outcome == "not yet" and f.differs}
-    failed_facts = {f.experiment.key: f.differs for f in findings}
+    differs = {f.experiment.key: f.differs for f in findings}
     passed = {f.experiment.key for f in findings if f.outcome == "passed"}
     explains: dict[str, set[str]] = {}
     for name in next(iter(table.values())).keys() - {"reference"}:
@@ -113,7 +114,7 @@ def _diagnose(
         shown = {
             key
             for key in wrong & failed
-            if _same(table[key][name], observations[key].facts) and any(got is not None for _, _, got in failed_facts[key])
+            if _same(table[key][name], observations[key].facts) and any(got is not None for _, _, got in differs[key])
         }
         if shown:
             explains[name] = shown

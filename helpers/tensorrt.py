@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from helpers.export import ExportFailed
+from helpers.files import write_bytes
 
 
 def to_tensorrt(onnx_path: str | Path, path: str | Path, batch_sizes: tuple[int, int, int] = (1, 4, 8)) -> Path:
@@ -45,11 +46,8 @@ def to_tensorrt(onnx_path: str | Path, path: str | Path, batch_sizes: tuple[int,
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise ExportFailed(f"TensorRT cannot build {Path(onnx_path).name}; its log above says why. Try OnnxSession.")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_bytes(engine)
-    return draft.replace(path)
+    write_bytes(Path(path), engine)
+    return Path(path)
 
 
 class TensorRTEngine:

@@ -191,8 +191,8 @@ def _moved_to(device: torch.device, model: nn.Module) -> Iterator[None]:
     """Inside the `with` the model is on the device; then it is where it was, and each module in the mode it was in."""
     home = next(parameter for parameter in model.parameters() if parameter.requires_grad).device
     modes = {module: module.training for module in model.modules()}
-    model.to(device)
     try:
+        model.to(device)  # if memory runs out in the middle, the rest comes back too
         yield
     finally:
         model.to(home)

@@ -1,5 +1,6 @@
 """What a learner sees, whatever their code does."""
 
+import importlib
 import inspect
 import os
 import random
@@ -10,7 +11,9 @@ import textwrap
 import tracemalloc
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +24,12 @@ import helpers.features
 from grader import CheckFailed, check, continue_with, hint, progress
 from grader.checks import TOPICS, exercises
 from grader.experiment import Experiment
+from grader.golden import table_of
 from grader.observe import observe
 from grader.proof import stub
 from grader.shadow import refuse
 from grader.state import preserved
+from grader.verdict import Observation, Problem
 from helpers.features import extract
 from helpers.finetune import EarlyStopping
 
@@ -346,6 +351,55 @@ def test_the_chapter_goes_on_with_what_passed_and_says_so(capsys):
     assert capsys.readouterr().out == "2.2  continuing with your extract\n"
     said(capsys, WRONG["graph kept"])
     assert continue_with("2.2") is right, "an exercise once passed stays passed"
+
+
+def test_progress_has_the_names_that_learners_read_not_the_keys(capsys, monkeypatch):
+    wrong = next(m for m in FIRST.misconceptions if m.key == "graph kept")
+    others = [m for m in FIRST.misconceptions if m is not wrong]
+    monkeypatch.setattr(FIRST, "misconceptions", [replace(wrong, name="le graphe"), *others])
+    with suppress(CheckFailed):
+        check(FIRST.number, wrong.subject)
+    assert "likely    le graphe. " in capsys.readouterr().out
+    progress()
+    assert "not yet (le graphe)" in capsys.readouterr().out
+
+
+def test_a_number_that_is_no_string_is_refused():
+    with pytest.raises(ValueError, match=r'^number must be a string, got 2.1. Write it in quotes: "2.1".$'):
+        check(2.1, extract)
+
+
+def test_two_modules_with_one_number_are_refused(monkeypatch):
+    from grader import checks
+
+    again = SimpleNamespace(exercise=replace(FIRST, module="grader.checks.features.copied"))
+    monkeypatch.setattr(
+        checks, "import_module", lambda name: again if name.endswith(".cache") else importlib.import_module(name)
+    )
+    message = (
+        r"must be one exercise's, got 2.2 in grader.checks.features.\w+ and grader.checks.features.\w+. Change one of them.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        checks.exercises.__wrapped__("features")
+
+
+def test_the_worst_verdict_counts_where_a_later_one_is_stopped(monkeypatch):
+    """Seed 1 fails everywhere; with seed 2 one experiment passes before the next is stopped."""
+    calls = []
+
+    def observed(experiment, subject, seed, number):
+        calls.append(seed)
+        first = experiment is FIRST.experiments[0]
+        if seed == 2 and not first:
+            return Observation(None, Problem("time", "stopped"))
+        table = table_of(FIRST)[experiment.key]
+        passes = (seed == 2 and first) or subject is FIRST.reference
+        return Observation(table["reference"] if passes else dict.fromkeys(table["reference"]))
+
+    monkeypatch.setattr(sys.modules["grader.check"], "observe", observed)
+    monkeypatch.setenv("WARMSTART_SEEDS", "1,2")
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    assert check(FIRST.number, right) == 0.0 and set(calls) == {1, 2}
 
 
 def test_progress_lists_verdicts_and_names(capsys):

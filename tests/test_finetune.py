@@ -115,6 +115,13 @@ def test_train_last_counts_stages_and_takes_what_stands_between_them(tiny):
         train_last(tiny, 4, STAGES)
 
 
+def test_train_only_keeps_the_gradients_of_what_goes_on_training(tiny):
+    for parameter in tiny.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    names = train_only(tiny, "head")
+    assert {name for name, parameter in tiny.named_parameters() if parameter.grad is not None} == set(names)
+
+
 def test_train_only_trains_exactly_the_parts(tiny):
     assert train_only(tiny, "head") == trainable(tiny) == ["head.weight", "head.bias"]
     assert train_only(tiny, ["norm.bias", tiny.body]) == trainable(tiny) == ["norm.bias", "body.0.weight"]

@@ -258,11 +258,11 @@ def test_a_truth_table_is_not_written_while_the_reference_has_no_facts():
 
 
 def test_what_changed_in_a_truth_table_is_told(tmp_path):
-    rows = list(write_tables(["start"], tmp_path))
+    rows = write_tables(["start"], tmp_path)
     assert len(rows) == 14 and rows[0] == (
         "0.1, right rows count: reference: {'the result is in proportion to': 'the rows that are right'}"
     )
-    assert list(write_tables(["start"], tmp_path)) == []
+    assert write_tables(["start"], tmp_path) == []
     file = tmp_path / "start.json"
     file.write_text(file.read_text(encoding="utf-8").replace('"100"', '"101"'), encoding="utf-8")
-    assert list(write_tables(["start"], tmp_path)) == ["0.1, is a fraction: percentage: {'what stands for all rows': '100'}"]
+    assert write_tables(["start"], tmp_path) == ["0.1, is a fraction: percentage: {'what stands for all rows': '100'}"]

@@ -694,6 +694,14 @@ def test_compiled_it_computes_the_same(adapted):
 # --- what it takes, and whether it is enough ----------------------------------------------------------------------
 
 
+def test_an_injection_that_is_refused_leaves_every_gradient(net):
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match="train must not hold what is adapted"):
+        lora.inject(net, ["mix"], rank=2, train=["mix"])
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
 def test_cost_is_what_injection_makes_trainable(net):
     layers = [net.mix, net.conv, net.tokens, net.blocks[0].query]
     for optimizer, moments in {"sgd": 0, "momentum": 1, "adamw": 2}.items():

@@ -22,16 +22,24 @@ def exercises(topic: str) -> dict[str, Exercise]:
     package = import_module(f"grader.checks.{topic}")
     modules = [import_module(f"{package.__name__}.{module.name}") for module in iter_modules(package.__path__)]
     there = [module.exercise for module in modules if hasattr(module, "exercise")]
-    return {exercise.number: exercise for exercise in sorted(there, key=lambda exercise: int(exercise.number.split(".")[1]))}
+    by_number: dict[str, Exercise] = {}
+    for exercise in sorted(there, key=lambda exercise: int(exercise.number.split(".")[1])):
+        if exercise.number in by_number:
+            modules = f"{by_number[exercise.number].module} and {exercise.module}"
+            raise ValueError(f"a number must be one exercise's, got {exercise.number} in {modules}. Change one of them.")
+        by_number[exercise.number] = exercise
+    return by_number
 
 
 def find(number: str) -> Exercise:
     """The exercise with that number.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is none, or it is no string; the message lists those there are.
     """
-    topic = TOPICS.get(str(number).partition(".")[0])
+    if not isinstance(number, str):
+        raise ValueError(f'number must be a string, got {number!r}. Write it in quotes: "{number}".')
+    topic = TOPICS.get(number.partition(".")[0])
     if topic is None or number not in exercises(topic):
         known = [exercise for name in TOPICS.values() for exercise in exercises(name)]
         raise ValueError(f"no exercise {number!r}. Choose from {', '.join(known)}.")

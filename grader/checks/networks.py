@@ -8,7 +8,7 @@ from torch import nn
 from grader.experiment import Trial
 
 
-def trained(norm: nn.Module, trial: Trial) -> nn.Module:
+def with_statistics(norm: nn.Module, trial: Trial) -> nn.Module:
     """Give a BatchNorm statistics, a count, a weight and a bias that are not those of a fresh layer, in place."""
     channels = norm.num_features
     norm.running_mean.copy_(trial.normal(channels))

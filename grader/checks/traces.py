@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from grader.near import same
 
 KINDS = "parameters", "buffers", "flags", "modes", "gradients"
 
@@ -27,7 +29,7 @@ def of(model: nn.Module) -> dict[str, dict]:
         "buffers": {name: buffer.detach().clone() for name, buffer in model.named_buffers(remove_duplicate=False)},
         "flags": {name: parameter.requires_grad for name, parameter in parameters.items()},
         "modes": {name: module.training for name, module in model.named_modules(remove_duplicate=False)},
-        "gradients": {name: p.grad.detach().clone() for name, p in parameters.items() if p.grad is not None},
+        "gradients": {name: None if p.grad is None else p.grad.detach().clone() for name, p in parameters.items()},
     }
 
 
@@ -41,8 +43,7 @@ def changed(before: nn.Module, after: dict[str, dict], kind: str, *, but: str = 
         but: names that begin so may change.
     """
     values, now = of(before)[kind], after[kind]
-    names = dict.fromkeys((*values, *(now if kind == "gradients" else ())))
-    return [name for name in names if not (but and name.startswith(but)) and not same(values.get(name), now.get(name))]
+    return [name for name in values if not (but and name.startswith(but)) and not same(values[name], now.get(name))]
 
 
 def changes(before: nn.Module, after: dict[str, dict], *kinds: str, but: str = "") -> dict[str, str]:
@@ -87,15 +88,7 @@ def put_back(model: nn.Module, snapshot: dict[str, dict]) -> None:
                     tensor.copy_(snapshot[kind][name])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(snapshot.get("flags", {}).get(name, parameter.requires_grad))
-        if "gradients" in snapshot:
-            parameter.grad = snapshot["gradients"].get(name)
-
-
-def same(value: object, expected: object) -> bool:
-    """Whether two values are equal, to the last bit and of the same dtype if they are tensors."""
-    if isinstance(value, Tensor) and isinstance(expected, Tensor):
-        return value.dtype == expected.dtype and torch.equal(value, expected)
-    return type(value) is type(expected) and value == expected
+        parameter.grad = snapshot.get("gradients", {}).get(name, parameter.grad)
 
 
 def some(things: Iterable) -> str:

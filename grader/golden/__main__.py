@@ -23,15 +23,14 @@ from grader.observe import differing_facts
 from grader.setting import CPU, Setting
 from helpers.files import write_text
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Topics = Annotated[list[str] | None, typer.Argument(help="Topics, such as lora; all if left out.")]
 
 
 @app.command()
 def tables(topics: Topics = None) -> None:
     """Write the truth tables, the facts of every reference and every misconception, and print what changed."""
-    changed = list(write_tables(_known(topics)))
-    print("\n".join(changed) or "no fact has changed")
+    print("\n".join(write_tables(_known(topics))) or "no fact has changed")
 
 
 @app.command()

@@ -31,14 +31,23 @@ def record(exercise: Exercise, seed: int = 0) -> dict[str, dict[str, dict | None
     return table
 
 
-def write_tables(topics: Iterable[str], folder: Path = FOLDER) -> Iterator[str]:
-    """Record the truth tables of topics, each into its file in the folder; yield what is another than it was, line by line."""
+def write_tables(topics: Iterable[str], folder: Path = FOLDER) -> list[str]:
+    """Record the truth tables of topics, each into its file in the folder; return a line for each row that has changed."""
+    changed = []
     for topic in topics:
         file = folder / f"{topic}.json"
-        before, tables = read(file) if file.exists() else {}, {number: record(e) for number, e in exercises(topic).items()}
+        before = read(file) if file.exists() else {}
+        tables = {number: record(exercise) for number, exercise in exercises(topic).items()}
         write_text(file, dump(tables))
-        for number, table in tables.items():
-            for key, rows in table.items():
-                kept = before.get(number, {}).get(key, {})
-                yield from (f"{number}, {key}: {name}: {facts}" for name, facts in rows.items() if kept.get(name, "") != facts)
+        changed += _changed_rows(before, tables)
     load.cache_clear()
+    return changed
+
+
+def _changed_rows(before: dict, tables: dict) -> Iterator[str]:
+    for number, table in tables.items():
+        for key, rows in table.items():
+            kept = before.get(number, {}).get(key, {})
+            for name, facts in rows.items():
+                if name not in kept or kept[name] != facts:
+                    yield f"{number}, {key}: {name}: {facts}"

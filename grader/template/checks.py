@@ -1,7 +1,6 @@
 """Exercise 0.0: what is to be written, in a line. (An example to replace: subtract the mean of all numbers.)"""
 
-from torch import Tensor
-
+from grader.checks import traces
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near, which
 from helpers.a_topic import a_name
@@ -29,14 +28,9 @@ class TheMeanOfAll(Experiment):
         }
         return {
             "what is subtracted": which(x - y, known, otherwise="something else"),
-            "rows whose mean is 0": _how_many(y.mean(1)),
-            "columns whose mean is 0": _how_many(y.mean(0)),
+            "rows whose mean is 0": traces.how_many(near(mean, 0) for mean in y.mean(1)),
+            "columns whose mean is 0": traces.how_many(near(mean, 0) for mean in y.mean(0)),
         }
-
-
-def _how_many(means: Tensor) -> str:
-    zeros = [near(mean, 0) for mean in means]
-    return "all" if all(zeros) else "some" if any(zeros) else "none"
 
 
 @exercise.misconception("each row by itself")

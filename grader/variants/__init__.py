@@ -3,8 +3,8 @@
 The module of an exercise is called as that of its checks is, and has four tables:
 
     CORRECT     at least three right solutions that differ from each other and from the reference
-    REWRITTEN   misconceptions written a second time, differently: {misconception's name: subject}
-    COMBINED    subjects with two mistakes at once: [({names}, subject)]
+    REWRITTEN   misconceptions written a second time, differently: {misconception's key: subject}
+    COMBINED    subjects with two mistakes at once: [({keys}, subject)]
     EQUIVALENT  mutants of the author's solution that are no mistakes (docs/proofs.md): {"old -> new": the reason}
 
 They are no part of what is installed from a wheel; the proofs and the records are made with them.

@@ -29,7 +29,7 @@ def freeze(model: nn.Module, parts: nn.Module | str | Iterable[nn.Module | str] 
     Raises:
         ValueError: a part is not in the model, or a name holds no parameter; nothing has changed then.
     """
-    changed = [(name, parameter) for name, parameter in _chosen(model, parts) if parameter.requires_grad]
+    changed = [(name, parameter) for name, parameter in chosen(model, parts) if parameter.requires_grad]
     for _, parameter in changed:
         parameter.requires_grad_(False).grad = None
     return [name for name, _ in changed]
@@ -43,7 +43,7 @@ def unfreeze(model: nn.Module, parts: nn.Module | str | Iterable[nn.Module | str
     Returns:
         The names of the parameters that were frozen before.
     """
-    changed = [(name, parameter) for name, parameter in _chosen(model, parts) if not parameter.requires_grad]
+    changed = [(name, parameter) for name, parameter in chosen(model, parts) if not parameter.requires_grad]
     for _, parameter in changed:
         parameter.requires_grad_(True)
     return [name for name, _ in changed]
@@ -59,8 +59,8 @@ def train_only(model: nn.Module, parts: nn.Module | str | Iterable[nn.Module | s
     Returns:
         The names of the parameters that are trainable now: worth an assertion.
     """
-    names = [name for name, _ in _chosen(model, parts)]
-    freeze(model)
+    names = [name for name, _ in chosen(model, parts)]
+    freeze(model, [name for name, _ in model.named_parameters() if name not in names])  # the gradients of `parts` stay
     unfreeze(model, names)
     return names
 
@@ -142,7 +142,7 @@ def report(model: nn.Module, stages: Sequence[str] | None = None) -> Report:
     return Report(counts, gradients, adamw, moving)
 
 
-def _chosen(model: nn.Module, parts) -> list[tuple[str, nn.Parameter]]:
+def chosen(model: nn.Module, parts) -> list[tuple[str, nn.Parameter]]:
     """The parameters in `parts`, by name, each once, in the model's order."""
     everything = list(expect.module("model", model).named_parameters())
     if parts is None:

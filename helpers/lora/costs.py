@@ -29,7 +29,8 @@ def cost(layers: Iterable[nn.Module], rank: int, optimizer: str = "adamw") -> di
     if optimizer not in moments:
         raise ValueError(f"optimizer must be one of {list(moments)}, got {expect.describe(optimizer)}.")
     bases = [layer.base if isinstance(layer, Layer) else layer for layer in layers]
-    matrices = {id(base.weight): kind.matrix(base.weight) for base in bases if (kind := kind_of(base))}
+    kinds = [kind_of(base) for base in bases]
+    matrices = {id(base.weight): kind.matrix(base.weight) for base, kind in zip(bases, kinds, strict=True)}
     total = {"full": 0, "adapter": 0, "gradient_bytes": 0, "optimizer_bytes": 0}
     for matrix in matrices.values():
         expect.whole_number("rank", rank, most=min(matrix.shape), advice=f"A weight is the matrix {tuple(matrix.shape)}.")

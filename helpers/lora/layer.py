@@ -144,24 +144,24 @@ class Layer(nn.Module):
 
     def add(self, name: str, rank: int, alpha: float, **options) -> None:
         """Add an adapter, in place, and make it the only active one; the arguments are those of the layer."""
-        self._check_new(name)
+        self.check_new(name)
         self.adapters[name] = self.start(self.matrix(self.base.weight.detach()), rank, alpha, **options)
         self.activate(name)
 
     def activate(self, *names: str) -> None:
         """Let exactly these adapters count and train, in place: the sum of several; without any, the base alone."""
-        self._check_active(names)
+        self.check_active(names)
         for name, adapter in self.adapters.items():
             (finetune.unfreeze if name in names else finetune.freeze)(adapter)
         self.active = tuple(dict.fromkeys(names))
 
-    def _check_new(self, name: str) -> None:
+    def check_new(self, name: str) -> None:
         must_be_merged(False, {"the layer": self})
         check_name(name)
         if name in self.adapters:
             raise ValueError(f"adapter must be a new name, got {name!r}, which the layer has. Take another.")
 
-    def _check_active(self, names: Iterable[str]) -> None:
+    def check_active(self, names: Iterable[str]) -> None:
         must_be_merged(False, {"the layer": self})
         for name in names:
             if name not in self.adapters:
@@ -259,11 +259,13 @@ def kind_of(base: nn.Module) -> type[Layer]:
 
 
 def check_name(adapter: str) -> None:
+    """Raise a ValueError for what cannot be an adapter's name."""
     if not isinstance(adapter, str) or not adapter.isidentifier() or hasattr(nn.ModuleDict, adapter):
         raise ValueError(f"adapter must be a name of letters, digits and _, got {expect.describe(adapter)}. Take another.")
 
 
 def must_be_merged(merged: bool, layers: dict[str, Layer]) -> None:
+    """Raise a ValueError, with their names, if layers are merged that must not be, or the other way round."""
     wrong = [name for name, layer in layers.items() if layer.merged is not merged]
     if wrong and merged:
         raise ValueError(f"{listed(wrong)} must be merged before this. Call merge first.")
@@ -272,6 +274,7 @@ def must_be_merged(merged: bool, layers: dict[str, Layer]) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
+    """The first three names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

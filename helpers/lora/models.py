@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from helpers import expect, finetune
+from helpers.finetune import parts
 from helpers.lora.layer import Layer, check_name, kind_of, listed, must_be_merged
 
 
@@ -98,7 +99,7 @@ def activate(model: nn.Module, *names: str) -> None:
     must_be_merged(False, adapted)
     chosen = {layer: [name for name in names if name in layer.adapters] for layer in adapted.values()}
     for layer, theirs in chosen.items():
-        layer._check_active(theirs)
+        layer.check_active(theirs)
     for layer, theirs in chosen.items():
         layer.activate(*theirs)
 
@@ -217,14 +218,14 @@ def _check_adapter(layer: nn.Module, adapter: str, rank: int, alpha: float, opti
     """Raise what adding the adapter would raise: one is made on the meta device, where tensors have shapes alone."""
     check_name(adapter)
     if isinstance(layer, Layer):
-        layer._check_new(adapter)
+        layer.check_new(adapter)
         layer = layer.base
     kind = kind_of(layer)
     kind.start(kind.matrix(layer.weight.detach().to("meta")), rank, alpha, **options)
 
 
 def _check_train(model: nn.Module, train: list[str], adapted: dict[str, nn.Module]) -> None:
-    finetune.unfreeze(model, finetune.freeze(model, train))  # leaves every flag as it is, and raises if a name is wrong
+    parts.chosen(model, train)  # raises if a name is wrong
     named = model.named_parameters(remove_duplicate=False)
     whole = {id(p) for name, p in named if any(f"{name}.".startswith(f"{part}.") for part in train)}
     for name, layer in adapted.items():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from grader.checks.networks import trained
+from grader.checks.networks import with_statistics
 from grader.checks.traces import some
 from grader.experiment import Exercise, Experiment, Trial, expect_number, expect_tensor
 from grader.near import near, which
@@ -24,7 +24,7 @@ _ROOTS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 def _layer(trial: Trial, kind: type, channels: int) -> nn.Module:
     """A layer that has been used: no buffer, no eps and no momentum is that of a fresh one."""
-    return trained(kind(channels, eps=trial.integer(3, 6) / 10, momentum=trial.integer(20, 35) / 100), trial)
+    return with_statistics(kind(channels, eps=trial.integer(3, 6) / 10, momentum=trial.integer(20, 35) / 100), trial)
 
 
 def _plain(layer: nn.Module) -> nn.Module:

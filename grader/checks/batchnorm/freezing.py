@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from grader.checks.batchnorm.layers import classes_put_back, norms
-from grader.checks.networks import trained
+from grader.checks.networks import with_statistics
 from grader.checks.traces import kept
 from grader.experiment import Exercise, Experiment, Trial, wrong_return
 from grader.near import near, which
@@ -26,7 +26,7 @@ class _Freezing(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(3, 5)
-        top, deeper = (trained(nn.BatchNorm2d(channels, eps=0.1), trial) for _ in range(2))  # an eps that matters
+        top, deeper = (with_statistics(nn.BatchNorm2d(channels, eps=0.1), trial) for _ in range(2))  # an eps that matters
         layer1 = nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, channels, 1), bn=deeper))
         layers = OrderedDict(conv=nn.Conv2d(1, channels, 2), bn=top, relu=nn.ReLU(), layer1=layer1)
         return {"model": nn.Sequential(layers), "x": 3 + 2 * trial.normal(trial.integer(4, 6), 1, 4, 4)}
@@ -127,7 +127,7 @@ class EveryBatchNorm(_Freezing):
         c = trial.integer(2, 4)
 
         def norm(kind: type[_BatchNorm] = nn.BatchNorm2d, **options: bool) -> nn.Module:
-            return trained(kind(c, **options), trial)
+            return with_statistics(kind(c, **options), trial)
 
         shared = norm()
         branches = {
@@ -174,10 +174,10 @@ class EveryBatchNorm(_Freezing):
 class AllElse(_Freezing):
     def draw(self, trial: Trial) -> dict:
         c = 2 * trial.integer(1, 2)
-        layers = OrderedDict(conv=nn.Conv2d(1, c, 2), bn=trained(nn.BatchNorm2d(c), trial), norm=nn.GroupNorm(2, c))
+        layers = OrderedDict(conv=nn.Conv2d(1, c, 2), bn=with_statistics(nn.BatchNorm2d(c), trial), norm=nn.GroupNorm(2, c))
         layers["conv"].bias.requires_grad_(False)
-        dropout = nn.Sequential(OrderedDict(bn=trained(nn.BatchNorm2d(1), trial), dropout=nn.Dropout(0.5)))
-        stranger = trained(nn.BatchNorm2d(1), trial)
+        dropout = nn.Sequential(OrderedDict(bn=with_statistics(nn.BatchNorm2d(1), trial), dropout=nn.Dropout(0.5)))
+        stranger = with_statistics(nn.BatchNorm2d(1), trial)
         return super().draw(trial) | {"model": nn.Sequential(layers), "dropout": dropout, "stranger": stranger}
 
     def look(self, freeze, model, dropout, stranger, x):
@@ -212,8 +212,8 @@ class TrainsAgain(_Freezing):
     def draw(self, trial: Trial) -> dict:
         c = trial.integer(2, 4)
         branches = {
-            "bn_train": trained(nn.BatchNorm2d(c, momentum=0.4), trial),
-            "bn_eval": trained(nn.BatchNorm2d(c, momentum=0.7), trial).eval(),
+            "bn_train": with_statistics(nn.BatchNorm2d(c, momentum=0.4), trial),
+            "bn_eval": with_statistics(nn.BatchNorm2d(c, momentum=0.7), trial).eval(),
         }
         return {"model": _Branches(branches), "x": {name: 3 + 2 * trial.normal(6, c, 3, 2) for name in branches}}
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.checks import traces
-from grader.checks.counting import SharedList
-from grader.checks.networks import trained
+from grader.checks.networks import with_statistics
+from grader.checks.shared_list import SharedList
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
 from helpers import expect
 from helpers.batchnorm import what_is_frozen
@@ -102,7 +102,7 @@ class _Kinds(Experiment):
         channels = trial.integer(2, 4)
 
         def new(kind: type = nn.BatchNorm2d, **options: Any) -> nn.Module:
-            return trained(kind(channels, **options), trial)
+            return with_statistics(kind(channels, **options), trial)
 
         return {"layers": self.layers(new), "x": 4 + 3 * trial.normal(2 * trial.integer(3, 4), channels, 3, 2)}
 
@@ -180,7 +180,7 @@ class LeftAsFound(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(3, 5)
-        in_eval_mode, with_gradients = (trained(_Counting(channels), trial) for _ in range(2))
+        in_eval_mode, with_gradients = (with_statistics(_Counting(channels), trial) for _ in range(2))
         layers = nn.ModuleList([in_eval_mode.eval(), _with_old_gradients(with_gradients)])
         with_gradients.bias.requires_grad_(False)
         return {"layers": layers, "x": 4 + 3 * trial.normal(trial.integer(6, 8), channels)}

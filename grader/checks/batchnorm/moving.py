@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grader.checks import traces
-from grader.checks.networks import trained
+from grader.checks.networks import with_statistics
 from grader.experiment import Exercise, Experiment, Trial, expect_names
 from helpers.batchnorm import moved
 
@@ -49,7 +49,7 @@ class FrozenNetwork(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         n, width = trial.integer(3, 6), trial.integer(3, 5)
-        norm = trained(nn.BatchNorm1d(width), trial)
+        norm = with_statistics(nn.BatchNorm1d(width), trial)
         layers = OrderedDict(body=nn.Linear(4, width), norm=norm, head=nn.Linear(width, 2))
         return {"model": nn.Sequential(layers).requires_grad_(False), "x": 2 + trial.normal(n, 4)}
 
@@ -87,7 +87,7 @@ class FlagsAndMovement(_Acting):
 class ParametersFirst(_Acting):
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 6)
-        stem, after = (trained(nn.BatchNorm1d(channels), trial) for channels in (4, width))
+        stem, after = (with_statistics(nn.BatchNorm1d(channels), trial) for channels in (4, width))
         layers = OrderedDict(stem=stem, body=nn.Linear(4, width), after=after)
         return {"model": nn.Sequential(layers), "x": 2 + trial.normal(5, 4)}
 

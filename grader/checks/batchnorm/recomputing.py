@@ -13,7 +13,7 @@ from grader.checks import traces
 from grader.checks.batchnorm.cuts import BEFORE, DIFFERENT, far_known_as, known_as, known_statistics, rows_of, uneven
 from grader.checks.batchnorm.layers import norms
 from grader.checks.batchnorm.pooling import difference_of_squares
-from grader.checks.networks import trained
+from grader.checks.networks import with_statistics
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near
 from helpers.batchnorm import pooled_statistics, recompute_statistics
@@ -30,8 +30,8 @@ def _statistics(norm: nn.Module) -> dict[str, Tensor]:
 
 
 def _used(norm: _BatchNorm, trial: Trial) -> _BatchNorm:
-    """Like `trained`, with statistics far from those of every batch that is drawn here: that recomputing moves them, shows."""
-    trained(norm, trial)
+    """Give it statistics far from those of every batch that is drawn here, so that recomputing them shows."""
+    with_statistics(norm, trial)
     norm.running_mean.copy_(1 + trial.normal(norm.num_features).abs())
     norm.running_var.copy_(0.2 + 0.3 * torch.rand(norm.num_features, generator=trial.generator))
     return norm

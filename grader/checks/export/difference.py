@@ -18,7 +18,7 @@ from helpers.parity import largest_error
 exercise = Exercise(__name__, "8.1", largest_error)
 
 WIDTH = 4  # outputs of a row, where the model gives ones
-RIGHT = "the largest absolute difference over the largest absolute output"
+RELATIVE_ERROR = "the largest absolute difference over the largest absolute output"
 
 
 @exercise.experiment("the worst element")
@@ -52,7 +52,7 @@ class TheWorstElement(Experiment):
     def facts(self, raw, inputs):
         figure = _figure(raw, _figures(inputs["outputs"], inputs["outputs"] + inputs["differences"]))
         where = "the worst element's" if raw["index"] == inputs["worst"] else "None" if raw["index"] is None else "another"
-        return {"the error": figure, "`index`": where if figure == RIGHT else None}
+        return {"the error": figure, "`index`": where if figure == RELATIVE_ERROR else None}
 
 
 class _ThreeSizes(Experiment):
@@ -226,7 +226,7 @@ def _figures(wanted: Tensor, got: Tensor) -> dict[str, list[float]]:
     averages += [average / largest for average in averages]
     averages += [size.sum() / wanted.abs().sum(), size.norm() / wanted.norm()]
     words = {
-        RIGHT: [size.max() / largest],
+        RELATIVE_ERROR: [size.max() / largest],
         "the largest absolute difference, not divided": [size.max()],
         "the largest absolute difference over the largest output, signs included": [size.max() / wanted.max()],
         "the largest absolute difference over the mean absolute output": [size.max() / wanted.abs().mean()],

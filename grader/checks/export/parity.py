@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grader.checks import traces
-from grader.checks.networks import trained
+from grader.checks.networks import with_statistics
 from grader.experiment import Experiment, Trial, expect_tensor
 from grader.near import near
 
@@ -39,7 +39,7 @@ class Branch(nn.Module):
 
 def body(trial: Trial, width: int) -> nn.Sequential:
     """Layers that depend on the mode; they are in train mode."""
-    return nn.Sequential(trained(nn.BatchNorm1d(width), trial), nn.Dropout(0.5))
+    return nn.Sequential(with_statistics(nn.BatchNorm1d(width), trial), nn.Dropout(0.5))
 
 
 class Exporting(Experiment):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.checks import traces
-from grader.checks.counting import SharedList
+from grader.checks.shared_list import SharedList
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near
 from helpers.features import eval_mode

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from grader.checks import traces
-from grader.checks.counting import SharedList
-from grader.checks.networks import trained
+from grader.checks.networks import with_statistics
+from grader.checks.shared_list import SharedList
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near
 from helpers.features import extract
@@ -19,8 +19,8 @@ def _backbone(trial: Trial, width: int) -> nn.Sequential:
     Its features are around 1, so that what bfloat16 rounds is small beside them.
     """
     return nn.Sequential(
-        *(nn.Conv2d(1, 6, 3, padding=1), trained(nn.BatchNorm2d(6, affine=False), trial), nn.ReLU(), nn.Dropout(0.3)),
-        *(nn.Conv2d(6, width, 3, stride=2), trained(nn.BatchNorm2d(width, affine=False), trial), nn.ReLU()),
+        *(nn.Conv2d(1, 6, 3, padding=1), with_statistics(nn.BatchNorm2d(6, affine=False), trial), nn.ReLU(), nn.Dropout(0.3)),
+        *(nn.Conv2d(6, width, 3, stride=2), with_statistics(nn.BatchNorm2d(width, affine=False), trial), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
     )
 

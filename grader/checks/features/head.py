@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.checks.networks import trained
+from grader.checks.networks import with_statistics
 from grader.checks.traces import how_many
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor, wrong_return
 from grader.near import near, which
@@ -23,7 +23,7 @@ class _Convolutional(nn.Module):
     def __init__(self, trial: Trial) -> None:
         super().__init__()
         half = trial.normal(trial.integer(3, 4), 6)
-        self.stem = nn.Sequential(nn.Conv2d(1, 6, 3), trained(nn.BatchNorm2d(6), trial))
+        self.stem = nn.Sequential(nn.Conv2d(1, 6, 3), with_statistics(nn.BatchNorm2d(6), trial))
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.hidden = nn.Linear(6, 2 * len(half), bias=False)
         self.hidden.weight.data.copy_(torch.cat([half, -half]))  # so that the ReLU after it always has something to do

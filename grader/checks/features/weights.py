@@ -48,7 +48,7 @@ def _trained_network(trial: Trial) -> nn.Sequential:
     """A network with BatchNorm and dropout, in train mode; LeakyReLU, since it lets something of every image through."""
     head = nn.Linear(6, _ALL)
     head.weight.data.copy_(trial.normal(_ALL, 6) / 3)
-    norms = [networks.trained(nn.BatchNorm2d(6), trial) for _ in range(2)]
+    norms = [networks.with_statistics(nn.BatchNorm2d(6), trial) for _ in range(2)]
     return nn.Sequential(
         *(nn.Conv2d(3, 6, 3), norms[0], nn.LeakyReLU(0.5), nn.Conv2d(6, 6, 1), norms[1], nn.LeakyReLU(0.5)),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), head),

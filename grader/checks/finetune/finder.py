@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from grader.checks import traces
-from grader.checks.networks import trained
+from grader.checks.networks import with_statistics
 from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, expect_number, wrong_return
 from grader.near import near, which
 from helpers.finetune import find_lr
@@ -120,13 +120,13 @@ class LearningRates(_Rising):
             "growing by one factor, short of highest": _geometric(self.lowest, self.highest, n + 1)[:-1],
         }
         schedule = next((name for name, lrs in schedules.items() if _alike(raw["lrs"], lrs)), "different")
-        ways: ClassVar = {
+        ways = {
             "in their ratio, the largest as noted": {},
             "all as noted": {"rates": _all_the_same},
             "in their ratio, the first as noted": {"rates": lambda lr, own: [lr * rate / own[0] for rate in own]},
             "their own, all the time": {"rates": _unchanged},
         }
-        right = schedule == next(iter(schedules))
+        right = schedule == "growing by one factor, from lowest to highest"
         return {
             "learning rates": schedule,
             "learning rates of the groups": self.find_way(raw, inputs, ways) if right else None,
@@ -302,7 +302,7 @@ class OptimizerAsItWas(_LeavesNoTrace):
 
 
 def _network(trial: Trial, width: int) -> nn.Sequential:
-    norms = trained(nn.BatchNorm1d(8), trial), trained(nn.BatchNorm1d(8), trial)
+    norms = with_statistics(nn.BatchNorm1d(8), trial), with_statistics(nn.BatchNorm1d(8), trial)
     return nn.Sequential(nn.Linear(width, 8), norms[0], nn.Tanh(), nn.Linear(8, 8), norms[1], nn.Tanh(), nn.Linear(8, 3))
 
 

@@ -6,7 +6,7 @@ from operator import attrgetter
 from torch import nn
 
 from grader.checks import traces
-from grader.checks.networks import linear, named, tied, trained
+from grader.checks.networks import linear, named, tied, with_statistics
 from grader.checks.refusals import raised
 from grader.experiment import Exercise, Experiment, Trial, expect_names
 from helpers.backbones import BasicBlock
@@ -28,7 +28,7 @@ def _residual_network(trial: Trial) -> nn.Sequential:
         fc=nn.Linear(2 * width, 3),
     )
     for name in _norms(model):
-        trained(model.get_submodule(name), trial)
+        with_statistics(model.get_submodule(name), trial)
     return model
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.checks import traces
-from grader.checks.networks import trained
+from grader.checks.networks import with_statistics
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
 from grader.near import near
 from helpers.features import drop_head, eval_mode, extract, linear_probe
@@ -42,8 +42,8 @@ class _Normalised(_Plain):
 
     def __init__(self, trial: Trial, width: int) -> None:
         super().__init__(trial, width)
-        self.bn1 = trained(nn.BatchNorm1d(width), trial)
-        self.bn2 = trained(nn.BatchNorm1d(width), trial)
+        self.bn1 = with_statistics(nn.BatchNorm1d(width), trial)
+        self.bn2 = with_statistics(nn.BatchNorm1d(width), trial)
 
     def features(self, x: Tensor) -> Tensor:
         return torch.tanh(self.bn2(self.bn1(x + self.hidden(x))))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from grader.checks import traces
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
-from grader.near import near
+from grader.near import near, same
 from helpers import expect
 from helpers.finetune import EarlyStopping
 
@@ -178,7 +178,7 @@ class GoesOnTraining(_Restoring):
         states = inputs["states"]
         scored = {"the best score": states[1], "the last score": states[2], "the first score": states[0]}
         before, after = raw["restored"]["parameters"], raw["trained"]["parameters"]
-        moved = all(not traces.same(before[name], after[name]) for name in before)
+        moved = all(not same(before[name], after[name]) for name in before)
         known = [scored | {"the moment restore was called": state} for state in (states[3], raw["trained"])]
         return {
             "parameters after restore": _whose("parameters", raw["restored"], known[0]),

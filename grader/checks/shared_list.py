@@ -1,4 +1,4 @@
-"""What modules remember of their calls, also where a subject works on a copy of the module."""
+"""A list that modules remember their calls in, also where a subject works on a copy of the module."""
 
 import weakref
 
