@@ -182,7 +182,7 @@ def _order(calls: str, rounds: int) -> str:
     return "all of one, then all of the next" if changes <= 3 else "in another order"
 
 
-def in_pieces(functions, rounds, clock, warm_up=1, timed_from=1, turns=True, summary=statistics.median):
+def solution(functions, rounds, clock, warm_up=1, timed_from=1, turns=True, summary=statistics.median):
     """A right solution, in pieces that a misconception replaces."""
     seconds = {name: [] for name in functions}
     names = list(functions) * (warm_up + rounds) if turns else [n for n in functions for _ in range(warm_up + rounds)]
@@ -194,7 +194,7 @@ def in_pieces(functions, rounds, clock, warm_up=1, timed_from=1, turns=True, sum
 
 
 exercise.misconceptions_of(
-    in_pieces,
+    solution,
     {
         "no warm-up": {"warm_up": 0, "timed_from": 0},
         "warm-up timed too": {"timed_from": 0},
@@ -220,4 +220,4 @@ def the_clock_started_once_a_round(functions, rounds, clock):
 
 @exercise.misconception("another clock")
 def another_clock(functions, rounds, clock):
-    return in_pieces(functions, rounds, time.perf_counter)
+    return solution(functions, rounds, time.perf_counter)

@@ -199,7 +199,7 @@ def _features(backbone, images: Tensor, rows: int | str | None = None) -> Tensor
     return expect_tensor(features, (rows or len(images), "in_features"), "the features").detach()
 
 
-def in_pieces(model, name, copied=copy.deepcopy, place=lambda model, name: name.rpartition(".")[::2]):
+def solution(model, name, copied=copy.deepcopy, place=lambda model, name: name.rpartition(".")[::2]):
     """A right solution, nn.Identity in the head's place in a copy of the model, in pieces that a misconception replaces."""
     parent, attribute = place(model, name)
     backbone = copied(model)
@@ -213,7 +213,7 @@ def _last_linear(model, name):
 
 
 exercise.misconceptions_of(
-    in_pieces,
+    solution,
     {
         "head removed in place": {"copied": lambda model: model},
         "whole classifier removed": {"place": lambda model, name: ("", name.split(".")[0])},

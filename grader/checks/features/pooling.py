@@ -121,13 +121,13 @@ def _largest(hidden, mask):
     return largest.masked_fill(~mask.any(1, keepdim=True), 0)
 
 
-def in_pieces(hidden, attention_mask, total=_sum, divisor=lambda mask: mask.sum(1, keepdim=True).clamp_min(1)):
+def solution(hidden, attention_mask, total=_sum, divisor=lambda mask: mask.sum(1, keepdim=True).clamp_min(1)):
     """A right solution, in pieces that a misconception replaces."""
     return total(hidden, attention_mask) / divisor(attention_mask)
 
 
 exercise.misconceptions_of(
-    in_pieces,
+    solution,
     {
         "mask ignored": {"total": lambda hidden, mask: hidden.sum(1), "divisor": lambda mask: mask.shape[1]},
         "divided by the padded length": {"divisor": lambda mask: mask.shape[1]},

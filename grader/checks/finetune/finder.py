@@ -333,7 +333,7 @@ def _alike(numbers: list[float], known: list[float] | tuple[float, ...]) -> bool
     return len(numbers) == len(known) and near([number / right for number, right in zip(numbers, known, strict=True)], 1)
 
 
-def _find(
+def solution(
     *arguments,
     schedule=_geometric,  # (lowest, highest, number of batches) -> learning rates
     copied=copy.deepcopy,  # (model, optimizer) -> the two to search with
@@ -363,7 +363,7 @@ def _find(
 
 
 exercise.misconceptions_of(
-    _find,
+    solution,
     {
         "learning rates in equal steps": {"schedule": _equal_steps},
         "from highest to lowest": {"schedule": _geometric_down},
@@ -391,6 +391,6 @@ exercise.misconceptions_of(
 def moments_kept_without_a_copy(model, optimizer, *rest):
     saved = optimizer.state_dict()
     with traces.kept(model, *traces.KINDS):
-        result = _find(model, optimizer, *rest, copied=lambda pair: pair)
+        result = solution(model, optimizer, *rest, copied=lambda pair: pair)
     optimizer.load_state_dict(saved)
     return result

@@ -199,7 +199,7 @@ def _check(model: nn.Module, names: list[str]) -> None:
         raise ValueError(f"not in the model: {unknown}")
 
 
-def _train_only(model, names, *, check=_check, inside=_in, every_name=True, flag=lambda before, asked: asked):
+def solution(model, names, *, check=_check, inside=_in, every_name=True, flag=lambda before, asked: asked):
     """A right solution, in pieces that a misconception replaces."""
     check(model, names)
     every = model.named_parameters(remove_duplicate=not every_name)
@@ -210,7 +210,7 @@ def _train_only(model, names, *, check=_check, inside=_in, every_name=True, flag
 
 
 exercise.misconceptions_of(
-    _train_only,
+    solution,
     {
         "beginning of a name": {"inside": lambda name, *names: name.startswith(names)},
         "part of a name": {"inside": lambda name, *names: any(part in name for part in names)},
@@ -235,7 +235,7 @@ def attribute_of_a_module(model, names):
 
 @exercise.misconception("normalisation left trainable")
 def normalisation_left_trainable(model, names):
-    chosen = _train_only(model, names)
+    chosen = solution(model, names)
     for name in _norms(model):
         model.get_submodule(name).requires_grad_(True)
     return chosen
@@ -244,15 +244,15 @@ def normalisation_left_trainable(model, names):
 @exercise.misconception("last children")
 def last_children(model, names):
     _check(model, names)
-    return _train_only(model, [name for name, _ in model.named_children()][-len(names) :])
+    return solution(model, [name for name, _ in model.named_children()][-len(names) :])
 
 
 @exercise.misconception("eval mode too")
 def eval_mode_too(model, names):
-    return _train_only(model.eval(), names)
+    return solution(model.eval(), names)
 
 
 @exercise.misconception("changed before the error")
 def changed_before_the_error(model, names):
     model.requires_grad_(False)
-    return _train_only(model, names)
+    return solution(model, names)

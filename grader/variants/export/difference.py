@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from grader.checks.export.difference import in_pieces
+from grader.checks.export.difference import solution
 
 
 def running_worst(model, exported, inputs, batch_sizes):
@@ -140,8 +140,8 @@ REWRITTEN = {
     "differences with their sign": partial(_by, lambda wanted, got: (got - wanted) / wanted.norm(p=math.inf)),
 }
 COMBINED = [
-    ({"an average", "the refusal passed on"}, partial(in_pieces, figure=torch.mean, caught=())),
-    ({"left in eval mode", "shapes that broadcast"}, partial(in_pieces, keeping=nullcontext, broadcast=True)),
+    ({"an average", "the refusal passed on"}, partial(solution, figure=torch.mean, caught=())),
+    ({"left in eval mode", "shapes that broadcast"}, partial(solution, keeping=nullcontext, broadcast=True)),
 ]
 
 EQUIVALENT = {

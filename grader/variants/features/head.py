@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 from torch import nn
 
-from grader.checks.features.head import in_pieces
+from grader.checks.features.head import solution
 
 
 def by_torchvision(model, name):
@@ -72,8 +72,8 @@ def wrapped_after_fc(model, name):
 CORRECT = [by_torchvision, put_back_afterwards, UpToTheHead, head_that_passes_on]
 REWRITTEN = {"whole classifier removed": classifier_that_passes_on, "always fc": wrapped_after_fc}
 COMBINED = [
-    ({"head removed in place", "model put into eval mode"}, partial(in_pieces, copied=nn.Module.eval)),
-    ({"head removed in place", "always fc"}, partial(in_pieces, copied=lambda model: model, place=lambda *_: ("", "fc"))),
+    ({"head removed in place", "model put into eval mode"}, partial(solution, copied=nn.Module.eval)),
+    ({"head removed in place", "always fc"}, partial(solution, copied=lambda model: model, place=lambda *_: ("", "fc"))),
 ]
 
 EQUIVALENT = {
