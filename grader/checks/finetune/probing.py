@@ -295,7 +295,7 @@ def _put(model: nn.Module, head: str, probe: nn.Linear) -> None:
     layer.weight.data, layer.bias.data = probe.weight.data, probe.bias.data
 
 
-def _probe_head(model, head, inputs, labels, penalty, *, features=_features, probe=linear_probe, put=_put):
+def solution(model, head, inputs, labels, penalty, *, features=_features, probe=linear_probe, put=_put):
     """A right solution, in pieces that a misconception replaces."""
     classes = model.get_submodule(head).out_features
     put(model, head, probe(features(model, head, inputs), labels, classes, penalty))
@@ -318,19 +318,8 @@ def _new_parameters(model, head, probe):
     layer.weight, layer.bias = probe.weight, probe.bias
 
 
-def _trained_for_five_steps(features, labels, classes, penalty):
-    probe = nn.Linear(features.shape[1], classes)
-    optimizer = torch.optim.SGD(probe.parameters(), lr=0.1)
-    for _ in range(5):
-        loss = F.cross_entropy(probe(features), labels) + penalty / 2 * probe.weight.square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return probe
-
-
 exercise.misconceptions_of(
-    _probe_head,
+    solution,
     {
         "features in train mode": {"features": lambda model, head, inputs: drop_head(model, head)(inputs)},
         "the model itself run in train mode": {"features": _caught_in_train_mode},
@@ -342,10 +331,20 @@ exercise.misconceptions_of(
         "nothing copied": {"put": lambda model, head, probe: None},
         "classes counted from the labels": {"probe": lambda x, y, classes, penalty: linear_probe(x, y, None, penalty)},
         "left in eval mode": {"features": lambda model, head, inputs: _features(model.eval(), head, inputs)},
-        "not at the optimum": {"probe": _trained_for_five_steps},
         "penalty ignored": {"probe": lambda x, y, classes, penalty: linear_probe(x, y, classes)},
     },
 )
+
+
+@exercise.misconception("not at the optimum")
+def not_at_the_optimum(model, head, inputs, labels, penalty):
+    features, layer = _features(model, head, inputs), model.get_submodule(head)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(5):  # from the old head, which is far from any probe
+        loss = F.cross_entropy(layer(features), labels) + penalty / 2 * layer.weight.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 @exercise.misconception("backbone left frozen")
