@@ -124,7 +124,7 @@ def describe(verdict: Verdict) -> str:
     if verdict.named and verdict.unexplained:
         lines.append("     besides   something else differs too")
     lines += [_fill("     note      ", line) for line in verdict.messages]
-    if verdict.outcome in ("not yet", "error"):
+    if verdict.outcome in ("not yet", "error") and not any(problem and problem.kind == "not judged" for problem in problems):
         lines.append(f'     more      hint("{exercise.number}")')
     return "\n".join(lines)
 

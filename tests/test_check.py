@@ -364,6 +364,13 @@ def test_progress_has_the_names_that_learners_read_not_the_keys(capsys, monkeypa
     assert "not yet (le graphe)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("thing", [extract, None])
+def test_what_cannot_be_judged_has_a_reason_and_no_hint(capsys, thing):
+    """A hint would be about the exercise; what helps is in the reason."""
+    text = said(capsys, thing)
+    assert text.startswith("2.2 extract error got `extract` ") and "hint(" not in text
+
+
 def test_a_number_that_is_no_string_is_refused():
     with pytest.raises(ValueError, match=r'^number must be a string, got 2.1. Write it in quotes: "2.1".$'):
         check(2.1, extract)

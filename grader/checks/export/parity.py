@@ -1,6 +1,7 @@
 """What the checks of exports share: models to export, what their exports compute, and mistakes about modes."""
 
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from grader.checks import traces
 from grader.checks.networks import with_statistics
-from grader.experiment import Experiment, Trial, expect_tensor
+from grader.experiment import Experiment, Trial, expect_tensor, wrong_return
 from grader.near import near
 
 MODEL = "the model's in eval mode"
@@ -127,6 +128,16 @@ class ModesAsBefore(EachModel):
     def _switched(self, name: str, model: nn.Module, raw: dict, observable: bool) -> dict[str, str | None]:
         facts = traces.changes(model, raw["traces"], "modes")
         return {f"{name}: {fact}": value if observable else None for fact, value in facts.items()}
+
+
+def from_its_file(exported: object, kind: type, wanted: str, save: Callable, load: Callable) -> Any:
+    """The export as its file gives it back, or a sentence about what came if it is not of that kind."""
+    if not isinstance(exported, kind):
+        raise wrong_return(wanted, exported)
+    file = io.BytesIO()
+    save(exported, file)
+    file.seek(0)
+    return load(file)
 
 
 def outputs(exported: Callable[[Tensor], Any], inputs: list[Tensor]) -> Outputs:

@@ -1,6 +1,5 @@
 """Exercise 8.3: a model as a graph that torch.export has taken, for any batch size."""
 
-import io
 from functools import partial
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from grader.checks.export import parity
-from grader.experiment import Exercise, Trial, wrong_return
+from grader.experiment import Exercise, Trial
 from helpers.export import to_program
 
 exercise = Exercise(__name__, "8.3", to_program)
@@ -21,14 +20,10 @@ class _ToProgram(parity.Exporting):
     """What the experiments of this exercise share."""
 
     def export(self, subject, model: nn.Module, example: Tensor) -> nn.Module:
-        file = io.BytesIO()
+        kind, wanted = torch.export.ExportedProgram, "to_program must return a torch.export.ExportedProgram"
         with parity.quiet():
             program = subject(model, example)
-            if not isinstance(program, torch.export.ExportedProgram):
-                raise wrong_return("to_program must return a torch.export.ExportedProgram", program)
-            torch.export.save(program, file)
-            file.seek(0)
-            return torch.export.load(file).module()
+            return parity.from_its_file(program, kind, wanted, torch.export.save, torch.export.load).module()
 
 
 @exercise.experiment("any batch size")

@@ -1,6 +1,5 @@
 """Exercise 8.2: a model as TorchScript, compiled where that is possible, recorded where it is not."""
 
-import io
 import traceback
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.checks.export import parity
-from grader.experiment import Exercise, Trial, wrong_return
+from grader.experiment import Exercise, Trial
 from helpers.export import to_torchscript
 
 exercise = Exercise(__name__, "8.2", to_torchscript)
@@ -53,14 +52,9 @@ class _ToTorchScript(parity.Exporting):
     """What the experiments of this exercise share."""
 
     def export(self, subject, model: nn.Module, example: Tensor) -> torch.jit.ScriptModule:
-        file = io.BytesIO()
+        kind, wanted = torch.jit.ScriptModule, "to_torchscript must return a torch.jit.ScriptModule"
         with parity.quiet():
-            exported = subject(model, example)
-            if not isinstance(exported, torch.jit.ScriptModule):
-                raise wrong_return("to_torchscript must return a torch.jit.ScriptModule", exported)
-            torch.jit.save(exported, file)
-            file.seek(0)
-            return torch.jit.load(file)
+            return parity.from_its_file(subject(model, example), kind, wanted, torch.jit.save, torch.jit.load)
 
     def expected(self, error: Exception) -> bool:
         """Whether torch.jit.script raised it, and not a trace."""

@@ -193,7 +193,7 @@ class TakesWhatBaseTakes(Experiment):
         if raw["dtypes"]:
             dtype = "float64" if set(raw["dtypes"]) == {"torch.float64"} else "another dtype"
             # A layer that cannot be made of a base without numbers may be right on a real device.
-            device = "base's device" if failed(raw["devices"]) or set(raw["devices"]) == {"meta"} else "another"
+            device = "base's device" if failed(raw["devices"]) or set(raw["devices"]) == {"meta"} else "another device"
         return {
             "inputs of 1, 2, 3 and 4 dimensions": "each vector as in a matrix" if alike else "not each as in a matrix",
             "after .to(torch.float64) it returns": _dtype(raw["moved"]),
