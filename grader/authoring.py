@@ -25,7 +25,7 @@ from grader.checks import TOPICS, exercises
 from grader.golden.truth import write_tables
 from helpers.files import write_text
 
-CHECK = re.compile(r'^check\("(\d+\.\d+)", ', re.MULTILINE)
+CHECK = re.compile(r'^check\("(\d+\.\d+[a-z]?)", ', re.MULTILINE)
 MISTAKES = "## Common mistakes"
 
 

@@ -11,7 +11,7 @@ from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from grader import on_gpu
-from grader.checks import find
+from grader.checks import find, place
 from grader.experiment import Exercise, Fact, Subject, equal
 from grader.golden import table_of
 from grader.observe import observe
@@ -90,7 +90,7 @@ def progress() -> None:
     """Print where you are: every exercise checked since the kernel started. An exercise once passed stays passed."""
     if not _session:
         print("nothing checked yet in this kernel")
-    for number, (verdict, _) in sorted(_session.items(), key=lambda entry: [int(part) for part in entry[0].split(".")]):
+    for number, (verdict, _) in sorted(_session.items(), key=lambda entry: place(entry[0])):
         exercise = verdict.exercise
         names = [wrong.name for wrong in exercise.misconceptions if wrong.key in verdict.named]
         named = f" ({', '.join(names)})" if names else ""

@@ -1,15 +1,16 @@
 """What an exercise is made of: experiments and misconceptions, which its module registers where it defines them.
 
-    exercise = Exercise(__name__, "4.1", train_only)
+    exercise = Exercise(__name__, "4.1", train_only, core=3)
 
-    @exercise.experiment("frozen stay")
+    @exercise.experiment("frozen stay", 1)
     class FrozenStay(Experiment): ...
 
     @exercise.misconception("head alone")
     def head_alone(model): ...
 
 The keys in quotes are what truth tables, records and statistics know them by. What a learner reads of each, hints
-included, stands under the same keys in `grader/words/<topic>.toml`.
+included, stands under the same keys in `grader/words/<topic>.toml`. The numbers are those of the sentences of the
+statement that an experiment speaks of: the first `core` of them are the core, the others its fine print.
 
 An experiment asks one question of any subject, be it the learner's code, the reference or a misconception:
 
@@ -71,6 +72,8 @@ class Experiment:
 
     key: str  # what tables and records know it by; set by `Exercise.experiment`
     claim: str  # the sentence that a learner reads, from `grader/words`
+    sentences: tuple[int, ...] = ()  # which sentences of the statement it speaks of, counted from 1
+    in_core: bool = True  # whether these are core or fine print
 
     points: ClassVar[int] = 1
     seconds: ClassVar[float] = 10.0  # after that the subject is stopped
@@ -120,6 +123,7 @@ class Exercise:
     number: str  # "2.1"
     reference: Subject
     name: str = ""  # what the learner defines; left out, it is called as the reference is
+    core: int = 0  # how many sentences of the statement are its core; those after them are fine print
     autocast: bool = False  # whether the statement says that it works inside `torch.autocast` too
     experiments: list[Experiment] = field(default_factory=list)
     misconceptions: list[Misconception] = field(default_factory=list)
@@ -135,12 +139,27 @@ class Exercise:
     def words(self) -> words.Words:
         return words.of(self.topic, self.number)
 
-    def experiment(self, key: str) -> Callable[[type[Experiment]], type[Experiment]]:
-        """Register the class below as an experiment; the order of experiments is that in which they are defined."""
+    def experiment(self, key: str, *sentences: int) -> Callable[[type[Experiment]], type[Experiment]]:
+        """Register the class below as an experiment; the order of experiments is that in which they are defined.
+
+        Args:
+            key: what tables, records and statistics know it by.
+            sentences: the numbers of the sentences of the statement that it speaks of, of the core or of the fine print.
+
+        Raises:
+            ValueError: some of the sentences are core and some are fine print.
+        """
+        in_core = {number <= self.core for number in sentences or [0]}
+        if len(in_core) > 1:
+            raise ValueError(
+                f"{self.number}: “{key}” must speak of the core (1 to {self.core}) or of the fine print, got {sentences}. "
+                "Make two experiments of it."
+            )
 
         def register(kind: type[Experiment]) -> type[Experiment]:
             experiment = kind()
             experiment.key, experiment.claim = key, self.words.claim(key)
+            experiment.sentences, experiment.in_core = sentences, in_core == {True}
             self.experiments.append(experiment)
             return kind
 

@@ -85,7 +85,7 @@ def _with_cells(chapter: str, template: str) -> str:
 
 def _topic_for(root: Path, number: str, name: str) -> str:
     chapter = number.partition(".")[0]
-    if not re.fullmatch(r"\d+\.[1-9]\d*", number) or int(chapter) >= len(CHAPTERS) or chapter != str(int(chapter)):
+    if not re.fullmatch(r"\d+\.[1-9]\d*[a-z]?", number) or int(chapter) >= len(CHAPTERS) or chapter != str(int(chapter)):
         raise ValueError(f"number must be chapter.exercise, with a chapter from 0 to {len(CHAPTERS) - 1}, got {number!r}.")
     topic = CHAPTERS[int(chapter)]
     there = exercises(topic) if topic in TOPICS.values() else {}

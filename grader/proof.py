@@ -6,6 +6,7 @@ right solutions             pass; they differ from each other in more than names
 each misconception          is rejected under its own name, and nothing else is said of it
 the same, written again     likewise, where the facts of two misconceptions differ in one alone
 two mistakes at once        at least one of the two is named, and no third
+each sentence               has subjects that break it and no other; only experiments that speak of it reject them
 facts                       are the same at a tenth of the tolerance and at ten times it; those of right solutions in
                             bfloat16 too, at its margins, if the exercise's statement asks for autocast
 """
@@ -29,7 +30,7 @@ from grader.golden import table_of
 from grader.observe import differing_facts, observation, run
 from grader.setting import Setting
 from grader.variants import variants_of
-from grader.verdict import Table, judge
+from grader.verdict import Table, Verdict, judge
 
 
 def faults(exercise: Exercise, seeds: Sequence[int]) -> list[str]:
@@ -44,6 +45,11 @@ def faults(exercise: Exercise, seeds: Sequence[int]) -> list[str]:
         *(Claim(subject, f"“{key}”", "not yet", {key}) for key, subject in wrong.items()),
         *(Claim(subject, f"“{key}” as {_name(subject)}", "not yet", {key}) for key, subject in rewritten.items()),
         *(Claim(subject, f"{_name(subject)}, two mistakes", "not yet", keys, any_of_them=True) for keys, subject in combined),
+        *(
+            Claim(subject, f"{_name(subject)}, which breaks sentence {sentence},", "not yet", breaks=sentence)
+            for sentence, subjects in variants.BROKEN.items()
+            for subject in subjects
+        ),
     ]
     faults_found = [
         *_counts(exercise, correct, rewritten, combined),
@@ -51,6 +57,7 @@ def faults(exercise: Exercise, seeds: Sequence[int]) -> list[str]:
         *(f"“{key}”: {fault}" for key in wrong if key in rewritten for fault in _alike([wrong[key], rewritten[key]])),
         *_equal_facts(exercise, table),
         *_written_once(exercise, table, rewritten),
+        *_unbroken(exercise, variants.BROKEN),
     ]
     shown: dict[str, tuple[str, list[int]]] = {}
     for claim in claims:
@@ -112,6 +119,7 @@ class Claim:
     outcome: str
     names: Collection[str] = ()
     any_of_them: bool = False  # whether some of the names will do
+    breaks: int = 0  # the sentence of the statement that it breaks, whatever it is called
 
 
 def _not_as_claimed(exercise: Exercise, table: Table, claim: Claim, seed: int) -> Iterator[tuple[str, str]]:
@@ -126,15 +134,30 @@ def _not_as_claimed(exercise: Exercise, table: Table, claim: Claim, seed: int) -
         if exercise.autocast and claim.outcome == "passed":
             yield from _not_kept_in_autocast(exercise, experiment, table, claim, seed)
     verdict = judge(exercise, observations, table)
+    if claim.breaks:
+        yield from _not_rejected_for(claim, verdict)
+        return
     named, wanted = set(verdict.named), set(claim.names)
     agrees = named == wanted and not verdict.unexplained
     if claim.any_of_them:
         agrees = bool(named) and named <= wanted
-    if verdict.outcome != claim.outcome or not agrees:
+    outcome = "not yet" if verdict.outcome == "core passed" else verdict.outcome  # rejected, be it for fine print alone
+    if outcome != claim.outcome or not agrees:
         expected = f"{claim.outcome!r}{f' as {sorted(wanted)}' if wanted else ''}"
         got = f"{verdict.outcome!r} as {sorted(named)}{' and something unexplained' if verdict.unexplained else ''}"
         why = [(f.experiment.key, f.differs, f.problem) for f in verdict.findings if f.outcome != "passed"]
         yield f"{claim.label} must be {expected}, got {got}", f"{why}"
+
+
+def _not_rejected_for(claim: Claim, verdict: Verdict) -> Iterator[tuple[str, str]]:
+    """Whether a broken subject is accepted, or rejected by experiments that do not speak of the sentence that it breaks."""
+    failed = [f for f in verdict.findings if f.outcome not in ("passed", "not seen")]
+    if not failed:
+        yield f"{claim.label} must be rejected, and passes", ""
+    for finding in failed:
+        if claim.breaks not in finding.experiment.sentences:
+            key, said = finding.experiment.key, finding.experiment.sentences
+            yield f"{claim.label} must pass “{key}”, which speaks of {said}", f"{finding.differs}, {finding.problem}"
 
 
 def _not_kept_in_autocast(
@@ -164,6 +187,19 @@ def _counts(exercise: Exercise, correct: list, rewritten: dict, combined: list) 
     for m in exercise.misconceptions:
         if not m.source or not m.hint.rstrip().endswith((".", "?", ":")):
             yield f"“{m.key}” needs a source and a hint that is a sentence"
+
+
+def _unbroken(exercise: Exercise, broken: dict[int, list[Subject]]) -> Iterator[str]:
+    """Sentences of the statement that no experiment speaks of, or that no subject breaks."""
+    spoken_of = {sentence for experiment in exercise.experiments for sentence in experiment.sentences}
+    for experiment in exercise.experiments:
+        if not experiment.sentences:
+            yield f"“{experiment.key}” must say of which sentences of the statement it speaks"
+    for sentence in sorted(spoken_of | broken.keys() | set(range(1, exercise.core + 1))):
+        if sentence not in spoken_of:
+            yield f"no experiment speaks of sentence {sentence}"
+        if not broken.get(sentence):
+            yield f"no subject breaks sentence {sentence}"
 
 
 def _equal_facts(exercise: Exercise, table: Table) -> Iterator[str]:

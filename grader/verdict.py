@@ -3,11 +3,12 @@
 Diagnosis is an exact cover. A misconception explains a failed experiment only if its facts there equal the learner's,
 and it is ruled out if it would have failed an experiment that passed. The fewest names that explain the most failed
 experiments are named; where several choices do equally well, only the names common to all of them.
-What stays unexplained is said, never guessed.
+What stays unexplained is said, never guessed: where a failed experiment that no name explains shows the same fact as one
+that is explained, the fact may have another cause in both, and nothing is named for it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from grader.experiment import Exercise, Experiment, Fact, equal
@@ -43,7 +44,7 @@ class Finding:
     """The verdict on one experiment."""
 
     experiment: Experiment
-    outcome: str  # "passed" | "not yet" | "not attempted" | "error"
+    outcome: str  # "passed" | "not yet" | "not seen" (because of another that failed) | "not attempted" | "error"
     differs: tuple[tuple[str, Fact, Fact], ...] = ()  # (fact, expected, got)
     problem: Problem | None = None
     notes: tuple[tuple[str, str], ...] = ()
@@ -61,12 +62,25 @@ class Verdict:
 
     @property
     def outcome(self) -> str:
+        """The worst of the findings; "core passed" if nothing but fine print is missing."""
+        if all(finding.outcome == "passed" for finding in self.findings if finding.experiment.in_core):
+            return "passed" if self.points == self.exercise.points else "core passed"
         outcomes = {finding.outcome for finding in self.findings}
-        return next(word for word in ("not attempted", "error", "not yet", "passed") if word in outcomes)
+        return next(word for word in ("not attempted", "error", "not yet") if word in outcomes)
+
+    @property
+    def core_passed(self) -> bool:
+        """Whether the chapter can go on with what was written."""
+        return self.outcome in ("passed", "core passed")
 
     @property
     def points(self) -> int:
-        return sum(finding.experiment.points for finding in self.findings if finding.outcome == "passed")
+        return sum(self.points_of(in_core) for in_core in (True, False))
+
+    def points_of(self, in_core: bool) -> int:
+        """The points for the core, or those for the fine print."""
+        passed = (f.experiment for f in self.findings if f.outcome == "passed")
+        return sum(experiment.points for experiment in passed if experiment.in_core == in_core)
 
 
 def judge(exercise: Exercise, observations: Mapping[str, Observation], table: Table) -> Verdict:
@@ -77,15 +91,13 @@ def judge(exercise: Exercise, observations: Mapping[str, Observation], table: Ta
         observations: one per experiment, by the experiment's key.
         table: the exercise's truth table.
     """
-    findings = tuple(
-        _find(experiment, observations[experiment.key], table[experiment.key]) for experiment in exercise.experiments
+    findings = _unseen_told_apart(
+        [_find(experiment, observations[experiment.key], table[experiment.key]) for experiment in exercise.experiments]
     )
     named, explained = _diagnose(findings, observations, table)
-    # What could not be observed because of a named mistake needs no explanation of its own.
-    observed = {
-        f.experiment.key for f in findings if f.outcome == "not yet" and not all(got is None for _, _, got in f.differs)
-    }
-    unexplained = bool(observed - explained) or (not named and any(f.outcome == "not yet" for f in findings))
+    failed = [finding for finding in findings if finding.outcome == "not yet"]
+    # A problem says in a sentence what is wrong, so beside a name it needs no other explanation.
+    unexplained = any(f.experiment.key not in explained and (f.differs or not named) for f in failed)
     messages = tuple(dict.fromkeys(line for observation in observations.values() for line in observation.messages))
     return Verdict(exercise, findings, named, unexplained, messages)
 
@@ -99,36 +111,50 @@ def _find(experiment: Experiment, observation: Observation, row: Mapping[str, Fa
     return Finding(experiment, "not yet" if differs else "passed", differs, notes=observation.notes)
 
 
+def _unseen_told_apart(findings: list[Finding]) -> tuple[Finding, ...]:
+    """Findings in which nothing was seen are "not seen" if another one says why."""
+    blank = [bool(finding.differs) and all(got is None for _, _, got in finding.differs) for finding in findings]
+    if not any(finding.outcome in ("not yet", "error") and not unseen for finding, unseen in zip(findings, blank, strict=True)):
+        return tuple(findings)
+    return tuple(
+        replace(finding, outcome="not seen") if unseen else finding for finding, unseen in zip(findings, blank, strict=True)
+    )
+
+
 def _diagnose(
     findings: tuple[Finding, ...], observations: Mapping[str, Observation], table: Table
 ) -> tuple[tuple[str, ...], set[str]]:
     """The misconceptions to name, and the experiments that they explain."""
-    failed = {f.experiment.key for f in findings if f.outcome == "not yet" and f.differs}
-    differs = {f.experiment.key: f.differs for f in findings}
+    failed = {f.experiment.key: {fact for fact, _, _ in f.differs} for f in findings if f.outcome == "not yet" and f.differs}
     passed = {f.experiment.key for f in findings if f.outcome == "passed"}
     explains: dict[str, set[str]] = {}
     for name in next(iter(table.values())).keys() - {"reference"}:
         wrong = {key for key in table if not _same(table[key][name], table[key]["reference"])}
         if wrong & passed:
             continue
-        shown = {
-            key
-            for key in wrong & failed
-            if _same(table[key][name], observations[key].facts) and any(got is not None for _, _, got in differs[key])
-        }
+        shown = {key for key in wrong & failed.keys() if _same(table[key][name], observations[key].facts)}
         if shown:
             explains[name] = shown
-    if not explains:
-        return (), set()
+    sure = _fewest(explains)
+    while sure:
+        explained = set().union(*(explains[name] for name in sure))
+        loose = set().union(*(facts for key, facts in failed.items() if key not in explained))
+        doubtful = {name for name in sure if any(failed[key] & loose for key in explains[name])}
+        if not doubtful:
+            return tuple(sorted(sure)), explained
+        sure -= doubtful
+    return (), set()
+
+
+def _fewest(explains: dict[str, set[str]]) -> set[str]:
+    """The fewest names that together explain all that any of them does; of several such choices, what they have in common."""
     reachable = set().union(*explains.values())
     for size in range(1, len(explains) + 1):
-        covers = [
-            set(names) for names in combinations(explains, size) if set().union(*(explains[n] for n in names)) == reachable
-        ]
+        choices = [set(names) for names in combinations(explains, size)]
+        covers = [names for names in choices if set().union(*(explains[name] for name in names)) == reachable]
         if covers:
-            sure = set.intersection(*covers)
-            return tuple(sorted(sure)), set().union(*(explains[name] for name in sure)) if sure else set()
-    raise AssertionError("all candidates together reach what they reach")
+            return set.intersection(*covers)
+    return set()
 
 
 def _same(facts: Facts | None, expected: Facts | None) -> bool:

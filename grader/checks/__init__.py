@@ -1,5 +1,6 @@
 """The exercises of every chapter: a folder for each topic, in it a module for each exercise, found by being there."""
 
+import re
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -23,12 +24,18 @@ def exercises(topic: str) -> dict[str, Exercise]:
     modules = [import_module(f"{package.__name__}.{module.name}") for module in iter_modules(package.__path__)]
     there = [module.exercise for module in modules if hasattr(module, "exercise")]
     by_number: dict[str, Exercise] = {}
-    for exercise in sorted(there, key=lambda exercise: int(exercise.number.split(".")[1])):
+    for exercise in sorted(there, key=lambda exercise: place(exercise.number)):
         if exercise.number in by_number:
             modules = f"{by_number[exercise.number].module} and {exercise.module}"
             raise ValueError(f"a number must be one exercise's, got {exercise.number} in {modules}. Change one of them.")
         by_number[exercise.number] = exercise
     return by_number
+
+
+def place(number: str) -> tuple[int, int, str]:
+    """What to sort exercises by: 2.4a, a step towards 2.4, stands before it."""
+    chapter, exercise, step = re.fullmatch(r"(\d+)\.(\d+)([a-z]?)", number).groups()
+    return int(chapter), int(exercise), step or "~"
 
 
 def find(number: str) -> Exercise:

@@ -20,5 +20,6 @@ class Centre:
 
 CORRECT = [in_numpy, number_by_number, Centre]
 REWRITTEN = {}  # {misconception's key: the same mistake written differently}; the proof says for which there has to be one
+BROKEN = {}
 COMBINED = []  # [({two keys}, a subject with both mistakes)]; one or two, once there are two experiments
 EQUIVALENT = {}  # {"old line -> new line": why this mutant of the solution is no mistake}; see docs/proofs.md

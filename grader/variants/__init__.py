@@ -1,9 +1,10 @@
 """Solutions in other styles, right and wrong: what proves that a check judges behaviour and not wording.
 
-The module of an exercise is called as that of its checks is, and has four tables:
+The module of an exercise is called as that of its checks is, and has five tables:
 
     CORRECT     at least three right solutions that differ from each other and from the reference
     REWRITTEN   misconceptions written a second time, differently: {misconception's key: subject}
+    BROKEN      subjects that keep every sentence of the statement but one: {the sentence's number: [subject, ...]}
     COMBINED    subjects with two mistakes at once: [({keys}, subject)]
     EQUIVALENT  mutants of the author's solution that are no mistakes (docs/proofs.md): {"old -> new": the reason}
 

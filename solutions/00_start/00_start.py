@@ -25,8 +25,14 @@
 # that it draws itself, and says what it saw: *passed*, *not yet* with the idea that seems to be missing, *not attempted*,
 # or *error* with the line that raised. Below a pass it may say that your code works on the CPU only, and at which line a
 # GPU would stop. That costs no points. Checks can be run as often as you like.
+#
+# What to write stands in numbered sentences. The *core* is what the exercise is about: once it passes, the chapter goes on
+# with your code. The *fine print* is what a library must survive, too, and has points of its own. One sentence holds in every
+# exercise: unless the statement says otherwise, leave what you are given as it was, and torch's settings too.
 
 # %%
+import torch
+
 from grader import check, continue_with, hint, progress
 
 # %% [markdown]
@@ -76,14 +82,32 @@ plt.show()
 # %% [markdown]
 # ## Exercise 0.1: accuracy
 #
-# **Exercise 0.1** (5 min, ●○○). Write `accuracy(logits, labels)`: the fraction of rows whose largest logit is at the label.
+# A network gives a row of *logits* for each image, one per class, and decides for the class of the largest. Accuracy counts
+# decisions: in how many rows does the largest logit stand at the label? How sure the network was does not enter.
 #
-# - `logits` has shape `(n, classes)`, `labels` has shape `(n,)` and holds whole numbers from 0 to `classes - 1`.
-# - Return a number from 0.0 to 1.0. A tensor with one number in it will do. Leave the inputs as they are.
+# **Exercise 0.1** (5 min, ●○○). Write `accuracy`.
+#
+# *Core*
+#
+# 1. What counts is the number of rows whose largest logit is at the label, however many rows and classes there are.
+# 2. The result is a fraction: 1.0 when all rows are right.
 
 
 # %%
-def accuracy(logits, labels):
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The fraction of rows whose largest logit is at the label.
+
+    >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.1, 0.3]])
+    >>> accuracy(logits, torch.tensor([0, 1]))
+    0.5
+
+    Args:
+        logits: (n, classes), n at least 1.
+        labels: (n,), whole numbers from 0 to classes - 1.
+
+    Returns:
+        From 0.0 to 1.0. A tensor with one number in it will do.
+    """
     ### BEGIN SOLUTION
     winners = logits.argmax(dim=1)  # (n,)
     return (winners == labels).float().mean().item()

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from grader.experiment import Exercise, Experiment, Trial, expect_number
-from grader.near import which
+from grader.near import near, which
 from helpers.training import accuracy
 
 # A module of checks that has this variable is an exercise. The reference is a tested function of `helpers`.
-exercise = Exercise(__name__, "0.1", accuracy)
+# Both sentences of its statement are core; there is no fine print.
+exercise = Exercise(__name__, "0.1", accuracy, core=2)
 
 
 def _hits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -80,8 +81,8 @@ class _Counting(Experiment):
 
 
 # The key in quotes is what truth tables and records know the experiment by, so it stays. The claim that a learner reads
-# stands under it in `grader/words/start.toml`, and may be rewritten.
-@exercise.experiment("right rows count")
+# stands under it in `grader/words/start.toml`, and may be rewritten. The number is that of the sentence it speaks of.
+@exercise.experiment("right rows count", 1)
 class RightRowsCount(_Counting):
     # Facts are compared with those that were recorded of the reference, with another seed. So they are words that stay
     # the same whatever was drawn, not 0.6875. They say what was seen, not whether it is right: other facts, other mistake.
@@ -89,13 +90,37 @@ class RightRowsCount(_Counting):
         return {"the result is in proportion to": self.find(raw, inputs)[0]}
 
 
-@exercise.experiment("is a fraction")
+@exercise.experiment("is a fraction", 2)
 class IsAFraction(_Counting):
     # None is "not observable here": without a quantity there is no factor. It does not pass, and it explains nothing.
     def facts(self, raw, inputs):
         _, factor = self.find(raw, inputs)
         known = {"1": 1.0, "100": 100.0, "the number of rows": 48.0, "1 / the number of classes": 0.25}
         return {"what stands for all rows": None if factor is None else which(factor, known, "another number")}
+
+
+# The batches above have one size. What depends on sizes is seen with others, one-element cases among them.
+@exercise.experiment("any size", 1, 2)
+class AnySize(Experiment):
+    sizes = ((1, 5), (2, 2), (7, 3), (5, 9))  # rows, classes
+
+    def draw(self, trial):
+        batches = {}
+        for rows, classes in self.sizes:
+            labels = trial.permutation(rows) % classes
+            logits = trial.normal(rows, classes)
+            winner = torch.where(torch.arange(rows) > rows // 3, (labels + 1) % classes, labels)
+            logits[torch.arange(rows), winner] = logits.max(1).values + 0.5
+            batches[f"{rows} x {classes}"] = (logits, labels)
+        return {"batches": batches}
+
+    def measure(self, subject, inputs):
+        batches = inputs["batches"].items()
+        return {"results": {size: expect_number(subject(*batch), "the accuracy") for size, batch in batches}}
+
+    def facts(self, raw, inputs):
+        right = {size: _hits(*batch).mean() for size, batch in inputs["batches"].items()}
+        return {"sizes at which the accuracy is right": [s for s, found in raw["results"].items() if near(found, right[s])]}
 
 
 def solution(

@@ -77,6 +77,7 @@ def as_layer_norm_does(x, layer):
 
 CORRECT = [flattened_to_rows, channel_by_channel, folded_into_scale_and_shift, the_layer_itself]
 REWRITTEN = {"each sample on its own": as_layer_norm_does}
+BROKEN = {}
 COMBINED = [
     (
         {"unbiased variance normalises", "momentum the other way round"},

@@ -124,6 +124,7 @@ def parameters_of_the_norms(model):
 
 CORRECT = [another_class_for_each, eval_before_every_forward, constants_in_forward, Replace]
 REWRITTEN = {"requires_grad=False alone": parameters_of_the_norms}
+BROKEN = {}
 COMBINED = [
     (
         {"affine still trains", "undo unfreezes everything"},

@@ -77,6 +77,7 @@ def what_torch_goes_by(layer, x):
 
 CORRECT = [in_place_and_put_back, asked_of_the_stored_statistics, GradientsBetweenRows(), against_eval_mode]
 REWRITTEN = {"settings read off": what_torch_goes_by}
+BROKEN = {}
 COMBINED = [
     (
         {"requires_grad read off", "measured in the mode it was found in"},

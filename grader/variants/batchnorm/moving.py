@@ -73,6 +73,7 @@ def list_of_parameters(model, action):
 
 CORRECT = [against_a_copy_of_the_model, by_fingerprint, in_numpy, saved_to_memory]
 REWRITTEN = {"parameters only": list_of_parameters}
+BROKEN = {}
 COMBINED = [
     ({"parameters only", "NaN differs from itself"}, partial(solution, find=parameters, differ=not_equal)),
     ({"state dict only", "totals compared"}, partial(solution, find=saved, look=torch.nansum)),

@@ -79,6 +79,7 @@ def textbook_with_n_and_all_in_memory(batches):
 
 CORRECT = [deviations_from_the_first_value, Welford(), summaries_first_and_then_all_at_once, in_numpy]
 REWRITTEN = {}
+BROKEN = {}
 COMBINED = [
     ({"mean of the batches' means", "spread between batches lost"}, both_averaged),
     ({"divided by n", "all batches kept"}, textbook_with_n_and_all_in_memory),

@@ -105,6 +105,7 @@ def a_few_passes_in_train_mode(model, batches):
 
 CORRECT = [read_off_with_momentum_one, on_a_copy, one_layer_at_a_time_with_cat, forward_replaced_for_a_while]
 REWRITTEN = {}
+BROKEN = {}
 COMBINED = [
     ({"moving average", "dropout active", "left in train mode", "momentum left changed"}, a_few_passes_in_train_mode),
     (

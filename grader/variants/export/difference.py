@@ -139,6 +139,7 @@ REWRITTEN = {
     "not relative": partial(_by, lambda wanted, got: torch.maximum(got - wanted, wanted - got)),
     "differences with their sign": partial(_by, lambda wanted, got: (got - wanted) / wanted.norm(p=math.inf)),
 }
+BROKEN = {}
 COMBINED = [
     ({"an average", "the refusal passed on"}, partial(solution, figure=torch.mean, caught=())),
     ({"left in eval mode", "shapes that broadcast"}, partial(solution, keeping=nullcontext, broadcast=True)),

@@ -65,6 +65,7 @@ def the_usual_call(model, example, path):
 CORRECT = [of_a_copy, saved_afterwards, ThroughAProgram()]
 REWRITTEN = {}
 USUAL = {"the example's batch size only", "left in eval mode", "weights in a second file", "names left to the exporter"}
+BROKEN = {}
 COMBINED = [(USUAL, the_usual_call)]
 
 EQUIVALENT = {

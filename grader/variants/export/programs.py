@@ -71,6 +71,7 @@ def dynamic_and_left(model, example):
 
 CORRECT = [on_a_copy, modes_by_name, WithShapesCollection(), expanded]
 REWRITTEN = {"left in eval mode": switched_for_good}
+BROKEN = {}
 COMBINED = [
     ({"the example's batch size only", "train mode exported"}, the_first_page_of_the_tutorial),
     ({"one row refused", "left in eval mode"}, dynamic_and_left),

@@ -78,6 +78,7 @@ def the_usual_loop(functions, rounds, clock):
 
 CORRECT = [two_loops, a_table, in_random_order, one_reading_between_two]
 REWRITTEN = {}
+BROKEN = {}
 COMBINED = [
     ({"one after the other", "the mean"}, the_usual_loop),
     ({"no warm-up", "the shortest"}, partial(solution, warm_up=0, timed_from=0, summary=min)),

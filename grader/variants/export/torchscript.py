@@ -73,6 +73,7 @@ def script_as_it_is(model, example):
 
 CORRECT = [on_a_copy, modes_in_a_list, ByCallbacks(), frozen_constants]
 REWRITTEN = {}
+BROKEN = {}
 COMBINED = [
     ({"always traced", "left in eval mode"}, the_usual_three_lines),
     ({"always scripted", "train mode exported"}, script_as_it_is),

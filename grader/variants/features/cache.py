@@ -128,6 +128,7 @@ REWRITTEN = {
     "weights as they are printed in the key": printed_weights,
     "a key for one kernel": NamedByHash(),
 }
+BROKEN = {}
 COMBINED = [
     ({first, second}, partial(cached, **CHANGES[first], **CHANGES[second]))
     for first, second in (

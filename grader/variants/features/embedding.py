@@ -82,6 +82,7 @@ REWRITTEN = {
     "order not put back": partial(pairs_sorted_back, put_back=list),
     "padded to the longest of all": partial(tokenized_once, trim=False),
 }
+BROKEN = {}
 COMBINED = [
     ({first, second}, partial(embedded, **CHANGES[first], **CHANGES[second]))
     for first, second in (

@@ -70,6 +70,7 @@ def at_once_and_put_back_with_train(backbone, images, batch_size):
 
 CORRECT = [on_a_copy, into_a_table, one_at_a_time, Extractor()]
 REWRITTEN = {"train mode during extraction": still_training}
+BROKEN = {}
 COMBINED = [
     ({"graph kept", "left in eval mode"}, graph_and_eval_for_good),
     ({"everything at once", "put back with train()"}, at_once_and_put_back_with_train),

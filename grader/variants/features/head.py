@@ -71,6 +71,7 @@ def wrapped_after_fc(model, name):
 
 CORRECT = [by_torchvision, put_back_afterwards, UpToTheHead, head_that_passes_on]
 REWRITTEN = {"whole classifier removed": classifier_that_passes_on, "always fc": wrapped_after_fc}
+BROKEN = {}
 COMBINED = [
     ({"head removed in place", "model put into eval mode"}, partial(solution, copied=nn.Module.eval)),
     ({"head removed in place", "always fc"}, partial(solution, copied=lambda model: model, place=lambda *_: ("", "fc"))),

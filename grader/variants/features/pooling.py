@@ -63,6 +63,7 @@ REWRITTEN = {
     "divided by the padded length": mean_of_zeroed,
     "not divided": added_up,
 }
+BROKEN = {}
 COMBINED = [
     ({"mask ignored", "not divided"}, partial(solution, total=lambda hidden, mask: hidden.sum(1), divisor=lambda mask: 1)),
     ({"padding multiplied by zero", "divided by zero"}, weights_from_the_mask),

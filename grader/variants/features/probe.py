@@ -69,6 +69,7 @@ REWRITTEN = {
     "penalty not halved": partial(by_gradient_descent, on_weights=2),
     "penalty forgotten": partial(by_gradient_descent, on_weights=0),
 }
+BROKEN = {}
 COMBINED = [
     ({"penalty not halved", "penalty on the bias too"}, partial(by_gradient_descent, on_weights=2, on_bias=2)),
     ({"sum in place of mean", "no bias"}, partial(solution, loss=partial(F.cross_entropy, reduction="sum"), bias=False)),

@@ -150,6 +150,7 @@ REWRITTEN = {
     "padding taken to be number 0": filled_with_zeros,
     "shortest piece first": partial(by_regular_expressions, longest_first=False),
 }
+BROKEN = {}
 COMBINED = [
     ({first, second}, partial(tokenized, **CHANGES[first], **CHANGES[second]))
     for first, second in (("[SEP] cut off", "mask all ones"), ("## forgotten", "padded with number 0"))

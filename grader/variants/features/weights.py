@@ -80,6 +80,7 @@ REWRITTEN = {
     "not normalised": partial(typed_after_the_presets_sizes, mean=[0], std=[1]),
     "least likely": partial(typed_after_the_presets_sizes, descending=False),
 }
+BROKEN = {}
 COMBINED = [
     ({first, second}, partial(classified, **CHANGES[first], **CHANGES[second]))
     for first, second in (

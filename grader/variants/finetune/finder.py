@@ -141,6 +141,7 @@ REWRITTEN = {
     "model kept without a copy": partial(state_dicts_in_a_finally, keep_model=dict),
     "moments kept without a copy": partial(state_dicts_in_a_finally, keep=dict),
 }
+BROKEN = {}
 COMBINED = [
     (
         {"learning rates in equal steps", "NaN passes the comparison"},

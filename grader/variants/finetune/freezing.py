@@ -108,6 +108,7 @@ REWRITTEN = {
     "part of a name": found_anywhere,
     "no flag set": on_a_copy,
 }
+BROKEN = {}
 COMBINED = [
     ({"beginning of a name", "shared weight by its first name", "unknown name ignored"}, the_usual_loop),
     ({"only unfreezing", "unknown name ignored"}, unfreezing_without_a_check),

@@ -94,6 +94,7 @@ def one_lr_for_all(model, lr, factor, weight_decay, stages):
 
 CORRECT = [stage_by_stage, one_group_each, from_the_head_down, ByModules()]
 REWRITTEN = {"only what the stages hold": named_modules_alone}
+BROKEN = {}
 COMBINED = [
     ({"only what the stages hold", "decay on everything"}, modules_alone_with_decay),
     ({"decay on everything"}, one_lr_for_all),

@@ -111,6 +111,7 @@ REWRITTEN = {
     "features in train mode": batches_in_train_mode,
     "layer replaced": put_in_its_place,
 }
+BROKEN = {}
 COMBINED = [
     ({"features in train mode", "penalty ignored"}, train_mode_and_no_penalty),
     ({"layer replaced", "always fc"}, fc_replaced),

@@ -125,6 +125,7 @@ class NeverSetBackNorRestored(NeverSetBack):
 
 CORRECT = [History, in_a_closure, Remembering, AsGenerator]
 REWRITTEN = {"bad scores added up": NeverSetBack}
+BROKEN = {}
 COMBINED = [
     ({"the last state kept", "bad scores added up"}, LastAndTotal),
     ({"restore changes nothing", "bad scores added up"}, NeverSetBackNorRestored),

@@ -84,6 +84,7 @@ def an_empty_group_and_no_moments(optimizer, parameters, lr):
 
 CORRECT = [a_group_for_each, written_into_the_groups, Unfreezer(), through_the_default]
 REWRITTEN = {"the optimizer never hears of it": built_and_forgotten}
+BROKEN = {}
 COMBINED = [
     ({"the optimizer's default learning rate", "in the group twice"}, default_lr_and_twice),
     ({"moments cleared", "an empty group"}, an_empty_group_and_no_moments),

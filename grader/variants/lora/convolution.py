@@ -109,6 +109,7 @@ class UnderNoGrad(Twin):
 
 CORRECT = [Parametrized, GroupsAsSamples, Patches, Twin]
 REWRITTEN = {"no scaling": LeftOut, "values instead of parameters": UnderNoGrad}
+BROKEN = {}
 COMBINED = [
     ({first, second}, type("Both", (Convolution,), CHANGES[first] | CHANGES[second]))
     for first, second in (("both start at random", "groups forgotten"), ("no scaling", "stride forgotten"))

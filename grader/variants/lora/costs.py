@@ -112,6 +112,7 @@ REWRITTEN = {
     "trainable parameters only": what_requires_grad,
     "counted twice": each_time_it_comes,
 }
+BROKEN = {}
 COMBINED = [
     ({first, second}, partial(cost_of, **CHANGES[first], **CHANGES[second]))
     for first, second in (("channels alone", "biases counted"), ("one moment for AdamW", "counted twice"))

@@ -135,6 +135,7 @@ REWRITTEN = {
     "a new layer for every name": partial(over_parents, everywhere=False),
     "nothing found, nothing said": partial(over_parents, must_be_there=False),
 }
+BROKEN = {}
 COMBINED = [
     (
         {"part of a name", "only nn.Linear", "a new layer for every name"}

@@ -160,6 +160,7 @@ REWRITTEN = {
     "values instead of parameters": Detached,
     "float32 on the CPU": PlainLinears,
 }
+BROKEN = {}
 COMBINED = [
     ({first, second}, type("Both", (Layer,), CHANGES[first] | CHANGES[second]))
     for first, second in (("both start at zero", "base under no_grad"), ("base copied", "base's bias trains"))

@@ -153,6 +153,7 @@ REWRITTEN = {
     "only errors caught": interrupts_not_caught,
     "a new Parameter afterwards": unmerged_into_new_parameters,
 }
+BROKEN = {}
 COMBINED = [
     (
         {"delta subtracted again", "not undone after an error", "merged twice"}

@@ -48,6 +48,7 @@ def one_direction_at_a_time(before, after, share):
 
 CORRECT = [in_numpy, from_the_gram_matrix, by_what_is_left, one_direction_at_a_time]
 REWRITTEN = {}
+BROKEN = {}
 COMBINED = [
     ({first, second}, partial(rank_of, **CHANGES[first], **CHANGES[second]))
     for first, second in (

@@ -174,6 +174,7 @@ REWRITTEN = {
     "shapes compared while copying": CopyComplains,
     "a shared weight saved twice": EveryName,
 }
+BROKEN = {}
 COMBINED = [
     ({"new Parameter objects", "the file's dtype taken over"}, AssignedAsTheyAre),
     ({"everything in float32", "written over the old file"}, InFloat32OverTheOldFile),
