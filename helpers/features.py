@@ -14,8 +14,7 @@ import hashlib
 import inspect
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers import expect
+from helpers.modes import eval_mode
 from helpers.progress import progress_bar
 
 
@@ -179,18 +179,6 @@ def cached_features(
         finally:
             draft.unlink(missing_ok=True)
     return features
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the `with`; afterwards every module is back in the mode it had, whatever happens."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _read_entry(path: Path, key: str) -> Tensor | None:

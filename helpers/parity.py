@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import expect
-from helpers.features import eval_mode
+from helpers.modes import eval_mode
 
 Inputs = Tensor | tuple[Tensor, ...]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers import expect
-from helpers.features import eval_mode
+from helpers.modes import eval_mode
 
 
 def tokenize(vocabulary: Mapping[str, int], texts: Sequence[str], max_length: int) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from helpers import expect
 from helpers.data import Examples
 from helpers.features import extract, take
+from helpers.modes import kept_modes
 from helpers.progress import progress_bar
 from helpers.stopping import EarlyStopping
 
@@ -190,14 +191,12 @@ def _check_trainable(model: nn.Module, train: Examples) -> list[nn.Parameter]:
 def _moved_to(device: torch.device, model: nn.Module) -> Iterator[None]:
     """Inside the `with` the model is on the device; then it is where it was, and each module in the mode it was in."""
     home = next(parameter for parameter in model.parameters() if parameter.requires_grad).device
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.to(device)  # if memory runs out in the middle, the rest comes back too
-        yield
-    finally:
-        model.to(home)
-        for module, training in modes.items():
-            module.training = training
+    with kept_modes(model):
+        try:
+            model.to(device)  # if memory runs out in the middle, the rest comes back too
+            yield
+        finally:
+            model.to(home)
 
 
 def _warmup_and_cosine(optimizer: Optimizer, steps: int) -> LRScheduler:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from helpers import expect
 from helpers.batchnorm.freezing import Frozen
 from helpers.batchnorm.layer import layers_of, widened
+from helpers.modes import eval_mode
 
 
 def pooled_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -262,14 +263,10 @@ def _measuring(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[None]
     for layer, (kind, _, _, buffers) in kept.items():
         layer.__class__ = kind._base if issubclass(kind, Frozen) else kind
         layer._buffers.update({name: buffer if buffer is None else buffer.clone() for name, buffer in buffers.items()})
-    modes = {module: module.training for module in model.modules()}
-    for module in modes:
-        module.training = False  # not `model.eval()`, to which some models give a meaning of their own
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for layer, (kind, tracks, momentum, buffers) in kept.items():
             layer.track_running_stats, layer.momentum = tracks, momentum
             layer._buffers.update(buffers)
