@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
-from grader import on_gpu
+from grader import cells, on_gpu
 from grader.checks import find, place
 from grader.experiment import Exercise, Fact, Subject, equal
 from grader.golden import table_of
@@ -22,7 +22,9 @@ NOTEBOOK_SEEDS = (0,)
 GRADING_SEEDS = (101, 202)  # unless WARMSTART_SEEDS gives others, as `warmstart grade` does, new ones for each run
 MIME = "application/vnd.warmstart.verdict+json"  # how a verdict leaves the kernel when nbgrader runs the notebook
 
-_session: dict[str, tuple[Verdict, Subject]] = {}  # the last pass, else the last verdict, and its subject
+MARKS = {"passed": "✓", "core passed": "✓", "not attempted": "–"}  # of an outcome; ✗ of the others
+
+_session: dict[str, tuple[Verdict, Subject]] = {}  # the best verdict, of equals the last, and its subject
 
 
 class CheckFailed(Exception):
@@ -44,21 +46,23 @@ def check(number: str, thing: Subject) -> float | None:
         Nothing. Under nbgrader: the points earned, from 0.0 to the exercise's maximum.
 
     Raises:
-        CheckFailed: not passed yet (not under nbgrader). An untouched exercise does not raise: the chapter goes on.
+        CheckFailed: the core is not passed yet (not under nbgrader). Neither fine print nor an untouched exercise stops
+            the notebook: the chapter goes on.
     """
     exercise = find(number)
     table = table_of(exercise)
     verdict = _verdict(exercise, thing, table)
-    if verdict.outcome == "passed" or number not in _session or _session[number][0].outcome != "passed":
+    if number not in _session or _rank(verdict) >= _rank(_session[number][0]):
         _session[number] = verdict, thing
     print(describe(verdict), flush=True)
     if os.environ.get("NBGRADER_EXECUTION"):
-        _publish({"exercise": number, "points": verdict.points, "outcome": verdict.outcome, "named": list(verdict.named)})
+        points = {"points": verdict.points, "core": verdict.points_of(True), "fine print": verdict.points_of(False)}
+        _publish({"exercise": number, **points, "outcome": verdict.outcome, "named": list(verdict.named)})
         return float(verdict.points)
     if verdict.outcome == "passed":  # the answer is there already; this may take a moment
         for label, sentence in on_gpu.try_on_gpu(exercise, thing, table, _seeds()[0]):
             print(_fill(f"     {label:<10}", sentence))
-    elif verdict.outcome != "not attempted":
+    elif verdict.outcome not in ("core passed", "not attempted"):
         raise CheckFailed(f"{number} is not passed yet: see above.")
     return None
 
@@ -74,11 +78,12 @@ def hint(number: str, level: int = 1) -> None:
 
 
 def continue_with(number: str) -> Subject:
-    """Return your solution of an exercise if it passed its check, else the reference, and print which of the two."""
+    """Return your solution of an exercise if its core passed, else the reference, and print which of the two."""
     exercise = find(number)
     verdict, thing = _session.get(number, (None, None))
-    if verdict is not None and verdict.outcome == "passed":
-        print(f"{number}  continuing with your {exercise.name}")
+    if verdict is not None and verdict.core_passed:
+        missing = "" if verdict.outcome == "passed" else ", whose fine print has not passed"
+        print(f"{number}  continuing with your {exercise.name}{missing}")
         return thing
     state = "was not checked" if verdict is None else f"is {verdict.outcome}"
     origin = exercise.reference.__module__
@@ -87,7 +92,7 @@ def continue_with(number: str) -> Subject:
 
 
 def progress() -> None:
-    """Print where you are: every exercise checked since the kernel started. An exercise once passed stays passed."""
+    """Print where you are: every exercise checked since the kernel started. The best verdict stays."""
     if not _session:
         print("nothing checked yet in this kernel")
     for number, (verdict, _) in sorted(_session.items(), key=lambda entry: place(entry[0])):
@@ -98,41 +103,101 @@ def progress() -> None:
 
 
 def describe(verdict: Verdict) -> str:
-    """A verdict in the words that a learner reads."""
-    exercise, lines = verdict.exercise, []
+    """A verdict in the words that a learner reads: the likely idea, then what differs, then what holds."""
+    exercise = verdict.exercise
+    lines = [_header(verdict)]
     problems = {finding.problem for finding in verdict.findings}
     if len(problems) == 1 and None not in problems:  # the same problem everywhere: say it once
         (problem,) = problems
-        lines.append(_line(exercise.number, f"{exercise.name}", verdict.outcome))
         if problem.kind != "not attempted":
             lines.append(_fill("     got       ", problem.message))
     else:
-        # What passed comes first, so that a mistake stands right above its name.
-        for finding in sorted(verdict.findings, key=lambda finding: finding.outcome != "passed"):
-            lines.append(_line(exercise.number, finding.experiment.claim, finding.outcome))
-            if finding.problem:
-                lines.append(_fill("     got       ", finding.problem.message))
-            notes = dict(finding.notes)
-            for fact, expected, got in finding.differs:
-                if got is None:
-                    continue  # not observable because of what another line says
-                lines.append(_fill("     expected  ", f"{fact}: {_spell(expected)}"))
-                note = f" ({notes[fact]})" if fact in notes else ""
-                lines.append(_fill("     got       ", f"{fact}: {_spell(got)}{note}"))
-    named = [wrong for wrong in exercise.misconceptions if wrong.key in verdict.named]
-    lines += [_fill("     likely    ", f"{wrong.name}. {wrong.hint}") for wrong in named]
-    if verdict.named and verdict.unexplained:
-        lines.append("     besides   something else differs too")
+        named = [wrong for wrong in exercise.misconceptions if wrong.key in verdict.named]
+        lines += [_fill("     likely    ", f"{wrong.name}. {wrong.hint}") for wrong in named]
+        if named and verdict.unexplained:
+            lines.append("     besides   this does not explain all of what differs")
+        for finding in sorted(verdict.findings, key=lambda finding: not finding.experiment.in_core):
+            lines += _lines(finding)
+        lines += _what_holds(verdict)
     lines += [_fill("     note      ", line) for line in verdict.messages]
-    if verdict.outcome in ("not yet", "error") and not any(problem and problem.kind == "not judged" for problem in problems):
-        lines.append(f'     more      hint("{exercise.number}")')
+    if not any(problem and problem.kind == "not judged" for problem in problems):
+        lines += _what_next(verdict)
     return "\n".join(lines)
+
+
+def _header(verdict: Verdict) -> str:
+    """Number and name, and what came of it, with the points of core and fine print."""
+    exercise = verdict.exercise
+    parts = {"core": True, "fine print": False}
+    most = {part: sum(e.points for e in exercise.experiments if e.in_core == in_core) for part, in_core in parts.items()}
+    points = [f"{part} {verdict.points_of(parts[part])} of {points}" for part, points in most.items() if points]
+    scored = "" if verdict.outcome == "not attempted" else f" · {' · '.join(points)} points"
+    outcome = f"{MARKS.get(verdict.outcome, '✗')} {verdict.outcome}{scored}"
+    name = f"{exercise.number}  {exercise.name}"
+    return f"{name:<{WIDTH - len(outcome) - 2}}  {outcome}"
+
+
+def _lines(finding: Finding) -> list[str]:
+    """What there is to say of an experiment that was not passed."""
+    if finding.outcome == "passed":
+        return []
+    numbers = ", ".join(map(str, finding.experiment.sentences))
+    mark = "–" if finding.outcome in ("not seen", "not attempted") else "✗"
+    lines = [_fill(f"     {mark} {numbers}{'  ' if numbers else ''}", finding.experiment.claim)]
+    if finding.problem:
+        lines.append(_fill("       got       ", finding.problem.message))
+    notes, seen = dict(finding.notes), [(fact, *values) for fact, *values in finding.differs if values[1] is not None]
+    for fact, expected, got in seen:
+        lines.append(_fill("       expected  ", f"{fact}: {_spell(expected)}"))
+        note = f" ({notes[fact]})" if fact in notes else ""
+        lines.append(_fill("       got       ", f"{fact}: {_spell(got)}{note}"))
+    if finding.differs and not seen:
+        reason = ", because of the line above" if finding.outcome == "not seen" else ""
+        lines.append(f"       got       could not be seen{reason}")
+    return lines
+
+
+def _what_holds(verdict: Verdict) -> list[str]:
+    """The sentences of the statement that hold, in one line: "✓ core 1, 3 · ✓ fine print"."""
+    parts = []
+    for part, in_core in (("core", True), ("fine print", False)):
+        findings = [finding for finding in verdict.findings if finding.experiment.in_core == in_core]
+        spoken_of = {number for finding in findings for number in finding.experiment.sentences}
+        failed = {number for finding in findings if finding.outcome != "passed" for number in finding.experiment.sentences}
+        held = ", ".join(map(str, sorted(spoken_of - failed)))
+        if held:
+            parts.append(f"✓ {part} {held}" if failed else f"✓ {part}")
+    return [f"     {' · '.join(parts)}"] if parts else []
+
+
+def _what_next(verdict: Verdict) -> list[str]:
+    number = verdict.exercise.number
+    if verdict.outcome in ("passed", "not attempted"):
+        return []
+    if verdict.named:
+        return [f'     more      hint("{number}")']
+    advice = f'Run the example in the stub, step by step. hint("{number}", 2) says what to look at.'
+    return [_fill("     next      ", f"No mistake that is known here fits. {advice}" if _seen(verdict) else advice)]
+
+
+def _seen(verdict: Verdict) -> bool:
+    return any(got is not None for finding in verdict.findings for _, _, got in finding.differs)
+
+
+def _rank(verdict: Verdict) -> int:
+    return ("core passed", "passed").index(verdict.outcome) + 1 if verdict.core_passed else 0
 
 
 def _verdict(exercise: Exercise, thing: Subject, table: Table) -> Verdict:
     if not callable(thing):
         came = "nothing" if thing is None else f"a {type(thing).__name__}"
         return _refused(exercise, f"`{exercise.name}` must be something that can be called, got {came}.")
+    if stopped := cells.why_old(exercise.name, thing):
+        return _refused(
+            exercise,
+            f"the last run of the cell that defines `{exercise.name}` failed ({stopped}), so this would judge what it "
+            "defined before. Mend that cell and run it, then this one.",
+        )
     if _is_reference(thing, exercise.reference):
         origin = exercise.reference.__module__
         return _refused(
@@ -146,7 +211,7 @@ def _verdict(exercise: Exercise, thing: Subject, table: Table) -> Verdict:
             worst = verdict
         if any(observation.problem and observation.problem.kind == "time" for observation in observations.values()):
             break  # with other inputs it would be stopped again
-        if verdict.outcome == "not yet" and not _torch_is_itself(exercise, verdict, seed, table):
+        if verdict.outcome in ("not yet", "core passed") and not _torch_is_itself(exercise, verdict, seed, table):
             return _refused(
                 exercise,
                 "the reference fails here too, so something in this kernel has changed torch itself. "
@@ -235,12 +300,6 @@ def _publish(verdict: dict) -> None:
         display({MIME: verdict}, raw=True)
 
 
-def _line(number: str, text: str, outcome: str) -> str:
-    lines = textwrap.wrap(text, WIDTH - 22, initial_indent=f"{number}  ", subsequent_indent="     ")
-    lines[0] = f"{lines[0]:<{WIDTH - 18}}  {outcome}"
-    return "\n".join(lines)
-
-
 def _fill(label: str, text: str) -> str:
     """Text of one or more lines behind a label, wrapped under it."""
     indent = " " * len(label)
@@ -252,4 +311,13 @@ def _fill(label: str, text: str) -> str:
 
 
 def _spell(fact: Fact) -> str:
+    if isinstance(fact, list):
+        return ", ".join(map(_spell, fact)) or "none"
     return f"{fact:.4g}" if isinstance(fact, float) else str(fact)
+
+
+if sys.modules.get("IPython") and not os.environ.get("NBGRADER_EXECUTION"):
+    from IPython import get_ipython
+
+    if (shell := get_ipython()) is not None:
+        cells.watch(shell)

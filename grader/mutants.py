@@ -183,7 +183,7 @@ def outcome_on(exercise: Exercise, table: Table, define: Callable[[], Subject]) 
     verdict = judge(exercise, observations, table)
     if verdict.outcome == "passed":
         return "survived"
-    if verdict.outcome == "error":
+    if any(finding.outcome == "error" for finding in verdict.findings):
         return "raised"
     return "named" if verdict.named else "described"
 

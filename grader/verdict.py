@@ -125,7 +125,11 @@ def _diagnose(
     findings: tuple[Finding, ...], observations: Mapping[str, Observation], table: Table
 ) -> tuple[tuple[str, ...], set[str]]:
     """The misconceptions to name, and the experiments that they explain."""
-    failed = {f.experiment.key: {fact for fact, _, _ in f.differs} for f in findings if f.outcome == "not yet" and f.differs}
+    failed = {}  # experiment -> the facts that were seen to differ
+    for finding in findings:
+        facts = {fact for fact, _, got in finding.differs if got is not None}
+        if finding.outcome == "not yet" and facts:
+            failed[finding.experiment.key] = facts
     passed = {f.experiment.key for f in findings if f.outcome == "passed"}
     explains: dict[str, set[str]] = {}
     for name in next(iter(table.values())).keys() - {"reference"}:

@@ -14,6 +14,7 @@ class Asks(Experiment):
 
 EXPERIMENTS = [Asks("one", 1), Asks("two", 2), Asks("three", 1)]
 EXPECTED = {"one": 0, "two": "a", "three": 1.0}
+FACTS = {"one": "x", "two": "y", "three": "x"}
 
 
 def exercise_with(**wrong: dict):
@@ -21,7 +22,8 @@ def exercise_with(**wrong: dict):
     misconceptions = [Misconception(key, key, "hint", "source", lambda: None) for key in wrong]
     exercise = Exercise(__name__, "9.1", lambda: None, "thing", experiments=EXPERIMENTS, misconceptions=misconceptions)
     table = {
-        e.key: {"reference": {"x": EXPECTED[e.key]}} | {name: {"x": (EXPECTED | facts)[e.key]} for name, facts in wrong.items()}
+        e.key: {"reference": {FACTS[e.key]: EXPECTED[e.key]}}
+        | {name: {FACTS[e.key]: (EXPECTED | facts)[e.key]} for name, facts in wrong.items()}
         for e in EXPERIMENTS
     }
     return exercise, table
@@ -30,7 +32,8 @@ def exercise_with(**wrong: dict):
 def verdict(setup, **seen):
     exercise, table = setup
     observations = {
-        key: value if isinstance(value, Observation) else Observation({"x": value}) for key, value in (EXPECTED | seen).items()
+        key: value if isinstance(value, Observation) else Observation({FACTS[key]: value})
+        for key, value in (EXPECTED | seen).items()
     }
     return judge(exercise, observations, table)
 
@@ -76,9 +79,28 @@ def test_what_a_name_leaves_unexplained_is_said():
     assert (result.named, result.unexplained) == (("m",), True)
 
 
+def test_nothing_is_named_while_another_experiment_shows_the_same_fact_unexplained():
+    result = verdict(exercise_with(m={"one": 1}, n={"two": "b"}), one=1, two="b", three=7.0)
+    assert (result.named, result.unexplained) == (("n",), True)
+
+
+def test_what_could_not_be_seen_because_of_another_is_no_mistake_of_its_own():
+    result = verdict(exercise_with(m={"one": 1, "three": None}), one=7, three=None)
+    assert [finding.outcome for finding in result.findings] == ["not yet", "passed", "not seen"]
+    assert (result.outcome, result.named, result.points) == ("not yet", (), 2)
+
+
 def test_what_cannot_be_observed_explains_nothing():
     result = verdict(exercise_with(m={"one": None}), one=None)
     assert (result.outcome, result.named) == ("not yet", ())
+
+
+def test_with_fine_print_alone_missing_the_core_has_passed(monkeypatch):
+    monkeypatch.setattr(EXPERIMENTS[1], "in_core", False)
+    result = verdict(exercise_with(m={"two": "b"}), two="b")
+    assert (result.outcome, result.core_passed, result.named) == ("core passed", True, ("m",))
+    assert (result.points, result.points_of(True), result.points_of(False)) == (2, 2, 0)
+    assert not verdict(exercise_with(m={"two": "b"}), one=7).core_passed
 
 
 def test_what_cannot_be_observed_needs_no_explanation_beside_a_name():
