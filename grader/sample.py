@@ -263,7 +263,7 @@ def _verdicts(graded: Path) -> tuple[dict[str, str], list[str]]:
 def _said(cell: NotebookNode) -> str:
     """What a check without a proper verdict said: the first "got" that it printed, or the error that stopped it."""
     printed = "".join(output.get("text", "") for output in cell.outputs)
-    if match := re.search(r"^ +got +(.*?)(?=^ +(?:got|more|note|likely) |^\S|\Z)", printed, re.MULTILINE | re.DOTALL):
+    if match := re.search(r"^ +got +(.*?)(?=^ +(?:got|more|next|note|[✗✓–]) |^\S|\Z)", printed, re.MULTILINE | re.DOTALL):
         return " ".join(match[1].split())
     stopped = [f"{output.ename}: {output.evalue}" for output in cell.outputs if output.output_type == "error"]
     return f"{(stopped or ['nothing came out'])[-1]}. Look at the cell above the check."

@@ -160,8 +160,8 @@ def test_a_solution_notebook_runs_and_every_check_passes(name):
     checks = [c for c in nb.cells if c.metadata.get("nbgrader", {}).get("grade")]
     assert checks
     for cell in checks:
-        outcomes = set(re.findall(r" {2}(passed|not attempted|not yet|error)$", text_of(cell), re.MULTILINE))
-        assert outcomes == {"passed"} and "works on the CPU only" not in text_of(cell)
+        assert len(re.findall(r" ✓ passed · core (\d+) of \1 (?:· fine print (\d+) of \2 )?points$", text_of(cell), re.M)) == 1
+        assert not re.search(r"✗|not attempted|core passed", text_of(cell)) and "works on the CPU only" not in text_of(cell)
     assert not any(o.get("name") == "stderr" for c in nb.cells for o in c.get("outputs", ())), "nothing on stderr"
 
 

@@ -14,21 +14,40 @@
 # What you will be able to do.
 
 # %%
+import torch
+
 from grader import check
 
 # %% [markdown]
 # ## Exercise 0.0: what it is about
 #
-# The idea, in at most 90 words. (This example asks for a matrix with the mean of all its numbers subtracted.)
+# The idea, in at most 90 words. (This example subtracts from a matrix the mean of all its numbers.)
 #
-# **Exercise 0.0** (10 min, ●○○). Write `a_name(x)`.
+# **Exercise 0.0** (10 min, ●○○). Write `a_name`.
 #
-# - `x` is `(rows, columns)`. Return the same shape: each number less the mean of all.
-# - `x` stays as it is.
+# *Core*
+#
+# 1. Each number of the result is that of `x` less the mean of all.
+#
+# *Fine print*
+#
+# 2. One number is enough: `x` may be `(1, 1)`.
 
 
 # %%
-def a_name(x):
+def a_name(x: torch.Tensor) -> torch.Tensor:
+    """x with the mean of all its numbers subtracted.
+
+    >>> a_name(torch.tensor([[1.0, 2.0], [4.0, 5.0]]))
+    tensor([[-2., -1.],
+            [ 1.,  2.]])
+
+    Args:
+        x: (rows, columns).
+
+    Returns:
+        The same shape.
+    """
     ### BEGIN SOLUTION
     return x - x.mean()
     ### END SOLUTION

@@ -5,10 +5,10 @@ from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near, which
 from helpers.a_topic import a_name
 
-exercise = Exercise(__name__, "0.0", a_name)
+exercise = Exercise(__name__, "0.0", a_name, core=1)  # one sentence of the statement is core
 
 
-@exercise.experiment("the mean of all")
+@exercise.experiment("the mean of all", 1)  # the sentence that it speaks of
 class TheMeanOfAll(Experiment):
     points = 2
 
@@ -33,6 +33,18 @@ class TheMeanOfAll(Experiment):
         }
 
 
+@exercise.experiment("one number", 2)
+class OneNumber(Experiment):
+    def draw(self, trial: Trial) -> dict:
+        return {"x": 5 + trial.normal(1, 1)}
+
+    def measure(self, subject, inputs):
+        return {"y": expect_tensor(subject(inputs["x"].clone()), (1, 1), "the result")}
+
+    def facts(self, raw, inputs):
+        return {"of one number is left": which(raw["y"], {"0": 0, "the number": inputs["x"]}, otherwise="something else")}
+
+
 @exercise.misconception("each row by itself")
 def each_row_by_itself(x):
     return x - x.mean(1, keepdim=True)
@@ -48,6 +60,6 @@ def rows_and_then_columns(x):
     return each_column_by_itself(each_row_by_itself(x))
 
 
-@exercise.misconception("nothing subtracted")
-def nothing_subtracted(x):
-    return x.clone()
+@exercise.misconception("one number left alone")
+def one_number_left_alone(x):
+    return x - x.mean() if x.numel() > 1 else x.clone()
