@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import math
 import random
@@ -24,6 +25,7 @@ from helpers.finetune import (
     lp_ft,
     parameter_groups,
     probe_head,
+    put_back,
     report,
     train_last,
     train_only,
@@ -838,6 +840,43 @@ def test_the_search_leaves_model_optimizer_and_random_states_bit_identical(tiny,
         [id(p) for p in tiny.head.parameters()],
         [id(p) for p in tiny.body.parameters()],
     ]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("ends", [None, ValueError, KeyboardInterrupt])
+def test_put_back_undoes_training_however_the_block_ends(tiny, task, make, ends):
+    tiny.norm.eval()
+    freeze(tiny, "stem")
+    optimizer = a_run_under_way(tiny, task, make)
+    groups, before, saved = list(optimizer.param_groups), state(tiny), copy.deepcopy(optimizer.state_dict())
+    with contextlib.suppress(*[ends] * bool(ends)), put_back(tiny, optimizer):
+        tiny.scale.fill_(3.0)
+        unfreeze_into(optimizer, tiny.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group.update(lr=0.3, weight_decay=0.1)
+        F.cross_entropy(tiny.train()(task.inputs), task.labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not torch.equal(tiny.head.weight, before[0]["head.weight"])
+        if ends:
+            raise ends
+    assert_same(state(tiny), before)
+    assert all(now is then for now, then in zip(optimizer.param_groups, groups, strict=True))
+    assert optimizer.state_dict()["param_groups"] == saved["param_groups"]
+    assert optimizer.state_dict()["state"].keys() == saved["state"].keys()
+    for key, values in saved["state"].items():
+        for name, value in values.items():
+            torch.testing.assert_close(optimizer.state_dict()["state"][key][name], value, rtol=0, atol=0)
+
+
+def test_put_back_passes_the_exception_on_and_leaves_a_new_optimizer_new():
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(layer.parameters())
+    with pytest.raises(KeyError, match="mine"), put_back(layer, optimizer):
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        raise KeyError("mine")
+    assert not optimizer.state and layer.weight.grad is None
 
 
 def test_the_search_is_training_with_a_rising_learning_rate_whose_groups_keep_their_ratios(tiny, task):

@@ -20,6 +20,7 @@ from helpers.finetune.finder import LearningRates, find_lr
 from helpers.finetune.heads import lp_ft, probe_head
 from helpers.finetune.parts import Report, freeze, report, train_last, train_only, unfreeze
 from helpers.finetune.rates import GradualUnfreezing, parameter_groups, unfreeze_into
+from helpers.finetune.restore import put_back
 from helpers.stopping import EarlyStopping
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "lp_ft",
     "parameter_groups",
     "probe_head",
+    "put_back",
     "report",
     "train_last",
     "train_only",

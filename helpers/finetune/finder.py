@@ -3,7 +3,6 @@
 Source: Smith 2017, section 3.3.
 """
 
-import copy
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from helpers import expect
+from helpers.finetune.restore import put_back
 from helpers.training import train_mode
 
 
@@ -57,8 +57,8 @@ def find_lr(
 ) -> LearningRates:
     """The loss of each batch while the learning rate rises geometrically, one step for each batch.
 
-    All of it happens on copies of the model and of the optimizer, its state included; both of yours, and the global
-    random states, are afterwards bit-identical to before. Training is as `fit` does it: cross-entropy, `train_mode`.
+    It happens inside `put_back`: the model, the optimizer, its state included, and the global random states are
+    afterwards bit-identical to before. Training is as `fit` does it: cross-entropy, `train_mode`.
     It stops after a loss that is above 4 times the smallest so far, and before one that is not finite.
 
     Args:
@@ -89,26 +89,26 @@ def find_lr(
         batches = list(batches)
         if len(batches) < 2:
             raise ValueError(f"batches must be at least 2 pairs (inputs, labels), got {len(batches)}. About 100 make a curve.")
-        model, optimizer = copy.deepcopy((model, optimizer))  # together, so that the one still holds the other's parameters
-        train_mode(model)
         top = expect.positive("the optimizer's lr", max(float(group["lr"]) for group in optimizer.param_groups))
         shares = [float(group["lr"]) / top for group in optimizer.param_groups]
         device = next(model.parameters()).device
         curve = LearningRates([], [])
-        for lr, (inputs, labels) in zip(np.geomspace(lowest, highest, len(batches)).tolist(), batches, strict=True):
-            logits = model(inputs.to(device) if isinstance(inputs, Tensor) else inputs)
-            loss = F.cross_entropy(logits, labels.to(device))
-            if not loss.isfinite():
-                break
-            curve.lrs.append(lr)
-            curve.losses.append(loss.item())
-            if loss.item() > 4 * min(curve.losses):
-                break
-            for group, share in zip(optimizer.param_groups, shares, strict=True):
-                group["lr"] = lr * share
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        with put_back(model, optimizer):
+            train_mode(model)
+            for lr, (inputs, labels) in zip(np.geomspace(lowest, highest, len(batches)).tolist(), batches, strict=True):
+                logits = model(inputs.to(device) if isinstance(inputs, Tensor) else inputs)
+                loss = F.cross_entropy(logits, labels.to(device))
+                if not loss.isfinite():
+                    break
+                curve.lrs.append(lr)
+                curve.losses.append(loss.item())
+                if loss.item() > 4 * min(curve.losses):
+                    break
+                for group, share in zip(optimizer.param_groups, shares, strict=True):
+                    group["lr"] = lr * share
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
     return curve
 
 
