@@ -617,21 +617,38 @@ print(f"the same numbers as the real tokenizer: {sum(same)} of {len(same)} texts
 # %% [markdown]
 # ## Exercise 2.7: a mean that leaves padding out
 #
-# The encoder turns a batch of tokens into *hidden states*, `(n, tokens, width)`: a vector for each token, padding included.
-# One vector per text is their mean, over the text's own tokens: *mean pooling*.
+# An encoder turns a batch of tokens into *hidden states*: a vector for each token, and for each place of padding too.
+# *Mean pooling* makes one vector per text, the mean over its own tokens. If padding takes part, a text's vector depends
+# on how long the other texts of its batch are.
 #
-# **Exercise 2.7** (10 min, ●○○). Write `mean_pool(hidden, attention_mask)`.
+# **Exercise 2.7** (10 min, ●○○). Write `mean_pool`.
 #
-# - `hidden` is `(n, tokens, width)`. `attention_mask` is `(n, tokens)` of int64, 1 on a text's tokens and 0 on padding;
-#   padding stands at the end.
-# - Return `(n, width)`: row i is the mean of text i's hidden states over its own tokens, all of them alike.
-# - What stands at padding changes nothing, be it infinite or NaN.
-# - A text without tokens gives zeros.
-# - `hidden` and `attention_mask` stay as they are.
+# *Core*
+#
+# 1. Row i is the mean of text i's hidden states over its own tokens. Each of them counts the same, the first and the
+#    last too.
+# 2. What stands at padding changes nothing, even if it is infinite or NaN.
+#
+# *Fine print*
+#
+# 3. A text without tokens gives zeros.
 
 
 # %%
-def mean_pool(hidden, attention_mask):
+def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The mean of each text's hidden states over its own tokens.
+
+    >>> hidden = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [9.0, 9.0]]])
+    >>> mean_pool(hidden, torch.tensor([[1, 1, 0]]))
+    tensor([[2., 4.]])
+
+    Args:
+        hidden: (n, tokens, width).
+        attention_mask: (n, tokens) of int64, 1 on a text's tokens, 0 on the padding after them.
+
+    Returns:
+        (n, width).
+    """
     ### BEGIN SOLUTION
     mask = attention_mask.bool().unsqueeze(-1)
     total = torch.where(mask, hidden, 0).sum(dim=1)
