@@ -978,28 +978,44 @@ print(f"here:           {evaluate(adapted, third):.3f}")
 # %% [markdown]
 # ## Exercise 6.7: is the update of full fine-tuning low rank?
 #
-# LoRA writes what training adds to a weight as a product `B A` of small rank. Whether full fine-tuning moves a weight
-# in that way can be seen: keep the weight from *before*, take the one from *after*, and decompose the difference. Every
-# matrix is a sum of outer products in directions at right angles to each other; their lengths are its *singular
-# values*, and the sum of the squares of these is the sum of the squares of all its entries. The `k` longest products
-# make the best approximation of rank `k`. So the share of the squares in them says how much of the update an adapter of
-# rank `k` could hold.
+# LoRA writes an update as a product `B A` of small rank. Does full fine-tuning move a weight that way? Decompose what it
+# added. Every matrix is a sum of outer products in directions at right angles; their lengths are its *singular values*.
+# The squares of these add up to the sum of all squared entries, and the `k` longest products are the best approximation
+# of rank `k`. So their share says how much of the update such an adapter can hold.
 #
-# **Exercise 6.7** (20 min, ●●○). Write `rank_of_update(before, after, share)`.
+# **Exercise 6.7** (20 min, ●●○). Write `rank_of_update`.
 #
-# - `before` and `after` are the weights of one layer before and after training, tensors of one shape: (out, in) for a
-#   Linear, (out, in / groups, height, width) for a convolution. A kernel counts as the matrix (out, in / groups x
-#   height x width). The matrix may be tall or wide.
-# - Return the smallest number of singular values of after - before whose **squares** sum to at least `share` of the sum
-#   of all their squares, as an int. `share` is from 0.5 to 0.99; rounding does not decide any of the cases that are
-#   checked.
-# - If nothing changed, return 0.
-# - Both may be `nn.Parameter`s that require gradients, and float32, float16 or bfloat16. `torch.linalg` decomposes no
-#   16-bit matrices. Neither is changed.
+# *Core*
+#
+# 1. It returns the smallest number of singular values of `after - before` whose squares sum to at least `share` of the
+#    sum of all their squares.
+# 2. A kernel counts as a matrix with one row for each output.
+# 3. If nothing changed, the result is 0.
+# 4. Weights may be parameters that require gradients.
+#
+# *Fine print*
+#
+# 5. They may be float16 or bfloat16, which `torch.linalg` refuses.
+# 6. The result is an `int`, not a tensor.
 
 
 # %%
-def rank_of_update(before, after, share):
+def rank_of_update(before: torch.Tensor, after: torch.Tensor, share: float) -> int:
+    """How many singular values hold a share of what training added to a weight.
+
+    >>> before, after = torch.zeros(3, 3), torch.diag(torch.tensor([4.0, 3.0, 0.0]))
+    >>> rank_of_update(before, after, 0.6), rank_of_update(before, after, 0.9)
+    (1, 2)
+
+    Args:
+        before, after: a layer's weight before and after training, of one shape:
+            (out, in), or (out, in / groups, height, width) of a convolution,
+            which counts as the matrix (out, in / groups * height * width).
+        share: from 0.5 to 0.99. The check has no case that rounding decides.
+
+    Returns:
+        From 0 to the smaller side of the matrix.
+    """
     ### BEGIN SOLUTION
     update = after.detach().double() - before.detach().double()
     squares = torch.linalg.svdvals(update.flatten(1)).square()  # the largest comes first

@@ -1,6 +1,7 @@
 """Exercise 6.7: how many singular values hold a share of what fine-tuning changed."""
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,12 @@ from grader.checks.lora.adapters import attempt, failed
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number
 from helpers.lora import rank_of_update
 
-exercise = Exercise(__name__, "6.7", rank_of_update)
+exercise = Exercise(__name__, "6.7", rank_of_update, core=4)
 
 SPECTRUM = (12.0, 10.0, 10.0, 5.0, 5.0, 5.0, 4.0, 3.0)  # no way to count comes within 0.009 of one of the shares
 SHARES = (0.5, 0.65, 0.8, 0.9)
-SIDE = 8  # the smaller side of every matrix here
+SIDE = 8  # the smaller side of every matrix here, of one row or column aside
+WHAT = "what rank_of_update returns"
 
 
 def _frame(trial: Trial, size: int, vectors: int) -> Tensor:
@@ -25,13 +27,13 @@ def _scale(trial: Trial) -> float:
     return 2.0 ** trial.integer(-4, 4)
 
 
-def _few_equal(trial: Trial, vectors: int) -> Tensor:
+def _few_equal(trial: Trial, vectors: int, rows: int = 0, scale: float = 0) -> Tensor:
     """A tall matrix of rank `vectors`, all of whose singular values are one number: no way to weigh them matters."""
-    rows = SIDE + trial.integer(2, 5)
-    return _scale(trial) * _frame(trial, rows, vectors) @ _frame(trial, SIDE, vectors).T
+    rows, scale = rows or SIDE + trial.integer(2, 5), scale or _scale(trial)
+    return scale * _frame(trial, rows, vectors) @ _frame(trial, SIDE, vectors).T
 
 
-@exercise.experiment("shares of squares")
+@exercise.experiment("shares of squares", 1)
 class SharesOfSquares(Experiment):
     points = 3
 
@@ -43,7 +45,8 @@ class SharesOfSquares(Experiment):
             return _scale(trial) * left * torch.tensor(SPECTRUM) @ (right @ turn).T
 
         longer = SIDE + trial.integer(2, 5)
-        return {"tall": update(longer, SIDE), "wide": update(SIDE, longer)}
+        line = _scale(trial) * trial.normal(longer)
+        return {"tall": update(longer, SIDE), "wide": update(SIDE, longer), "one-row": line[None], "one-column": line[:, None]}
 
     def measure(self, subject, inputs):
         return {
@@ -55,7 +58,7 @@ class SharesOfSquares(Experiment):
         return {f"for shares of {list(SHARES)}, {name} matrix": counts for name, counts in raw.items()}
 
 
-@exercise.experiment("the update alone")
+@exercise.experiment("the update alone", 1)
 class TheUpdateAlone(Experiment):
     points = 2
 
@@ -66,16 +69,23 @@ class TheUpdateAlone(Experiment):
         update[1, 2] = update[2, 1] = 2.5  # turns singular vectors; their singular values move by less
         left, right = _frame(trial, rows, 6), _frame(trial, SIDE, 6)
         before, after = (scale * left @ matrix @ right.T for matrix in (weight, weight + update))
-        return {"before": before, "after": after}
+        near = torch.ones(rows, SIDE)  # whose rounding is a fiftieth of the update that is added
+        return {"before": before, "after": after, "near": near, "small": near + 1e-5 * _few_equal(trial, 3, rows, scale=1.0)}
 
     def measure(self, subject, inputs):
-        return {"count": _counted(subject, inputs["before"], inputs["after"], 0.9)}
+        return {
+            "count": _counted(subject, inputs["before"], inputs["after"], 0.9),
+            "small": _counted(subject, inputs["near"], inputs["small"], 0.9),
+        }
 
     def facts(self, raw, inputs):
-        return {"for an update of two equal singular values": raw["count"]}
+        return {
+            "for an update of two equal singular values": raw["count"],
+            "for three beside a far larger weight": raw["small"],
+        }
 
 
-@exercise.experiment("kernels")
+@exercise.experiment("kernels", 2)
 class Kernels(Experiment):
     points = 2
 
@@ -83,16 +93,16 @@ class Kernels(Experiment):
         inputs = trial.integer(4, 6)
 
         def update(channels: Tensor, kernels: Tensor) -> Tensor:
-            """Terms of one size, each an output's pattern x an input's x a kernel, (8, inputs, 3, 3)."""
+            """Terms of one size, each an output's pattern x an input's x a kernel, (8, inputs, 3, 2)."""
             terms = _frame(trial, SIDE, channels.shape[1]), channels, kernels
-            return torch.einsum("ok,ik,sk->ois", *terms).unflatten(2, (3, 3)) * _scale(trial)
+            return torch.einsum("ok,ik,sk->ois", *terms).unflatten(2, (3, 2)) * _scale(trial)
 
         def unit(size: int, vectors: int) -> Tensor:
             return torch.linalg.qr(trial.normal(size, vectors)).Q
 
         return {
-            "channels": update(unit(inputs, 3), unit(9, 1).expand(9, 3)),
-            "kernels": update(unit(inputs, 1).expand(inputs, 2), unit(9, 2)),
+            "channels": update(unit(inputs, 3), unit(6, 1).expand(6, 3)),
+            "kernels": update(unit(inputs, 1).expand(inputs, 2), unit(6, 2)),
         }
 
     def measure(self, subject, inputs):
@@ -106,22 +116,60 @@ class Kernels(Experiment):
         }
 
 
-@exercise.experiment("half precision")
+@exercise.experiment("nothing changed", 3)
+class NothingChanged(Experiment):
+    def draw(self, trial: Trial) -> dict:
+        return {
+            "linear": _few_equal(trial, SIDE - 1),
+            "kernel": _few_equal(trial, SIDE - 1).unflatten(1, (2, 2, 2)),
+            "row": trial.normal(1, SIDE),
+        }
+
+    def measure(self, subject, inputs):
+        return {name: _counted(subject, weight, weight.clone(), 0.9) for name, weight in inputs.items()}
+
+    def facts(self, raw, inputs):
+        return {
+            "for two equal weights": raw["linear"],
+            "for two equal kernels, and two equal rows": [raw["kernel"], raw["row"]],
+        }
+
+
+@exercise.experiment("parameters", 4)
+class Parameters(Experiment):
+    def draw(self, trial: Trial) -> dict:
+        return {"update": _few_equal(trial, 3)}
+
+    def measure(self, subject, inputs):
+        update = inputs["update"]
+        _counted(subject, torch.zeros_like(update), update, 0.9)  # what raises here raises for any weight
+        trained = nn.Parameter(torch.zeros_like(update)), nn.Parameter(update)
+        return {"count": attempt(lambda: _counted(subject, *trained, 0.9))}
+
+    def facts(self, raw, inputs):
+        return {"for three equal singular values, as parameters": "an error" if failed(raw["count"]) else raw["count"]}
+
+    def notes(self, raw, inputs):
+        raised = failed(raw["count"])
+        return {"for three equal singular values, as parameters": raised} if raised else {}
+
+
+@exercise.experiment("half precision", 5)
 class HalfPrecision(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-        return {name: _few_equal(trial, 3).to(dtype) for name, dtype in names.items()}
+        return {name: _few_equal(trial, 3) for name in ("float16", "bfloat16")}
 
     def measure(self, subject, inputs):
-        plain = inputs["float32"]
-        _counted(subject, torch.zeros_like(plain), plain, 0.9)  # what raises here raises for any weight
+        plain = inputs["float16"]
+        _counted(subject, torch.zeros_like(plain), plain, 0.9)
 
-        def as_parameters(update: Tensor) -> int:
-            return _counted(subject, nn.Parameter(torch.zeros_like(update)), nn.Parameter(update), 0.9)
+        def in_half(name: str) -> int:
+            update = inputs[name].to(getattr(torch, name))
+            return _counted(subject, torch.zeros_like(update), update, 0.9)
 
-        return {name: attempt(lambda update=update: as_parameters(update)) for name, update in inputs.items()}
+        return {name: attempt(lambda name=name: in_half(name)) for name in inputs}
 
     def facts(self, raw, inputs):
         counts = {name: "an error" if failed(count) else count for name, count in raw.items()}
@@ -131,21 +179,23 @@ class HalfPrecision(Experiment):
         return {f"for three equal singular values, {name}": failed(count) for name, count in raw.items() if failed(count)}
 
 
-@exercise.experiment("nothing changed")
-class NothingChanged(Experiment):
+@exercise.experiment("an int", 6)
+class AnInt(Experiment):
     def draw(self, trial: Trial) -> dict:
-        weight = _few_equal(trial, SIDE - 1)
-        return {"before": weight, "after": weight.clone()}
+        return {"update": _few_equal(trial, 3)}
 
     def measure(self, subject, inputs):
-        return {"count": _counted(subject, inputs["before"], inputs["after"], 0.9)}
+        number = subject(torch.zeros_like(inputs["update"]), inputs["update"], 0.9)
+        expect_number(number, WHAT)
+        kinds = {"a tensor": Tensor, "an int": Integral, "a float": float}  # NumPy's ints are some, too
+        return {"kind": next((name for name, kind in kinds.items() if isinstance(number, kind)), type(number).__name__)}
 
     def facts(self, raw, inputs):
-        return {"for two equal weights": raw["count"]}
+        return {"the number is": raw["kind"]}
 
 
 def _counted(subject, before: Tensor, after: Tensor, share: float) -> int:
-    number = expect_number(subject(before, after, share), "what rank_of_update returns")
+    number = expect_number(subject(before, after, share), WHAT)
     if number != round(number):
         raise WrongReturn(f"rank_of_update must return a whole number, got {number:g}.")
     return round(number)
@@ -173,10 +223,11 @@ def rank_of(
     power=2,
     threshold=lambda share: share,
     count=lambda fewest: fewest,
+    order=lambda energy: energy,
 ) -> int:
     """The fewest singular values that hold a share of the squares: a right solution, with an option for each piece of it."""
     change = update(wide(before.detach()), wide(after.detach()))
-    return count(_fewest(torch.linalg.svdvals(matrix(change)) ** power, threshold(share)))
+    return count(_fewest(order(torch.linalg.svdvals(matrix(change)) ** power), threshold(share)))
 
 
 CHANGES = {
@@ -192,6 +243,8 @@ CHANGES = {
     "outputs and inputs on one side": {"matrix": lambda update: update.flatten(2).flatten(0, 1) if update.ndim > 2 else update},
     "half precision as it comes": {"wide": lambda weight: weight},
     "one of nothing": {"count": lambda fewest: max(fewest, 1)},
+    "the smallest first": {"order": lambda energy: energy.flip(-1)},
+    "a tensor for an int": {"count": torch.tensor},
 }
 exercise.misconceptions_of(rank_of, CHANGES)
 
@@ -200,6 +253,11 @@ exercise.misconceptions_of(rank_of, CHANGES)
 def compared_with_the_largest(before, after, share):
     singular = torch.linalg.svdvals((after - before).double().flatten(1))
     return int(((singular > 0) & (singular >= (1 - share) * singular[0])).sum())
+
+
+@exercise.misconception("the rank, whatever the share")
+def the_rank(before, after, share):
+    return int(torch.linalg.matrix_rank((after - before).double().flatten(1), rtol=0.1))
 
 
 @exercise.misconception("share of how many there are")
