@@ -135,6 +135,30 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int | None = None, p
     return head
 
 
+def cache_key(backbone: nn.Module, inputs: Tensor | Sequence, settings: Mapping[str, object]) -> str:
+    """A name for what a backbone makes of inputs: equal for equal contents, in every process, and else another one.
+
+    The SHA-256 of the backbone's structure, parameters, buffers and `preprocessing`, the inputs' contents (of files: their
+    bytes) and the settings, whatever their order. What it cannot see is code: a change of the backbone's `forward`.
+
+    Args:
+        backbone: any model. Buffers that its state dict leaves out count, too.
+        inputs: a tensor, or a list of texts, paths, PIL images or tensors. Their shapes and dtypes count.
+        settings: what JSON can spell.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    described = [type(expect.module("backbone", backbone)).__qualname__, repr(backbone)]
+    described += [str(getattr(backbone, "preprocessing", "")), dict(settings)]
+    parts = [json.dumps(described, sort_keys=True).encode()]
+    for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):  # a state dict leaves some buffers out
+        parts += [name.encode(), *_content(tensor)]
+    items = [inputs] if isinstance(inputs, Tensor) else inputs
+    parts.append(f"{'one tensor' if isinstance(inputs, Tensor) else len(items)}".encode())
+    return _sha256([*parts, *(part for item in items for part in _content(item))])
+
+
 def cached_features(
     folder: str | Path,
     compute: Callable[..., Tensor],
@@ -144,10 +168,9 @@ def cached_features(
 ) -> Tensor:
     """`compute(backbone, inputs, **settings)`, read from `folder` if exactly that was computed before.
 
-    The name of an entry is the SHA-256 of all that features depend on: the backbone's structure, parameters, buffers
-    and `preprocessing`, the inputs' contents (of files: their bytes), `compute`'s code and settings. Change any of
-    them and it is another entry, so no entry can be stale. What the key cannot see is a change of what `compute` calls
-    or of the backbone's `forward`: empty the folder after one.
+    The name of an entry is the SHA-256 of all that features depend on: what `cache_key` has of backbone, inputs and
+    settings, and `compute`'s code. Change any of them and it is another entry, so no entry can be stale. What it cannot
+    see is a change of what `compute` calls or of the backbone's `forward`: empty the folder after one.
 
     An entry is written to a temporary file and then renamed, so an interruption leaves none, and holds the SHA-256
     of its own numbers, so a damaged one is noticed, computed again and replaced.
@@ -165,7 +188,7 @@ def cached_features(
     if not inspect.isfunction(compute):
         raise TypeError(f"compute must be a function, got {expect.describe(compute)}. Give it its arguments as settings.")
     settings = dict(settings or {})
-    key = _key(compute, expect.module("backbone", backbone), inputs, settings)
+    key = _sha256([cache_key(backbone, inputs, settings).encode(), *_code(compute)])
     path = Path(folder) / f"{key}.safetensors"
     features = _read_entry(path, key)
     if features is None:
@@ -193,17 +216,11 @@ def _read_entry(path: Path, key: str) -> Tensor | None:
     return features if metadata == {"key": key, "sha256": _sha256(_content(features))} else None
 
 
-def _key(compute: Callable, backbone: nn.Module, inputs: Tensor | Sequence, settings: dict) -> str:
+def _code(compute: Callable) -> list[bytes]:
+    """What makes one function itself."""
     code = compute.__code__
     constants = [repr(constant) for constant in code.co_consts if not inspect.iscode(constant)]
-    described = [compute.__module__, compute.__qualname__, code.co_code.hex(), code.co_names, constants, settings]
-    described += [type(backbone).__qualname__, repr(backbone), str(getattr(backbone, "preprocessing", ""))]
-    parts = [json.dumps(described, sort_keys=True).encode()]
-    for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):  # a state dict leaves some buffers out
-        parts += [name.encode(), *_content(tensor)]
-    items = [inputs] if isinstance(inputs, Tensor) else inputs
-    parts.append(f"{'one tensor' if isinstance(inputs, Tensor) else len(items)}".encode())
-    return _sha256([*parts, *(part for item in items for part in _content(item))])
+    return [json.dumps([compute.__module__, compute.__qualname__, code.co_code.hex(), code.co_names, constants]).encode()]
 
 
 def _content(item: object) -> list[bytes]:

@@ -1,5 +1,6 @@
 import copy
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import helpers.features
 from helpers.backbones import glyphnet
 from helpers.data import digits
-from helpers.features import cached_features, drop_head, eval_mode, extract, linear_probe
+from helpers.features import cache_key, cached_features, drop_head, eval_mode, extract, linear_probe
 
 pytestmark = pytest.mark.usefixtures("device")  # see conftest.py
 
@@ -278,6 +279,30 @@ def test_images_that_differ_in_their_palette_are_two_things(tmp_path, compute):
     for picture, color in zip(pictures, ((10, 10, 10), (200, 200, 200)), strict=True):
         picture.putpalette([*color] * 256)
         assert cached_features(tmp_path, compute, Brightness(), [picture]).item() == color[0]
+
+
+def test_a_key_is_the_same_for_equal_contents_whatever_their_order_or_place(digits_net):
+    images, settings = torch.randn(4, 1, 8, 8), {"mean": 0.1307, "size": 8}
+    key = cache_key(digits_net, images, settings)
+    assert len(key) == 64 and set(key) <= set("0123456789abcdef")
+    copied = images.transpose(2, 3).contiguous().transpose(2, 3)  # the same numbers, not contiguous
+    assert cache_key(copy.deepcopy(digits_net), copied, {"size": 8, "mean": 0.1307}) == key
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_key_knows_the_backbone(digits_net, change):
+    images = torch.randn(4, 1, 8, 8)
+    key = cache_key(digits_net, images, {})
+    change(digits_net)
+    assert cache_key(digits_net, images, {}) != key
+
+
+def test_a_key_knows_settings_to_the_last_digit_and_images_by_their_form(digits_net):
+    settings = [{"mean": 0.1307}, {"mean": math.nextafter(0.1307, 1)}, {"std": 0.1307}, {"mean": 0.1307, "size": 8}]
+    black = [torch.zeros(20, 1, 8, 8), torch.zeros(80, 1, 4, 4), torch.zeros(20, 1, 8, 8, dtype=torch.int32)]
+    keys = [cache_key(digits_net, black[0], some) for some in settings]
+    keys += [cache_key(digits_net, images, settings[0]) for images in black[1:]]
+    assert len(set(keys)) == len(keys)
 
 
 def cut(entry):
