@@ -36,6 +36,7 @@
 # %%
 import copy
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -376,43 +377,56 @@ for way in ("head only", "LoRA rank 8", "everything"):
 # %% [markdown]
 # ## Exercise 6.3: put the layers in
 #
-# A pre-trained model is not yours to write anew. To give it LoRA layers you take its linear layers out by name and put
-# others in their places. A name has components, with dots between them: `encoder.layer.10.attention.query`. In a
-# transformer of twelve layers twelve names end in `query`, so a *target* is mostly the end of a name. Where the end
-# begins matters: `query` is the last component of that name, and a part of `query_norm`, which is another layer.
+# A pre-trained model is not yours to write anew: take layers out by name, and put others in their places. In a
+# transformer of twelve layers, twelve names end in `query`, so a *target* is mostly the end of a name. If it finds
+# nothing, the model trains all the same: that must be noticed.
 #
-# In a layer of attention three linear layers make three vectors of each token: query, key and value. The paper adapts
-# query and value.
+# **Exercise 6.3** (25 min, ●●○). Write `replace`.
 #
-# Three things from torch: `model.get_submodule("encoder.layer")` gives a module by its name. `setattr(parent, "0",
-# new)` puts one in its place, in an `nn.Sequential` too, but reads no dots. `named_modules()` gives a module under its
-# first name only, `named_modules(remove_duplicate=False)` under each.
+# *Core*
 #
-# What was replaced should be seen. A function that finds nothing and says nothing leaves a model without an adapter,
-# and it trains all the same.
+# 1. A target names each module whose name it is or ends, in whole components: `query` names `encoder.0.query`, not
+#    `encoder.0.subquery`.
+# 2. `make(module)` takes the place of each, of any kind, at any depth; all else stays as it was.
+# 3. What two targets name is replaced once; nothing inside a new module is replaced.
+# 4. It returns the names replaced, in the order of `model.named_modules()`.
+# 5. A target that names nothing is a `ValueError` with that target in its message, before anything changes.
 #
-# **Exercise 6.3** (25 min, ●●○). Write `replace(model, targets, make)`. It changes `model` in place: where a layer was that
-# a target names, `make(layer)` is afterwards.
+# *Fine print*
 #
-# - `targets` is a list of strings. A target names every module whose name, as `model.named_modules()` spells it, is the
-#   target or ends in it, in **whole components**: `"query"` names `encoder.0.query` and `query`, neither
-#   `encoder.0.query_norm` nor `encoder.0.subquery`. `"0.query"` names `encoder.0.query`, neither `encoder.10.query` nor
-#   `encoder.0_query`. No target here names a module inside which another one is named, nor the model itself.
-# - `make` takes the layer, of whatever kind, and gives an `nn.Module`, which may hold the layer inside.
-# - Layers may be anywhere: in the model itself, in an `nn.Sequential`, an `nn.ModuleList`, an `nn.ModuleDict`, or
-#   deeper. All other modules are the same objects as before, in the same order, and no parameter and no mode changes.
-# - A layer that two targets name is replaced once. Only layers that the model had when you got it are replaced: if
-#   `make` puts the old layer inside as `base`, then `encoder.0.query.base` is new, and a target `"base"` does not name
-#   it.
-# - A model may hold one layer under several names. If a target names it under any of them, it gets **one** new layer,
-#   which is put in **all** its places.
-# - Return the list of the names of the layers that were replaced, in the order of `model.named_modules()`. A layer with
-#   several names is listed once, under the first, which is the one that `named_modules()` gives.
-# - A target that names nothing is a `ValueError`, with the target in its message, and the model is as it was.
+# 6. A module with several names, one of them targeted, gets one replacement at all its places, and its first name is
+#    listed.
 
 
 # %%
-def replace(model, targets, make):
+def replace(
+    model: nn.Module, targets: list[str], make: Callable[[nn.Module], nn.Module]
+) -> list[str]:
+    """Put `make(module)` in the place of each module that a target names, in place.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> replace(model, ["2"], lambda module: nn.Identity())
+    ['2']
+    >>> model[2]
+    Identity()
+
+    From torch: `named_modules(remove_duplicate=False)` gives a module under all its
+    names, `model.get_submodule("encoder.layer")` one by its name. `setattr(parent, "0",
+    new)` puts one in its place, in an nn.Sequential too, but reads no dots.
+
+    Args:
+        model: its modules may be in an nn.Sequential, nn.ModuleList or nn.ModuleDict.
+        targets: at least one. "0.query" names encoder.0.query, neither encoder.10.query
+            nor encoder.0_query. None names `model` itself, or a module inside which
+            another is named.
+        make: gets the old module itself and gives the new one, which may hold the old.
+
+    Returns:
+        Each name once: the one that `model.named_modules()` had for the old module.
+
+    Raises:
+        ValueError: a target names nothing.
+    """
     ### BEGIN SOLUTION
     def named(name):
         return any(f".{name}".endswith(f".{target}") for target in targets)
@@ -440,6 +454,9 @@ replace = continue_with("6.3")
 
 # %% [markdown]
 # ### Which layers did the name hit?
+#
+# In a layer of attention three linear layers make three vectors of each token: query, key and value. The paper adapts
+# query and value.
 #
 # Names are the part of LoRA that goes wrong in silence. So look at what `replace` returns. Three targets for MiniLM,
 # and one for glyphnet, whose stem is called `conv1`, as is a convolution in every block:

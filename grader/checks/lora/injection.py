@@ -3,15 +3,19 @@
 import re
 from collections.abc import Iterable
 from itertools import takewhile
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
+from grader.checks import traces
 from grader.checks.refusals import raised
-from grader.experiment import Exercise, Experiment, Trial, expect_names
+from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_names
 from helpers.lora import replace
 
-exercise = Exercise(__name__, "6.3", replace)
+exercise = Exercise(__name__, "6.3", replace, core=5)
+
+
+FROM_ANOTHER = "made from another object"
 
 
 class _Made(nn.Module):
@@ -25,56 +29,80 @@ class _Made(nn.Module):
 class _Replacing(Experiment):
     """Replaces layers in several models, each with targets of its own."""
 
-    listed = False  # whether to look at the list that is returned: a missing return costs no more than it should
+    # Whether to look at the list that is returned; None is "if it is one": a missing return costs no more than it should.
+    listed: ClassVar[bool | None] = False
+    exact = False  # whether `make` must get the layer itself: a copy costs no more than it should
     beside: ClassVar[dict[str, str]] = {}  # a model's key -> the fact beside which it is shown that it was refused
 
     def measure(self, subject, inputs):
-        return {key: _replaced(subject, inputs[key], targets, self.listed) for key, targets in inputs["targets"].items()}
+        return {
+            key: _replaced(subject, inputs[key], targets, self.listed, self.exact) for key, targets in inputs["targets"].items()
+        }
 
     def notes(self, raw, inputs):
         return {fact: raw[key]["refused"] for key, fact in self.beside.items() if raw[key]["refused"]}
 
 
-@exercise.experiment("whole components")
+@exercise.experiment("whole components", 1)
 class WholeComponents(_Replacing):
     points = 3
+    listed = None
     beside: ClassVar = {
         "one": "target `query`: layers of that name",
         "two": "target `0.query`: the layer `encoder.0.query`",
         "whole": "target `encoder.10.query`: that layer",
+        "number": "target `layer.1`: the layer `encoder.layer.1`",
     }
 
     def draw(self, trial: Trial) -> dict:
         names = {
-            "one": ("encoder.0.query", "encoder.10.query", "decoder.query"),
+            "one": ("encoder.0.query", "encoder.10.query", "decoder.query", "query"),
             "goes on": ("encoder.0.query_norm", "encoder.10.query_key"),
             "letters": ("encoder.0.subquery", "decoder.pre_query"),
+            "capitals": ("decoder.Query",),
             "two": ("encoder.0.query",),
             "ten": ("encoder.10.query",),
             "no dot": ("encoder.0_query",),
+            "first": ("encoder.layer.1",),
+            "tenth": ("encoder.layer.10", "encoder.layer.11"),
         }
-        targets = {"one": ["query"], "two": ["0.query"], "whole": ["encoder.10.query"]}
+        targets = {"one": ["query"], "two": ["0.query"], "whole": ["encoder.10.query"], "number": ["layer.1"]}
         every = sorted({name for group in names.values() for name in group})
         models = {key: _tree({every[k]: nn.Linear(2, 2) for k in trial.permutation(len(every))}) for key in targets}
-        return {"targets": targets, "names": names, **models}
+        inside = {f"{place}.{word}": nn.Linear(2, 2) for place in ("attention", "last.attention") for word in _words(trial, 2)}
+        return {"targets": targets | {"inside": ["attention"]}, "names": names, **models, "inside": _tree(inside)}
+
+    def measure(self, subject, inputs):
+        holders = [inputs["inside"].get_submodule(name) for name in ("attention", "last.attention")]
+        layers = [_every(holder) for holder in holders]
+        raw = super().measure(subject, inputs)
+        return raw | {"layers": [_places(*pair) for pair in zip(holders, layers, strict=True)]}
 
     def facts(self, raw, inputs):
         names = inputs["names"]
-        one, two, whole = (raw[key]["places"] for key in ("one", "two", "whole"))
+        one, two, whole, number = (raw[key]["places"] for key in ("one", "two", "whole", "number"))
+        layers = {f"{k}.{name}": how for k, places in enumerate(raw["layers"]) for name, how in places.items()}
+        listed = [name for name in raw["inside"]["names"] or [] if "attention." in name]
         return {
             "target `query`: layers of that name": _how(one, names["one"]),
             "target `query`: names that go on after it, as `query_norm`": _how(one, names["goes on"]),
             "target `query`: names that end in the same letters, as `subquery`": _how(one, names["letters"]),
+            "target `query`: the layer `decoder.Query`": _how(one, names["capitals"]),
             "target `0.query`: the layer `encoder.0.query`": _how(two, names["two"]),
             "target `0.query`: the layer `encoder.10.query`": _how(two, names["ten"]),
             "target `0.query`: the layer `encoder.0_query`": _how(two, names["no dot"]),
             "target `encoder.10.query`: that layer": _how(whole, inputs["targets"]["whole"]),
+            "target `layer.1`: the layer `encoder.layer.1`": _how(number, names["first"]),
+            "target `layer.1`: the layers `encoder.layer.10` and `11`": _how(number, names["tenth"]),
+            "target `attention`: layers inside that module": _how(layers, layers),
+            "target `attention`: layers inside that module that are listed": traces.some(listed),
         }
 
 
-@exercise.experiment("any layer anywhere")
+@exercise.experiment("any layer anywhere", 2)
 class AnyLayerAnywhere(_Replacing):
     points = 2
+    exact = True
     beside: ClassVar = {"top": "a layer of the model itself", "deep": "layers inside other modules"}
 
     def draw(self, trial: Trial) -> dict:
@@ -83,6 +111,8 @@ class AnyLayerAnywhere(_Replacing):
         model = nn.Module()
         model.stem = nn.Linear(*size)
         model.blocks = nn.Sequential(nn.Linear(*size), nn.ReLU(), nn.Linear(*size), nn.Dropout())
+        model.act = nn.GELU()
+        model.mixer = nn.Sequential(nn.Linear(*size))
         model.conv = nn.Conv2d(1, width, 3)
         model.experts = nn.ModuleList([nn.Linear(*size), nn.Linear(*size)])
         model.tokens = nn.Embedding(7, width)
@@ -92,7 +122,14 @@ class AnyLayerAnywhere(_Replacing):
         model.experts[0].requires_grad_(False)  # flags and modes that are not those of a new model
         model.blocks.eval()
         deep = [f"blocks.{2 * trial.integer(0, 1)}", f"experts.{trial.integer(0, 1)}", "heads.letters", "layer.3.dense"]
-        return {"model": model, "top": ["stem"], "kinds": ["conv", "tokens"], "deep": deep}
+        return {
+            "model": model,
+            "top": ["stem"],
+            "kinds": ["conv", "tokens"],
+            "bare": ["act"],
+            "holder": ["mixer"],
+            "deep": deep,
+        }
 
     def measure(self, subject, inputs):
         def settings() -> list:
@@ -101,24 +138,29 @@ class AnyLayerAnywhere(_Replacing):
         model = inputs["model"]
         before = _every(model)
         settings_before = settings()
-        raw = {
-            "top": _replaced(subject, model, inputs["top"] + inputs["kinds"]),
-            "deep": _replaced(subject, model, inputs["deep"]),
+        calls = {
+            "top": inputs["top"] + inputs["kinds"],
+            "bare": inputs["bare"],
+            "holder": inputs["holder"],
+            "deep": inputs["deep"],
         }
+        raw = {key: _replaced(subject, model, targets, exact=True) for key, targets in calls.items()}
         places = _places(model, before)
-        order = [name for name in dict(_every(model)) if name in places]
+        order, was = [name for name in dict(_every(model)) if name in places], [n for n, how in places.items() if how != "gone"]
         return raw | {
             "places": places,
-            "order": "as it was" if order == list(places) else "another",
+            "order": "as it was" if order == was else "another",
             "settings": "as they were" if settings() == settings_before else "different",
         }
 
     def facts(self, raw, inputs):
         deep = [name.replace("layer.3", "encoder.layer.3") for name in inputs["deep"]]
-        rest = raw["places"].keys() - {*inputs["top"], *deep, *inputs["kinds"]}
+        rest = raw["places"].keys() - {*inputs["top"], *deep, *inputs["kinds"], "act", "mixer", "mixer.0"}
         return {
             "a layer of the model itself": _how(raw["places"], inputs["top"]),
             "a convolution and an embedding": _how(raw["places"], inputs["kinds"]),
+            "a layer without parameters": _how(raw["places"], inputs["bare"]),
+            "a module with others inside": _how(raw["places"], inputs["holder"]),
             "layers inside other modules": _how(raw["places"], deep),
             "all other modules": _how(raw["places"], rest),
             "the order of the modules": raw["order"],
@@ -126,10 +168,9 @@ class AnyLayerAnywhere(_Replacing):
         }
 
 
-@exercise.experiment("once")
+@exercise.experiment("once", 3)
 class Once(_Replacing):
     points = 2
-    listed = True
 
     def draw(self, trial: Trial) -> dict:
         both = ["query", "attention.query"]
@@ -143,45 +184,37 @@ class Once(_Replacing):
         name, both, inner = inputs["name"], raw["both"], raw["inner"]
         return {
             "targets `query` and `attention.query`: that layer": both["places"][name],
-            "targets `query` and `attention.query`: times it is listed": both["names"].count(name),
             "targets `query` and `base`: the layer `attention.query`": inner["places"][name],
             "targets `query` and `base`: the model's own `base`": inner["places"]["tail.base"],
         }
 
 
-@exercise.experiment("shared layer")
-class SharedLayer(_Replacing):
-    beside: ClassVar = {
-        "both": "a target names it under both its names: at its places",
-        "second": "a target names it under the second of three names: at its places",
-    }
+@exercise.experiment("the list returned", 4)
+class TheListReturned(_Replacing):
+    listed = True
 
     def draw(self, trial: Trial) -> dict:
-        (word,) = _words(trial, 1)
-        names = {"both": [f"encoder.{word}", f"decoder.{word}"]}
-        names["second"] = [*names["both"], "decoder.again"]  # two of these in the same module
-        models = {}
-        for key in names:
-            shared = nn.Linear(2, 2)
-            models[key] = _tree({"norm": nn.LayerNorm(2), **dict.fromkeys(names[key], shared)})
-        return {"names": names, "targets": {"both": [word], "second": [f"decoder.{word}"]}, **models}
-
-    def measure(self, subject, inputs):
-        raw = super().measure(subject, inputs)
-        for key, names in inputs["names"].items():
-            modules = dict(_every(inputs[key]))
-            raw[key]["layers"] = len({id(modules.get(name)) for name in names})
-        return raw
+        one, two, three = _words(trial, 3)
+        # Neither the alphabet nor the targets have the model's order.
+        several = _tree({f"{place}.{word}": nn.Linear(2, 2) for place in ("second", "first") for word in (one, two, three)})
+        targets = {"several": [three, f"first.{two}", one], "both": [two, f"first.{two}"]}
+        return {"targets": targets, "several": several, "both": _tree({f"first.{two}": nn.Linear(2, 2)})}
 
     def facts(self, raw, inputs):
-        def new(key: str) -> str:
-            how = _how(raw[key]["places"], inputs["names"][key])
-            return how if how != "replaced" else "one new layer" if raw[key]["layers"] == 1 else "several new layers"
+        names = raw["several"]["names"]
+        wanted = [name for name, how in raw["several"]["places"].items() if how not in ("untouched", "gone")]
+        by_target = [name for target in inputs["targets"]["several"] for name in wanted if _ends(name, target)]
+        orders = {"their own": wanted, "that of the targets": by_target, "that of the alphabet": sorted(wanted)}
+        order = next((order for order, known in orders.items() if names == known), "another")
+        if sorted(names) != sorted(wanted):
+            order = "the list has others, or not all of them" if {*wanted} & {*names} else "the list has other names"
+        return {
+            "names of the layers that were replaced, their order": order if names else "the list is empty",
+            "a layer that two targets name: times it is listed": len(raw["both"]["names"]),
+        }
 
-        return {fact: new(key) for key, fact in self.beside.items()}
 
-
-@exercise.experiment("nothing of that name")
+@exercise.experiment("nothing of that name", 5)
 class NothingOfThatName(Experiment):
     points = 2
 
@@ -210,30 +243,43 @@ class NothingOfThatName(Experiment):
         }
 
 
-@exercise.experiment("the list returned")
-class TheListReturned(_Replacing):
-    listed = True
+@exercise.experiment("shared layer", 6)
+class SharedLayer(_Replacing):
+    points = 2
+    listed = None
+    beside: ClassVar = {
+        "both": "a target names it under both its names: at its places",
+        "second": "a target names it under the second of three names: at its places",
+    }
 
     def draw(self, trial: Trial) -> dict:
-        one, two, three = _words(trial, 3)
-        names = [f"{place}.{word}" for place in ("first", "second") for word in (one, two, three)]
-        several = _tree({name: nn.Linear(2, 2) for name in names})
-        shared = _tree(dict.fromkeys([f"first.{one}", f"second.{one}"], nn.Linear(2, 2)))
-        targets = {"several": [three, f"first.{two}", one], "shared": [one]}
-        return {"targets": targets, "several": several, "shared": shared, "names of one": [f"first.{one}", f"second.{one}"]}
+        (word,) = _words(trial, 1)
+        names = {"both": [f"encoder.{word}", f"decoder.{word}"]}
+        names["second"] = [*names["both"], "decoder.again"]  # two of these in the same module
+        models = {}
+        for key in names:
+            shared = nn.Linear(2, 2)
+            models[key] = _tree({"norm": nn.LayerNorm(2), **dict.fromkeys(names[key], shared)})
+        return {"names": names, "targets": {"both": [word], "second": [f"decoder.{word}"]}, **models}
+
+    def measure(self, subject, inputs):
+        raw = super().measure(subject, inputs)
+        for key, names in inputs["names"].items():
+            modules = dict(_every(inputs[key]))
+            raw[key]["layers"] = len({id(modules.get(name)) for name in names})
+        return raw
 
     def facts(self, raw, inputs):
-        names = raw["several"]["names"]
-        wanted = [name for name, how in raw["several"]["places"].items() if how not in ("untouched", "gone")]
-        order = "in their order" if names == wanted else "in another order"
-        if sorted(names) != sorted(wanted):
-            order = "and others, or not all of them" if {*wanted} & {*names} else "the list has other names"
-        first, second = inputs["names of one"]
-        shared = {(): "none", (first,): "the first", (second,): "the second", (first, second): "both"}
-        return {
-            "names of the layers that were replaced": order if names else "the list is empty",
-            "a layer with two names: the names listed": shared.get(tuple(raw["shared"]["names"]), "different"),
-        }
+        def new(key: str) -> str:
+            how = _how(raw[key]["places"], inputs["names"][key])
+            return how if how != "replaced" else "one new layer" if raw[key]["layers"] == 1 else "several new layers"
+
+        first, second = inputs["names"]["both"]
+        lists = {(): "none", (first,): "the first", (second,): "the second", (first, second): "both"}
+        names = raw["both"]["names"]
+        # A list of other things is wrong for any layer, and seen elsewhere.
+        listed = None if names is None or not {*names} <= {first, second} else lists.get(tuple(names), "one of them twice")
+        return {fact: new(key) for key, fact in self.beside.items()} | {"the names of it that are listed": listed}
 
 
 def _words(trial: Trial, n: int) -> list[str]:
@@ -260,7 +306,9 @@ def _every(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(model.named_modules(remove_duplicate=False))[1:]
 
 
-def _replaced(subject, model: nn.Module, targets: list[str], listed: bool = False) -> dict:
+def _replaced(
+    subject, model: nn.Module, targets: list[str], listed: bool | None = False, exact: bool = False
+) -> dict[str, Any]:
     """What stands in every place afterwards, and the list if it is looked at; a ValueError leaves all as it is."""
     before, names, refused = _every(model), [], ""
     try:
@@ -268,8 +316,16 @@ def _replaced(subject, model: nn.Module, targets: list[str], listed: bool = Fals
     except ValueError as error:
         refused = f"it raised ValueError: {error}"
     else:
-        names = expect_names(returned, "replace must return a list of names") if listed else []
-    return {"places": _places(model, before), "refused": refused, "names": names}
+        try:
+            names = expect_names(returned, "replace must return a list of names") if listed is not False else []
+        except WrongReturn:
+            if listed:
+                raise
+            names = None
+    places = _places(model, before)
+    if not exact:
+        places = {name: "replaced" if how == FROM_ANOTHER else how for name, how in places.items()}
+    return {"places": places, "refused": refused, "names": names}
 
 
 def _places(model: nn.Module, before: list[tuple[str, nn.Module]]) -> dict[str, str]:
@@ -287,7 +343,7 @@ def _place(model: nn.Module, name: str, was: nn.Module) -> str:
         return "something that make did not make"
     if now.base is was:
         return "replaced"
-    return "replaced twice, one in the other" if isinstance(now.base, _Made) else "made from another object"
+    return "replaced twice, one in the other" if isinstance(now.base, _Made) else FROM_ANOTHER
 
 
 def _how(places: dict[str, str], names: Iterable[str]) -> str:
@@ -301,7 +357,7 @@ def _ends(name, target):
 
 def everywhere(model, places, hits, make):
     new = {layer: make(layer) for layer in set(hits.values())}
-    for name, layer in places:
+    for name, layer in reversed(list(places)):  # what is inside another one first
         if layer in new:
             model.set_submodule(name, new[layer])
 
@@ -350,6 +406,7 @@ exercise.misconceptions_of(
     solution,
     {
         "part of a name": {"ends": lambda name, target: target in name},
+        "anywhere in a name": {"ends": lambda name, target: f".{target}." in f".{name}."},
         "end of the letters": {"ends": str.endswith},
         "a dot that stands for any sign": {"ends": lambda name, target: re.search(rf"(^|\.){target}$", name)},
         "last component only": {"ends": lambda name, target: name.rpartition(".")[2] == target},
