@@ -377,9 +377,9 @@ for way in ("head only", "LoRA rank 8", "everything"):
 # %% [markdown]
 # ## Exercise 6.3: put the layers in
 #
-# A pre-trained model is not yours to write anew: take layers out by name, and put others in their places. In a
-# transformer of twelve layers, twelve names end in `query`, so a *target* is mostly the end of a name. If it finds
-# nothing, the model trains all the same: that must be noticed.
+# You do not write a pre-trained model anew: you take layers out by name, and put others in. In a transformer of twelve
+# layers, twelve names end in `query`, so a *target* is mostly the end of a name. If it finds nothing, the model trains
+# all the same.
 #
 # **Exercise 6.3** (25 min, ●●○). Write `replace`.
 #
