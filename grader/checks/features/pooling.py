@@ -17,6 +17,7 @@ def _pooled(subject: Subject, hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 SIZES = {  # name -> the lengths of the texts, places, width
+    "ordinary texts": ([5, 3, 4], 7, 4),
     "one text of one token": ([1], 1, 5),
     "one text of one token, and padding": ([1], 6, 3),
     "one text without padding": ([4], 4, 2),
@@ -29,11 +30,11 @@ AT_PADDING = {"a large number": 1e4, "infinity": torch.inf, "minus infinity": -t
 
 
 class _Pooling(Experiment):
-    """Draws hidden states of texts of different lengths, at least one of them shorter by several tokens."""
+    """Draws hidden states of texts of different lengths, with padding behind the longest too."""
 
     def draw(self, trial: Trial) -> dict:
         n, tokens, width = trial.integer(4, 6), trial.integer(8, 10), trial.integer(12, 15)
-        lengths = torch.tensor([tokens, 3, 4, *(trial.integer(3, tokens - 2) for _ in range(n - 3))])[trial.permutation(n)]
+        lengths = torch.tensor([tokens - 1, 3, 4, *(trial.integer(3, tokens - 2) for _ in range(n - 3))])[trial.permutation(n)]
         return {"hidden": trial.normal(n, tokens, width), "mask": (torch.arange(tokens) < lengths[:, None]).long()}
 
     def measure(self, subject, inputs):
@@ -102,7 +103,8 @@ class AnySize(Experiment):
 
     def facts(self, raw, inputs):
         right = [name for name, batch in inputs["batches"].items() if near(raw[name], mean_pool(*batch))]
-        return {"batches that are pooled right": right}
+        # Where ordinary texts come out wrong, the experiments before this one say how; why others do, cannot be seen.
+        return {"batches that are pooled right": right if "ordinary texts" in right else None}
 
 
 @exercise.experiment("padding does not matter", 2)

@@ -76,6 +76,11 @@ def inner_tokens(hidden, attention_mask):
     return torch.stack(rows)
 
 
+def sums_over_roots(hidden, attention_mask):
+    roots = attention_mask.double().norm(dim=1)  # of so many ones
+    return (added_up(hidden, attention_mask).T / roots.clamp(min=1)).T
+
+
 def first_that_counts(hidden, attention_mask):
     rows = zip(hidden, attention_mask.bool(), strict=True)
     return torch.stack([states[0] if own.any() else states.new_zeros(len(states[0])) for states, own in rows])
@@ -139,6 +144,7 @@ REWRITTEN = {
     "divided by the padded length": mean_of_zeroed,
     "not divided": added_up,
     "special tokens left out": inner_tokens,
+    "divided by the square root": sums_over_roots,
 }
 BROKEN = {
     1: [at_least_two, later_tokens_weigh_more, one_token_more, divided_along_the_columns, middle_token],
