@@ -6,6 +6,7 @@ import shutil
 import symtable
 import tempfile
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
@@ -20,6 +21,7 @@ from helpers.backbones import glyphnet
 from helpers.data import digits, docstrings
 from helpers.recordings import formats
 from helpers.recordings.transfer import TASKS, recorded
+from tests.prose import as_pattern, faults, prose, untold
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "solutions").glob("*/*.py"))
@@ -192,6 +194,23 @@ def test_numbers_in_the_prose_of_chapter_02_are_those_of_its_data_and_networks()
     }
     for text, holds in facts.items():
         assert " ".join(text.split()) in " ".join(prose.split()) and holds, text
+
+
+FIGURES = {path.stem.removeprefix("figures_"): path.stem for path in sorted((ROOT / "tests").glob("figures_*.py"))}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_number_in_the_prose_is_measured_or_given(name):
+    figures = import_module(f"tests.{FIGURES[name]}")
+    assert untold(name, [*figures.MEASURED, *figures.GIVEN]) == []
+    assert [piece for piece in figures.GIVEN if not re.search(as_pattern(piece), prose(name))] == [], "no longer in the prose"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_numbers_in_the_prose_are_the_results(name):
+    printed = "\n".join(text_of(cell) for cell in solved(name).cells)
+    assert faults(name, import_module(f"tests.{FIGURES[name]}").MEASURED, printed) == []
 
 
 @pytest.mark.slow
