@@ -12,12 +12,12 @@ from grader.experiment import Exercise, Experiment, Trial
 from grader.near import near, which
 from helpers.finetune import unfreeze_into
 
-exercise = Exercise(__name__, "4.3", unfreeze_into)
+exercise = Exercise(__name__, "4.3", unfreeze_into, core=4)
 
 # Every parameter here is a single number. On larger ones `parameter in list` raises, because a list compares values; on
 # these it answers, and an experiment can show what it answers.
 
-NEW, DEFAULT, FIRST, SECOND = 0.02, 0.08, 0.04, 0.16  # learning rates: each another multiple of NEW
+NEW, DEFAULT, FIRST, SECOND, THIRD = 0.02, 0.08, 0.04, 0.16, 0.32  # learning rates: each another multiple of NEW
 
 
 class _Layers(Experiment):
@@ -29,64 +29,79 @@ class _Layers(Experiment):
         return {name: _layer(trial) for name in self.names} | {"slopes": 1 + trial.normal(2).abs()}
 
 
-@exercise.experiment("new ones train")
+@exercise.experiment("new ones train", 1, 2)
 class NewOnesTrain(_Layers):
     points = 2
-    names = "head", "block"
+    names = "head", "block", "loose"
 
     def measure(self, subject, inputs):
-        head, block = inputs["head"], inputs["block"].requires_grad_(False)
+        head, block, loose = inputs["head"], inputs["block"].requires_grad_(False), inputs["loose"]
         group = {"params": list(head.parameters()), "lr": FIRST, "momentum": 0.5}
         optimizer = SGD([group], lr=DEFAULT, momentum=0.9)
-        new = list(block.parameters())
+        new = [*block.parameters(), *loose.parameters()]  # frozen ones, and some that train and were in no optimizer
         values = [_values(new)]
         returned = subject(optimizer, list(new), NEW)
         for _ in range(2):
-            _step(optimizer, _slopes(new, inputs["slopes"]) | _slopes(head.parameters(), inputs["slopes"]))
+            _step(optimizer, _slopes(new, inputs["slopes"].repeat(2)) | _slopes(head.parameters(), inputs["slopes"]))
             values.append(_values(new))
         another = isinstance(returned, Optimizer) and returned is not optimizer
-        return {"another": another, "moves": _moves(optimizer, new, values[0]), "values": values}
+        moves = {"block": _moves(optimizer, new[:2], values[0][:2]), "loose": _moves(optimizer, new[2:], values[0][2:])}
+        return {"another": another, "moves": moves, "values": values}
 
     def facts(self, raw, inputs):
-        start, first, second = raw["values"]
+        start, first, second = (values[:2] for values in raw["values"])
         once = _times(start - first, NEW * inputs["slopes"])
         twice = _times(first - second, start - first) if once else None
         return {
             "the optimizer afterwards": "another one came back" if raw["another"] else "the one given",
-            "unfrozen parameters, after a step": _fate(raw["moves"]),
+            "unfrozen parameters, after a step": _fate(raw["moves"]["block"]),
+            "trainable ones that it did not have, after a step": _fate(raw["moves"]["loose"]),
             "their first step, in units of lr x gradient": once,
             "their second step with the same gradient, in units of the first": twice,
         }
 
 
-@exercise.experiment("any iterable")
-class AnyIterable(_Layers):
-    points = 2
-    names = "head", "block", "tied"
+class _WithHead(_Layers):
+    """A head trains, and a second layer joins in some way."""
+
+    names = "head", "block"
+
+    def given(self, layer: nn.Linear):
+        raise NotImplementedError
 
     def measure(self, subject, inputs):
-        head, block, tied = inputs["head"], inputs["block"].requires_grad_(False), inputs["tied"].requires_grad_(False)
-        raw = {}
-        for name, parameters in (("block", block.parameters()), ("tied", [tied.weight, tied.bias, tied.weight])):
-            layer = inputs[name]
-            optimizer = SGD([{"params": list(head.parameters()), "lr": SECOND}], lr=DEFAULT, momentum=0.9)
-            before = _values(layer.parameters())
-            subject(optimizer, parameters, NEW)
-            _step(optimizer, _slopes(layer.parameters(), inputs["slopes"]) | _slopes(head.parameters(), inputs["slopes"]))
-            moves = _moves(optimizer, list(layer.parameters()), before)
-            raw[name] = {"values": [before, _values(layer.parameters())], "moves": moves}
-        return raw
+        head, block = inputs["head"], inputs["block"].requires_grad_(False)
+        optimizer = SGD([{"params": list(head.parameters()), "lr": SECOND}], lr=DEFAULT, momentum=0.9)
+        before = _values(block.parameters())
+        subject(optimizer, self.given(block), NEW)
+        _step(optimizer, _slopes(block.parameters(), inputs["slopes"]) | _slopes(head.parameters(), inputs["slopes"]))
+        moves = _moves(optimizer, list(block.parameters()), before)
+        return {"values": [before, _values(block.parameters())], "moves": moves}
+
+
+@exercise.experiment("any iterable", 1, 2)
+class AnyIterable(_WithHead):
+    def given(self, layer):
+        return layer.parameters()
 
     def facts(self, raw, inputs):
-        before, after = raw["tied"]["values"]
-        step = _times((before - after)[:1], NEW * inputs["slopes"][:1])
-        return {
-            "parameters out of a generator": _fate(raw["block"]["moves"]),
-            "step of one that comes twice, in units of lr x gradient": step,
-        }
+        return {"parameters out of a generator": _fate(raw["moves"])}
 
 
-@exercise.experiment("old ones go on")
+@exercise.experiment("one that comes twice", 5)
+class OneThatComesTwice(_WithHead):
+    def given(self, layer):
+        return [layer.weight, layer.bias, layer.weight]
+
+    def facts(self, raw, inputs):
+        before, after = raw["values"]
+        twice, once = (after - before).flatten() / inputs["slopes"]
+        # Whether they train at all, and at what rate, is the question of other experiments.
+        steps = None if near(once, 0, scale=NEW) else _times(twice, once)
+        return {"step of one that comes twice, in units of one that comes once": steps}
+
+
+@exercise.experiment("old ones go on", 3, 4)
 class OldOnesGoOn(Experiment):
     points = 2
     kinds = ("SGD with momentum", "AdamW")
@@ -113,12 +128,11 @@ class OldOnesGoOn(Experiment):
             for row in slopes[:3]:
                 _step(optimizer, _slopes(old, row))
             _backward(_slopes(old, slopes[3]))  # a gradient is waiting, as in the middle of accumulating several batches
-            before = _values(new)
             subject(optimizer, [*middle.parameters(), *new], NEW)
             waiting = [0.0 if parameter.grad is None else parameter.grad.item() for parameter in old]
             for row in slopes[4:]:
                 _step(optimizer, _slopes(old, row) | _slopes(new, row[:2]))
-            raw[kind] = {"old": _values(old), "new": _moves(optimizer, new, before), "waiting": waiting}
+            raw[kind] = {"old": _values(old), "waiting": waiting, "default": optimizer.defaults["lr"]}
         return raw
 
     def facts(self, raw, inputs):
@@ -128,9 +142,12 @@ class OldOnesGoOn(Experiment):
             start = _values([*head.parameters(), *middle.parameters()])
             known = {name: self.control(kind, start, slopes, **changes) for name, changes in self.changes.items()}
             facts[f"{kind}: what trained before moves"] = which(raw[kind]["old"], known, "in some other way")
-            facts[f"{kind}: new ones, given together with old ones"] = _fate(raw[kind]["new"])
         kept = all(near(raw[kind]["waiting"], slopes[3]) for kind in self.kinds)
-        return facts | {"gradients that were waiting for the next step": "kept" if kept else "lost"}
+        defaults = all(near(raw[kind]["default"], DEFAULT) for kind in self.kinds)
+        return facts | {
+            "gradients that were waiting for the next step": "kept" if kept else "lost",
+            "the optimizer's default learning rate": "as it was" if defaults else "changed",
+        }
 
     @staticmethod
     def optimizer(kind: str, old: list[Tensor]) -> Optimizer:
@@ -152,59 +169,79 @@ class OldOnesGoOn(Experiment):
         return _values(old)
 
 
-@exercise.experiment("already in the optimizer")
-class AlreadyInTheOptimizer(_Layers):
+class _ThreeGroups(_Layers):
+    names = "head", "tail", "neck", "block"
+
+    def optimizer(self, inputs) -> Optimizer:
+        head, tail, neck, block = (inputs[name] for name in self.names)
+        tail.requires_grad_(False)  # in the optimizer from the start, and frozen
+        block.requires_grad_(False)  # not in it
+        rates = ((head, FIRST), (tail, SECOND), (neck, THIRD))
+        groups = [{"params": list(layer.parameters()), "lr": lr} for layer, lr in rates]
+        return SGD(groups, lr=DEFAULT, momentum=0.9)
+
+
+@exercise.experiment("already in the optimizer", 1, 2, 3)
+class AlreadyInTheOptimizer(_ThreeGroups):
     points = 2
-    names = "head", "tail", "block"
 
     def measure(self, subject, inputs):
-        head, tail, block = (inputs[name] for name in ("head", "tail", "block"))
-        tail.requires_grad_(False)  # in the optimizer from the start, and frozen
-        block.requires_grad_(False)
-        groups = [{"params": list(head.parameters()), "lr": FIRST}, {"params": list(tail.parameters()), "lr": SECOND}]
-        optimizer = SGD(groups, lr=DEFAULT, momentum=0.9)
-        given = [*tail.parameters(), *block.parameters()]
-        everything = [*head.parameters(), *given]
+        optimizer = self.optimizer(inputs)
+        head, tail, neck, block = (list(inputs[name].parameters()) for name in self.names)
+        everything = [*head, *tail, *neck, *block]
         before = _values(everything)
-        subject(optimizer, list(given), NEW)
-        groups = len(optimizer.param_groups)
-        subject(optimizer, list(given), NEW)
-        added = len(optimizer.param_groups) - groups
-        _step(optimizer, _slopes(everything, inputs["slopes"].repeat(3)))
-        moves = _moves(optimizer, list(block.parameters()), before[4:])
-        return {"values": [before, _values(everything)], "added": added, "moves": moves}
+        subject(optimizer, [*tail, block[0], neck[1], head[0], block[1]], NEW)
+        _step(optimizer, _slopes(everything, inputs["slopes"].repeat(4)))
+        return {"values": [before, _values(everything)], "moves": _moves(optimizer, block, before[6:])}
 
     def facts(self, raw, inputs):
         before, after = raw["values"]
-        lr = torch.tensor([FIRST, FIRST, SECOND, SECOND, NEW, NEW])
-        steps = (before - after).flatten() / (lr * inputs["slopes"].repeat(3))
+        lr = torch.tensor([FIRST, FIRST, SECOND, SECOND, THIRD, THIRD, NEW, NEW])
+        steps = (before - after).flatten() / (lr * inputs["slopes"].repeat(4))
         return {
-            "new ones, given together with frozen ones it had": _fate(raw["moves"]),
-            "step of the new ones, in units of lr x gradient": _times(steps[4:], torch.ones(2)),
+            "new ones, given together with some that it had": _fate(raw["moves"]),
+            "step of the new ones, in units of lr x gradient": _times(steps[6:], torch.ones(2)),
             "step of the frozen ones it had, in units of their own group's": _times(steps[2:4], torch.ones(2)),
-            "step of all others, in units of their own group's": _times(steps[:2], torch.ones(2)),
-            "groups that a second call with the same parameters adds": raw["added"],
+            "step of the others it had, in units of their own groups'": _times(steps[[0, 1, 4, 5]], torch.ones(4)),
         }
 
 
-@exercise.experiment("equal values")
+@exercise.experiment("nothing new", 6)
+class NothingNew(_ThreeGroups):
+    def measure(self, subject, inputs):
+        optimizer = self.optimizer(inputs)
+        counts = [len(optimizer.param_groups)]
+        for given in ([*inputs["tail"].parameters(), inputs["head"].bias], []):
+            subject(optimizer, list(given), NEW)
+            counts.append(len(optimizer.param_groups))
+        return {"counts": counts}
+
+    def facts(self, raw, inputs):
+        start, known, none = raw["counts"]
+        return {
+            "groups added for parameters that it had": known - start,
+            "groups added for no parameters at all": none - known,
+        }
+
+
+@exercise.experiment("equal values", 5)
 class EqualValues(Experiment):
     def draw(self, trial: Trial) -> dict:
-        # Three fresh BatchNorms: all their weights are one, all their biases zero.
-        return {"norms": nn.ModuleList(nn.BatchNorm1d(1) for _ in range(3)), "slopes": 1 + trial.normal(2).abs()}
+        # Fresh BatchNorms: all their weights are one, all their biases zero.
+        return {"norms": nn.ModuleList(nn.BatchNorm1d(1) for _ in range(3)), "other": _layer(trial)}
 
     def measure(self, subject, inputs):
         first, *others = inputs["norms"]
-        new = [parameter.requires_grad_(False) for norm in others for parameter in norm.parameters()]
+        equal = [parameter for norm in others for parameter in norm.parameters()]
+        different = list(inputs["other"].parameters())
         optimizer = SGD(first.parameters(), lr=DEFAULT, momentum=0.9)
-        before = _values(new)
-        subject(optimizer, list(new), NEW)
-        slopes = inputs["slopes"]
-        _step(optimizer, _slopes(first.parameters(), slopes) | _slopes(new, slopes.repeat(2)))
-        return {"moves": _moves(optimizer, new, before)}
+        subject(optimizer, [parameter.requires_grad_(False) for parameter in equal + different], NEW)
+        there = set(map(id, _all_in(optimizer)))
+        return {name: [id(p) in there for p in new] for name, new in (("equal", equal), ("different", different))}
 
     def facts(self, raw, inputs):
-        return {"parameters of two new BatchNorms beside an old one": _fate(raw["moves"])}
+        joined = traces.how_many(raw["equal"]) if all(raw["different"]) else None
+        return {"parameters of two new BatchNorms that join an old one": joined}
 
 
 def _layer(trial: Trial) -> nn.Linear:
@@ -303,6 +340,15 @@ def _different_values(optimizer, parameters):
     return new
 
 
+def _extend_the_first_group(optimizer, new, lr):
+    optimizer.param_groups[0]["params"].extend(new)
+
+
+def _add_with_the_settings_of_the_last(optimizer, new, lr):
+    if new:
+        optimizer.add_param_group(optimizer.param_groups[-1] | {"params": new, "lr": lr})
+
+
 def _add_unless_refused(optimizer, new, lr):
     with suppress(ValueError):
         _add(optimizer, new, lr)
@@ -319,6 +365,8 @@ exercise.misconceptions_of(
         "the optimizer's default learning rate": {
             "add": lambda optimizer, new, lr: _add(optimizer, new, optimizer.defaults["lr"]),
         },
+        "put into the first group": {"add": _extend_the_first_group},
+        "settings of another group": {"add": _add_with_the_settings_of_the_last},
         "only the new ones made trainable": {"unfrozen": _not_yet_in},
         "in the group twice": {"unique": list},
         "an empty group": {"add": lambda optimizer, new, lr: optimizer.add_param_group({"params": new, "lr": lr})},
@@ -339,6 +387,11 @@ def one_learning_rate_for_all_groups(optimizer, parameters, lr):
     _unfreeze_into(optimizer, parameters, lr)
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+@exercise.misconception("only frozen ones join")
+def only_frozen_ones_join(optimizer, parameters, lr):
+    _unfreeze_into(optimizer, [parameter for parameter in parameters if not parameter.requires_grad], lr)
 
 
 @exercise.misconception("moments cleared")
