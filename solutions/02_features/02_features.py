@@ -36,10 +36,11 @@
 import hashlib
 import json
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader import check, continue_with, hint, progress, quiz
@@ -94,27 +95,49 @@ show(fig, f"Small pictures: five labelled examples of each of {shown_classes} cl
 # %% [markdown]
 # ## Exercise 2.1: take off the head
 #
-# There are three ways to get at what enters the head: put `nn.Identity` in its place; catch its input with a *hook*; let
-# `torch.fx` cut the graph of the computation there (torchvision's `create_feature_extractor` does). And there is a fourth,
-# short and popular: `nn.Sequential(*list(model.children())[:-1])`. One of these four is wrong on some networks, without an
-# error. The check has such a network.
+# There are three ways to get at what enters the head: put `nn.Identity` in its place; catch its input with a *hook*; cut the
+# graph of the computation there with `torch.fx`, as torchvision's `create_feature_extractor` does. A fourth is short and
+# popular: `nn.Sequential(*list(model.children())[:-1])`. One of the four is wrong on some networks, without an error. The
+# check has such a network.
 #
-# **Exercise 2.1** (15 min, ●●○). Write `drop_head(model, name)`.
+# **Exercise 2.1** (15 min, ●●○). Write `drop_head`.
 #
-# - `model` is any `nn.Module` whose last step is the `nn.Linear` that `model.named_modules()` calls `name`: `"fc"`, or, inside
-#   another module, `"classifier.2"`.
-# - Return a module or a function that maps inputs to what enters that layer, `(n, in_features)`, whatever else `forward` does
-#   before it. It must work again and again, for batches of any size.
-# - The model stays as it was: it keeps its head and gives its logits, each of its modules keeps its mode, and its parameters
-#   can be trained.
+# *Core*
+#
+# 1. The result maps inputs to what enters the head, with everything that `forward` does before.
+# 2. The name decides: the head may stand inside other modules, and need not be defined last.
+# 3. It works again and again, with batches of any size.
+# 4. The model keeps its head and gives its logits.
+# 5. Its modules keep their modes, and its parameters can be trained.
+#
+# *Fine print*
+#
+# 6. Between calls, and after one that raised, no hook or other layer is left in the model.
+# 7. Batches do not pile up in memory.
 
 
 # %%
-def drop_head(model, name):
+def drop_head(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+    """What `model` computes before its head.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(4, 3))
+    >>> features = drop_head(model, "2")
+    >>> features(torch.tensor([[[-1.0, 2.0], [3.0, -4.0]]]))
+    tensor([[0., 2., 3., 0.]])
+
+    Args:
+        model: any model. Its last step is its head, an nn.Linear.
+        name: the head, as `model.named_modules()` calls it: "fc", "classifier.2".
+
+    Returns:
+        A function or a module: inputs -> (n, in_features of the head).
+    """
     ### BEGIN SOLUTION
     def features(images):
         caught = []
-        hook = model.get_submodule(name).register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+        hook = model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args: caught.append(args[0])
+        )
         try:
             model(images)
         finally:
@@ -155,35 +178,104 @@ for build, name in ((resnet18, "fc"), (densenet121, "classifier")):
     print(f"the feature extractor {off[0]:.0%}, the one-liner {off[1]:.0%}")
 
 # %% [markdown]
-# ## Exercise 2.2: extract, and leave no trace
+# ## Exercise 2.2a: eval mode for a while
 #
-# A backbone is *frozen* while neither its parameters nor its *buffers* move. That is two things, and this exercise asks for
-# both.
+# In *eval mode* BatchNorm and dropout compute something else than in training. Each module has a mode of its own,
+# `module.training`. `model.eval()` and `model.train()` switch all of them, so neither brings back the modes of a model of
+# which a part was in eval mode before. A *context manager* can. With `@contextmanager`, a function stops at its `yield`
+# while the body of the `with` runs.
 #
-# **Exercise 2.2** (20 min, ●●○). Write `extract(backbone, images, batch_size)`.
+# **Exercise 2.2a** (15 min, ●●○). Write `eval_mode`.
 #
-# - `backbone` is any `nn.Module` that maps `(n, channels, height, width)` to `(n, width)`. It may hold BatchNorm and
-#   dropout, and **each of its modules may be in train or in eval mode when you get it**.
-# - `images` has shape `(n, channels, height, width)`. At most `batch_size` of them may be in the backbone at once;
-#   `n` need not be a multiple of `batch_size`.
-# - Return the features, `(n, width)`, in the order of the images, without a graph. The features of an image depend on
-#   that image alone. Later training must accept them, so no inference tensors.
-# - Leave the backbone exactly as it was: parameters, buffers, `requires_grad`, and the mode of every module.
-# - It works inside `torch.autocast` too. There, features are rounded to the 8 significant bits of bfloat16.
+# *Core*
+#
+# 1. Inside the `with`, every module of `model` is in eval mode.
+# 2. After it, each module is in the mode that it had before.
+# 3. An exception in the body comes out of the `with`, and the modes are put back all the same.
+#
+# *Fine print*
+#
+# 4. So it is with `KeyboardInterrupt` (Ctrl-C).
+# 5. The body may switch modes itself, and may hold another `eval_mode` of the model or a part.
+# 6. A module may be used in two places.
+# 7. A module may have a `train()` or `eval()` of its own.
 
 
 # %%
-def extract(backbone, images, batch_size):
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the `with`; then each module of `model` is in its mode again.
+
+    >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(4).eval())
+    >>> with eval_mode(model):
+    ...     [module.training for module in model.modules()]
+    [False, False, False]
+    >>> [module.training for module in model.modules()]  # the model, dropout, BatchNorm
+    [True, True, False]
+    """
     ### BEGIN SOLUTION
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = False
     try:
-        with torch.no_grad():
-            batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
-            return torch.cat([backbone(batch) for batch in batches])
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
+    ### END SOLUTION
+
+
+# %%
+check("2.2a", eval_mode)
+
+# %%
+eval_mode = continue_with("2.2a")
+
+# %% [markdown]
+# ## Exercise 2.2: extract, and leave no trace
+#
+# A backbone is *frozen* while neither its parameters nor its *buffers* move. That is two things: training moves the first,
+# a forward pass in train mode the second. Your `eval_mode` takes care of that, and of the modes afterwards. The rest is
+# memory: a data set does not fit into it at once, and neither do the activations that torch keeps for a backward pass.
+#
+# **Exercise 2.2** (15 min, ●●○). Write `extract`.
+#
+# *Core*
+#
+# 1. Each image gives one row, in the order of the images, however many they are.
+# 2. The features of an image depend on that image alone.
+# 3. At most `batch_size` images are in the backbone at once.
+# 4. No graph is behind the features, and none is kept while later batches run.
+# 5. The backbone is left as it was.
+#
+# *Fine print*
+#
+# 6. Its modes are put back even if it raises.
+# 7. Later training accepts the features: they are no *inference tensors*.
+
+
+# %%
+def extract(backbone: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    """Run `backbone` over `images`, batch by batch; keep nothing but its outputs.
+
+    >>> backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(6), nn.Dropout())
+    >>> features = extract(backbone, torch.ones(5, 1, 2, 3), 2)
+    >>> features.shape, features.requires_grad
+    (torch.Size([5, 6]), False)
+    >>> backbone.training, backbone[1].running_mean.any().item()
+    (True, False)
+
+    Args:
+        backbone: (n, channels, height, width) -> (n, width), in any modes.
+        images: (n, channels, height, width), n at least 1.
+        batch_size: at least 1. The last batch may be smaller.
+
+    Returns:
+        (n, width). Inside `torch.autocast` they are rounded to bfloat16; that works, too.
+    """
+    ### BEGIN SOLUTION
+    with eval_mode(backbone), torch.no_grad():
+        return torch.cat([backbone(batch) for batch in images.split(batch_size)])
     ### END SOLUTION
 
 
@@ -230,31 +322,63 @@ print({name: tuple(table.shape) for name, table in features.items()})
 # %% [markdown]
 # ## Exercise 2.3: the linear probe
 #
-# **Exercise 2.3** (25 min, ●●●). Write `linear_probe(features, labels, classes, penalty)`: train and return an
-# `nn.Linear(width, classes)` that minimises
+# A *linear probe* asks what features are worth: a linear head on top, and nothing else is trained. With a *penalty* on its
+# weights there is exactly one best head,
 #
-# $$\frac{1}{n} \sum_{i=1}^{n} \text{cross-entropy}(W f_i + b,\ y_i) \;+\; \frac{\text{penalty}}{2} \sum_{jk} W_{jk}^2$$
+# $$\min_{W, b} \; \frac{1}{n} \sum_{i=1}^{n} \text{cross-entropy}(W f_i + b,\ y_i) \;+\; \frac{\text{penalty}}{2} \sum_{jk} W_{jk}^2$$
 #
-# - `features` has shape `(n, width)`, `labels` shape `(n,)` with whole numbers from 0 to `classes - 1`.
-#   A class may have no example among the labels; the head has an output for it all the same. (Its bias then sinks for
-#   ever, slower and slower: also limit the number of steps.)
-# - The bias is trained, and not penalised. The head is on the device of the features.
-# - The objective is convex: every way of minimising it ends at the same head, if it goes on until the gradient has all
-#   but vanished. A few hundred steps over all examples at once are enough here. The check trains four times, on
-#   at most 80 examples: with most solutions that takes less than a second.
+# The objective is convex: every way of minimising it ends there, from any start. So the answer is no matter of luck, if
+# training does not stop too early.
+#
+# **Exercise 2.3** (25 min, ●●●). Write `linear_probe`.
+#
+# *Core*
+#
+# 1. The loss is the mean cross-entropy over all examples.
+# 2. To it comes `penalty / 2` times the sum of the squared weights.
+# 3. The bias is trained, and not penalised.
+# 4. Training goes on until the gradient has all but vanished, here some hundred steps over all examples at once.
+# 5. The head has one output per class, also for a class that has no example.
 
 
 # %%
-def linear_probe(features, labels, classes, penalty):
+def linear_probe(
+    features: Tensor, labels: Tensor, classes: int, penalty: float
+) -> nn.Linear:
+    """The head that minimises the mean cross-entropy + penalty / 2 * sum of W squared.
+
+    >>> features = torch.tensor([[-1.0], [1.0], [1.0]])
+    >>> head = linear_probe(features, torch.tensor([0, 1, 1]), classes=2, penalty=0.5)
+    >>> [round(weight, 3) for weight in head.weight.flatten().tolist()]
+    [-0.498, 0.498]
+    >>> round(head(features).softmax(1)[:, 1].mean().item(), 3)  # two of three labels
+    0.667
+
+    Args:
+        features: (n, width).
+        labels: (n,), whole numbers from 0 to classes - 1.
+        classes: how many. The bias of one without examples sinks for ever, slower
+            and slower: limit the number of steps, too.
+        penalty: above 0.
+
+    Returns:
+        An nn.Linear(width, classes), on the device of the features.
+    """
     ### BEGIN SOLUTION
     head = nn.Linear(features.shape[1], classes, device=features.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=500, tolerance_change=1e-10, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        head.parameters(),
+        max_iter=500,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(head(features), labels) + penalty / 2 * head.weight.square().sum()
+        loss = F.cross_entropy(head(features), labels)
+        loss = loss + penalty / 2 * head.weight.square().sum()
         loss.backward()
         return loss
 
