@@ -121,31 +121,52 @@ show(fig, "Ten handwritten digits, black ink on white paper, and below the same 
 # %% [markdown]
 # ## Exercise 5.1: the layer by hand
 #
-# For each channel, a BatchNorm takes away a mean and divides by a standard deviation:
+# For each channel, a BatchNorm computes
 #
 #     y = (x - mean) / sqrt(var + eps) * weight + bias
 #
-# In train mode, mean and variance are those of the batch, taken over everything but the channels. On the way, the layer
-# moves its *running statistics* a little towards them. In *eval mode* it reads the running statistics, and moves
-# nothing. Two details are easy to get wrong. The sum of squared deviations can be divided by n (*biased variance*) or
-# by n - 1 (unbiased): torch uses both, for different things. And *momentum* is a share: in one framework that of the
-# old value, in another that of the new one. Find out which it is in torch.
+# Two details are easy to get wrong. Squared deviations are summed, then divided by n (*biased variance*) or by n - 1:
+# torch uses both, for different things. And *momentum* is a share: of the old value in one framework, of the new one in
+# another. Which is it in torch?
 #
-# **Exercise 5.1** (20 min, ●●○). Write `batch_norm(x, layer)`.
+# **Exercise 5.1** (20 min, ●●○). Write `batch_norm`.
 #
-# - `layer` is an `nn.BatchNorm1d`, `2d` or `3d` that keeps running statistics, with any `eps` and with a number as
-#   `momentum`. With `affine=False` its `weight` and `bias` are None.
-# - `x` is `(n, channels)` or `(n, channels, ...)`, with any number of axes after the channels. In train mode it has at
-#   least two values per channel.
-# - Return what `layer(x)` returns, in the mode that `layer.training` says.
-# - Do to `running_mean`, `running_var` and `num_batches_tracked` what `layer(x)` would do. In place or with new tensors
-#   is the same to the check, but they keep their shapes and carry no graph.
-# - Gradients are those of the layer: they reach `weight`, `bias` and `x`, the latter through mean and variance too.
-# - Use plain arithmetic, neither `layer(x)` nor `F.batch_norm`. The check looks at results only, so this is a request.
+# *Core*
+#
+# 1. In train mode mean and variance are the batch's, over all axes but the channels.
+# 2. In *eval mode* they are the *running statistics*, and no buffer moves.
+# 3. In train mode the three buffers become what `layer(x)` would make of them.
+# 4. `weight` and `bias` act on each channel, in both modes.
+# 5. Gradients are those of `layer(x)`: they flow through mean and variance too.
+#
+# *Fine print*
+#
+# 6. The buffers carry no graph.
+# 7. Use plain arithmetic, not `F.batch_norm` (the check does not look at this).
 
 
 # %%
-def batch_norm(x, layer):
+def batch_norm(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """What `layer(x)` computes, in the mode that `layer.training` says.
+
+    >>> layer = nn.BatchNorm1d(1, eps=1.0, affine=False)
+    >>> batch_norm(torch.tensor([[0.0], [0.0], [0.0], [4.0]]), layer)
+    tensor([[-0.5000],
+            [-0.5000],
+            [-0.5000],
+            [ 1.5000]])
+
+    Args:
+        x: (n, channels, ...), with any number of axes after the channels. In train
+            mode at least two values per channel.
+        layer: an `nn.BatchNorm1d`, `2d` or `3d`, fresh or used, with any `eps`, a
+            number as `momentum`, and the buffers `running_mean`, `running_var` and
+            `num_batches_tracked`. They may change in place or be new tensors of
+            the same shape. With `affine=False` weight and bias are None.
+
+    Returns:
+        y, of the shape of x.
+    """
     ### BEGIN SOLUTION
     others = [axis for axis in range(x.ndim) if axis != 1]
 
@@ -188,9 +209,10 @@ for white, on_grey in zip(drift(model, [test.inputs]), drift(model, [grey(test).
     print(f"{white.name.removeprefix('backbone.'):<24}{numbers}")
 
 # %% [markdown]
-# Handwritten digits are close to what the first layers stored, and less so towards the head. Grey paper is further off
-# in every layer. A shift at the input does not stay there: the mean is furthest off in `layer4.0.bn2`, whose output
-# goes into the features.
+# The means of handwritten digits are close to what the first layers stored, at most 0.14 off up to `layer3`, and less close
+# in `layer4`. The standard deviations are not: they are 1.11 to 1.27 times what was stored, and most of all at the start.
+# Grey paper is further off in every layer, in both. A shift at the input does not stay there: the mean is furthest off in
+# `layer4.0.bn2`, whose output goes into the features.
 
 # %% [markdown]
 # ## Exercise 5.2: count what moves
@@ -752,18 +774,31 @@ show(*draws_figure(panels))
 # of one class?
 
 # %% tags=["demo"]
-samples = {}
-for count in (10, 30, 100, 800):
-    rows = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(1))[:count]
-    samples[f"{count} images"] = [evaluate(adapted(model, grey(test).inputs[rows]), grey(test)) for model in models]
+def after(images):
+    """Accuracy of each head, once the statistics are those of these images."""
+    return [evaluate(adapted(model, images), grey(test)) for model in models]
+
+
+def some(count, seed):
+    order = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(seed))
+    return grey(test).inputs[order[:count]]
+
+
+samples = {f"{count} images": after(some(count, seed=1)) for count in (30, 100, 800)}
+tens = [after(some(10, seed)) for seed in progress_bar(range(12), "twelve tens")]
 only_ones = grey(test).inputs[test.labels == 1]
-samples[f"{len(only_ones)} images, all ones"] = [evaluate(adapted(model, only_ones), grey(test)) for model in models]
+ones = samples[f"{len(only_ones)} images, all ones"] = after(only_ones)
+samples = {"10 images, twelve times": sum(tens, [])} | samples
 show(*draws_figure({"accuracy on all grey test digits": samples}))
+means = torch.tensor(tens).mean(dim=1)
+print(f"twelve tens, mean of the heads: {means.min():.3f} to {means.max():.3f}")
+better = int((means > torch.tensor(ones).mean()).sum())
+print(f"all ones: {torch.tensor(ones).mean():.3f}; better than that are {better} of the twelve tens")
 
 # %% [markdown]
-# Ten images bring most of it, thirty nearly all, without a label. (Other tens do several points better or worse; try
-# another seed.) 81 images of ones do worse than ten of all digits: the statistics of ones are not those of digits. If
-# the classes of your sample are not in the target's proportions, you adapt to the sample.
+# Ten images bring most of it, thirty nearly all, without a label. Which ten matters: 0.815 with the worst, 0.920 with the
+# best. 81 images of ones do worse (0.840) than 11 of the 12 tens, although they are eight times as many: the statistics of
+# ones are not those of digits. If the classes of your sample are not in the target's proportions, you adapt to the sample.
 #
 # ### What one pass leaves over
 #
