@@ -76,6 +76,24 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return total / mask.sum(1, keepdim=True).clamp_min(1)
 
 
+def batches_by_length(lengths: Tensor, batch_size: int) -> tuple[list[Tensor], Tensor]:
+    """Batches in which texts of like length meet, and the way back.
+
+        rows = torch.cat([rows_of(part) for part in batches])[back]          row i is that of text i again
+
+    Args:
+        lengths: (n,), how long each text is, n >= 1.
+        batch_size: at most that many texts share a batch.
+
+    Returns:
+        batches: tensors of indices from 0 to n - 1, each index in one of them; as few as there can be, from short to long.
+        back: (n,), where the row of each text stands among the batches' rows one after the other.
+    """
+    expect.whole_number("batch_size", batch_size, advice="64 suits a CPU.")
+    order = expect.tensor("lengths", lengths, ("n",)).argsort(stable=True)
+    return list(order.split(batch_size)), order.argsort()
+
+
 def embed(
     encoder: nn.Module,
     tokenizer: Callable[[list[str]], Mapping[str, Tensor]],
@@ -99,21 +117,20 @@ def embed(
         ValueError: no texts, or a tokenizer that pads at the beginning.
     """
     expect.module("encoder", encoder)
-    expect.whole_number("batch_size", batch_size, advice="64 suits a CPU.")
     _check_texts(texts)
     batch = tokenizer(list(texts))
     if (batch["attention_mask"].diff(dim=1) > 0).any():
         raise ValueError('padding must be at the end, got tokens after it. Set tokenizer.padding_side = "right".')
     device = next((tensor.device for tensor in (*encoder.parameters(), *encoder.buffers())), torch.device("cpu"))
     lengths = batch["attention_mask"].sum(1).cpu()
-    order = lengths.argsort(stable=True)
+    batches, back = batches_by_length(lengths, batch_size)
     rows = []
     with eval_mode(encoder), torch.no_grad():
-        for part in order.split(batch_size):
+        for part in batches:
             longest = int(lengths[part].max())
             ids, mask = (batch[name][part, :longest].to(device) for name in ("input_ids", "attention_mask"))
             rows.append(mean_pool(encoder(ids, mask), mask).cpu())
-    return F.normalize(torch.cat(rows)[order.argsort()], dim=1)
+    return F.normalize(torch.cat(rows)[back], dim=1)
 
 
 def _check_texts(texts: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from helpers.backbones import text_backbone
 from helpers.data import docstrings
-from helpers.text import embed, mean_pool, tokenize
+from helpers.text import batches_by_length, embed, mean_pool, tokenize
 
 pytestmark = pytest.mark.usefixtures("device")  # see conftest.py
 
@@ -70,6 +70,24 @@ def test_the_mean_leaves_out_padding_whatever_stands_there():
 
 def test_a_text_without_tokens_gives_zeros():
     assert mean_pool(torch.randn(1, 3, 2), torch.zeros(1, 3)).tolist() == [[0, 0]]
+
+
+# --- batches_by_length --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (1, 4), (7, 3), (6, 3), (5, 1), (20, 64)])
+def test_batches_by_length_hold_each_index_once_and_lead_back(n, batch_size):
+    lengths = torch.randint(2, 9, (n,))
+    batches, back = batches_by_length(lengths, batch_size)
+    together = torch.cat(batches)
+    assert sorted(together.tolist()) == list(range(n)) and together[back].tolist() == list(range(n))
+    assert [len(part) for part in batches] == [min(batch_size, n - start) for start in range(0, n, batch_size)]
+    assert lengths[together].tolist() == sorted(lengths.tolist())
+
+
+def test_the_way_back_is_not_the_order():
+    batches, back = batches_by_length(torch.tensor([5, 2, 9, 4]), 3)
+    assert [part.tolist() for part in batches] == [[1, 3, 0], [2]] and back.tolist() == [2, 0, 3, 1]
 
 
 # --- embed --------------------------------------------------------------------------------------------------------
@@ -152,12 +170,17 @@ def left(texts):
             'padding must be at the end, got tokens after it. Set tokenizer.padding_side = "right".',
         ),
         (
+            lambda: batches_by_length(torch.ones(1, 2), 4),
+            ValueError,
+            "lengths must have shape (n,), got (1, 2).",
+        ),
+        (
             lambda: embed(nn.Identity(), list, "one text"),
             ValueError,
             "texts must be a list of at least 1 text, got 'one text'. Put one text in brackets.",
         ),
         (
-            lambda: embed(nn.Identity(), list, ["one"], 0),
+            lambda: batches_by_length(torch.ones(1), 0),
             ValueError,
             "batch_size must be a whole number of at least 1, got 0. 64 suits a CPU.",
         ),

@@ -759,7 +759,7 @@ print(f"the same numbers as the real tokenizer: {sum(same)} of {len(same)} texts
 
 
 # %%
-def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     """The mean of each text's hidden states over its own tokens.
 
     >>> hidden = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [9.0, 9.0]]])
@@ -806,47 +806,111 @@ for name in ("plain mean", "mean_pool"):
     print(f"{name:<11} alone and in company: cosine similarity {cosine:.4f}")
 
 # %% [markdown]
-# ## Exercise 2.8: embeddings, whatever the company
+# ## Exercise 2.8a: short texts with short ones
 #
-# Now the whole way, for many texts. Padding costs time: in a batch, every text is as long as the longest. Texts of like
-# length in one batch waste little; but then the rows come out in another order than the texts went in.
+# In a batch, every text is filled up to the longest, and the encoder spends as much time on padding as on words. Batches
+# of texts of like length waste little. But then the rows come out in another order than the texts went in, and must be
+# put back. Where a row came from and where it has to go are two *permutations*; only for some orders are they the same.
 #
-# **Exercise 2.8** (35 min, ●●●). Write `embed(encoder, tokenizer, texts, batch_size)`.
+# **Exercise 2.8a** (15 min, ●●○). Write `batches_by_length`.
 #
-# - `tokenizer(list of texts)` gives `{"input_ids", "attention_mask"}`, each `(n, tokens)`, padded at the end to the longest of
-#   the texts it is given. `encoder(input_ids, attention_mask)` gives hidden states `(n, tokens, width)`.
-# - Return *embeddings*, `(n, width)`: row i is the mean over the tokens of text i, divided by its length, so that it has
-#   length 1.
-# - A row depends on its own text alone, whatever other texts are there and in what order. Dropout is off.
-# - At most `batch_size` texts are in the encoder at once.
-# - Texts of like length (in tokens) share a batch: there is no more padding than batches of the sorted texts need. One text at
-#   a time is allowed too.
-# - The encoder may be in train mode, in part or as a whole; leave each module in the mode it had, and the parameters and
-#   `texts` as they were.
-# - The rows are plain tensors without a graph, and no inference tensors.
-# - What the tokenizer gives is on the CPU; the encoder may be on a GPU. It works inside `torch.autocast` too.
+# *Core*
+#
+# 1. Each index from 0 to n - 1 is in one batch, once.
+# 2. No batch holds more than `batch_size` indices, and there are as few batches as that allows.
+# 3. A batch holds texts that follow one another when sorted by length.
+# 4. `back` puts the rows back: `torch.cat([x[part] for part in batches])[back]` is `x` again.
 
 
 # %%
-def embed(encoder, tokenizer, texts, batch_size):
+def batches_by_length(lengths: Tensor, batch_size: int) -> tuple[list[Tensor], Tensor]:
+    """Batches of indices, in which texts of like length meet, and the way back.
+
+    >>> batches, back = batches_by_length(torch.tensor([5, 2, 9, 4]), batch_size=3)
+    >>> [part.tolist() for part in batches]
+    [[1, 3, 0], [2]]
+    >>> back.tolist()
+    [2, 0, 3, 1]
+
+    Args:
+        lengths: (n,) of int64, n at least 1; some may be equal.
+        batch_size: at least 1.
+
+    Returns:
+        batches: a list of tensors of int64. Any order of the batches will do.
+        back: (n,) of int64.
+    """
+    ### BEGIN SOLUTION
+    order = lengths.argsort()
+    return list(order.split(batch_size)), order.argsort()
+    ### END SOLUTION
+
+
+# %%
+check("2.8a", batches_by_length)
+
+# %%
+batches_by_length = continue_with("2.8a")
+
+# %% [markdown]
+# ## Exercise 2.8: embeddings, whatever the company
+#
+# Now the whole way, for many texts. An *embedding* stands for its text, so it must not depend on what else is in the
+# batch. As a *unit vector* it is easy to compare: the dot product of two is the cosine of the angle between them.
+#
+# **Exercise 2.8** (25 min, ●●●). Write `embed` with `batches_by_length`, `mean_pool` and `eval_mode`.
+#
+# *Core*
+#
+# 1. Row i points along the mean of the hidden states over all tokens of text i.
+# 2. Each row is a unit vector.
+# 3. A row depends on its own text alone, whatever other texts are there. Dropout is off.
+# 4. At most `batch_size` texts are in the encoder at once.
+# 5. There is no more padding than batches sorted by length need. One text at a time is allowed too.
+#
+# *Fine print*
+#
+# 6. The rows have no graph, and are no inference tensors.
+# 7. Each module of the encoder is left in the mode it had.
+
+
+# %%
+def embed(
+    encoder: nn.Module,
+    tokenizer: Callable[[list[str]], dict[str, Tensor]],
+    texts: list[str],
+    batch_size: int,
+) -> Tensor:
+    """Unit vectors for texts.
+
+    >>> from helpers.backbones import text_backbone
+    >>> minilm = text_backbone()
+    >>> rows = embed(minilm.encoder, minilm.preprocess, ["a b", "a", "b a"], 2)
+    >>> rows.shape, rows.norm(dim=1).round(decimals=3)
+    (torch.Size([3, 384]), tensor([1., 1., 1.]))
+
+    Args:
+        encoder: called as encoder(input_ids, attention_mask), it gives hidden states,
+            (n, tokens, width). It may be in train mode, in part or as a whole, and on
+            a GPU. In `torch.autocast` it works in bfloat16.
+        tokenizer: called with a list of texts, it gives {"input_ids", "attention_mask"},
+            each (n, tokens), on the CPU, padded at the end to the longest of these texts.
+        texts: n texts, n at least 1.
+        batch_size: at least 1.
+
+    Returns:
+        (n, width), on any device.
+    """
     ### BEGIN SOLUTION
     lengths = tokenizer(texts)["attention_mask"].sum(dim=1)
-    order, device = lengths.argsort(), next(encoder.parameters()).device
-    modes = {module: module.training for module in encoder.modules()}
-    encoder.eval()
-    pooled = []
-    try:
-        with torch.no_grad():
-            for part in order.split(batch_size):
-                batch = {name: rows.to(device) for name, rows in tokenizer([texts[i] for i in part]).items()}
-                pooled.append(mean_pool(encoder(batch["input_ids"], batch["attention_mask"]), batch["attention_mask"]))
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    rows = torch.cat(pooled)
-    vectors = torch.empty_like(rows)
-    vectors[order] = F.normalize(rows, dim=1)  # row k of the sorted ones belongs to text order[k]
-    return vectors
+    batches, back = batches_by_length(lengths, batch_size)
+    device, rows = next(encoder.parameters()).device, []
+    with eval_mode(encoder), torch.no_grad():
+        for part in batches:
+            batch = tokenizer([texts[i] for i in part])
+            ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
+            rows.append(mean_pool(encoder(ids, mask), mask))
+    return F.normalize(torch.cat(rows)[back], dim=1)
     ### END SOLUTION
 
 
@@ -867,8 +931,8 @@ embeddings = dict(zip(("train", "validation", "test"), torch.cat(parts).split(co
 print(f"{len(texts)} texts in {time.perf_counter() - started:.1f} s")
 
 # %% [markdown]
-# Unit vectors make comparing easy: the dot product is the cosine of the angle between them. Which training texts are nearest
-# to a test text? No label was used for this, and no training.
+# The dot product of two unit vectors is the cosine of the angle between them. Which training texts are nearest to a test
+# text? No label was used for this, and no training.
 
 # %% tags=["demo"]
 for row in [int(share * len(test_texts.inputs)) for share in (0, 0.56, 0.92)]:
