@@ -1,21 +1,34 @@
 """Exercise 6.4: merged inside the block, every bit as it was afterwards."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import combinations
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grader.checks import traces
+from grader.checks.lora.lora_networks import (
+    Solution,
+    bits_of,
+    language_model,
+    layers_of,
+    lora_layer,
+    network,
+    none_merged,
+    none_tied,
+    some_layer,
+    weights_of,
+)
 from grader.checks.refusals import raised
 from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn
 from grader.near import near
 from helpers import expect, lora
 
-exercise = Exercise(__name__, "6.4", lora.merged)
-
-SCALING = 3  # alpha / rank: a delta that is scaled again is three times as large
+exercise = Exercise(__name__, "6.4", lora.merged, core=4)
 
 
 class _Error(Exception):
@@ -26,175 +39,245 @@ class _Interrupt(KeyboardInterrupt):
     """Somebody stops the cell."""
 
 
-def _network(trial: Trial, width: int) -> nn.Module:
-    """Three LoRA layers of one size, which lie deeper than its children, and a head without."""
-    rank = trial.integer(2, 3)
-    layers = nn.Sequential(*(_layer(trial, nn.Linear(width, width), rank) for _ in range(3)))
-    return nn.ModuleDict({"layers": layers, "head": nn.Linear(width, 3)})
+class _Blocks(Experiment):
+    """Runs blocks that end in several ways, each with a network of its own."""
+
+    points = 2
+    endings: ClassVar[dict[str, type[BaseException] | None]]
+
+    def draw(self, trial: Trial) -> dict:
+        width = trial.integer(4, 6)
+        return {how: network(trial, width) for how in self.endings} | {"x": trial.normal(5, width)}
+
+    def measure(self, subject, inputs):
+        return {how: self._run(subject, inputs[how], ending, inputs["x"]) for how, ending in self.endings.items()}
+
+    @staticmethod
+    def _run(subject, model: nn.Module, ending: type[BaseException] | None, x: Tensor) -> dict:
+        def block() -> None:
+            nonlocal merged
+            with _manager(subject(model)):
+                merged = bits_of(model) != before
+                if ending is not None:
+                    raise ending
+
+        before, merged, error_outside = bits_of(model), False, "nothing"
+        try:
+            block()
+        except (NotImplementedError, WrongReturn):
+            raise
+        except (Exception, _Interrupt) as error:
+            if ending is None:
+                raise
+            error_outside = "that error" if type(error) is ending else type(error).__name__
+        return _outputs(model, x) | {"error outside": error_outside, "merged": merged}
+
+    def after(self, raw, inputs, how: str) -> dict[str, Fact]:
+        """What is left of delta afterwards."""
+        fresh = {"model": inputs[how], "x": inputs["x"]}
+        return {
+            "what delta added to `layer.base(x)`": _updates(raw[how]["base"], fresh),
+            "what delta added to `layer(x)`": _updates(raw[how]["layer"], fresh),
+            "`layer.merged`": raw[how]["flags"],
+        }
+
+    def undone(self, raw, inputs, how: str) -> bool:
+        added, added_twice, flags = self.after(raw, inputs, how).values()
+        return (added, added_twice, flags) == ([0.0] * 3, [1.0] * 3, "all False")
 
 
-def _language_model(trial: Trial, tied: bool) -> nn.Module:
-    """In small. Its head, a LoRA layer, has a weight that equals the embedding's, or the same one."""
-    words = width = 6  # so that all LoRA layers have one shape
-    embed = nn.Embedding(words, width)
-    layer = _layer(trial, nn.Linear(width, width), 2)
-    head = nn.Linear(width, words)
-    head.weight = embed.weight if tied else nn.Parameter(embed.weight.detach().clone())
-    return nn.Sequential(embed, layer, _layer(trial, head, 2))
-
-
-def _layer(trial: Trial, base: nn.Linear, rank: int) -> lora.Linear:
-    """A LoRA layer that has been trained: B is not zero."""
-    layer = lora.Linear(base, rank, SCALING * rank)
-    with torch.no_grad():
-        layer.A.copy_(trial.normal(*layer.A.shape))
-        layer.B.copy_(trial.normal(*layer.B.shape) / 2)
-    return layer
-
-
-@exercise.experiment("inside the block")
+@exercise.experiment("inside the block", 1)
 class InsideTheBlock(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(4, 6)
-        return {"model": _network(trial, width), "x": trial.normal(5, width)}
+        alone = lora_layer(trial, nn.Linear(width, width), 2)
+        return {"model": network(trial, width), "alone": alone, "x": trial.normal(5, width)}
 
     def measure(self, subject, inputs):
-        model, x = inputs["model"], inputs["x"]
+        model, alone, x = inputs["model"], inputs["alone"], inputs["x"]
         with _manager(subject(model)):
-            gradients = torch.is_grad_enabled()
-            return _outputs(model, x) | {"gradients": gradients}
+            raw = _outputs(model, x)
+        with _manager(subject(alone)):
+            return raw | {"alone": _outputs(alone, x)["base"]}
 
     def facts(self, raw, inputs):
         return {
             "`layer.base(x)`, what delta added to it, in multiples": _updates(raw["base"], inputs),
             "`layer(x)`, what delta added to it, in multiples": _updates(raw["layer"], inputs),
-            "gradients, if you ask for them in the block": "recorded" if raw["gradients"] else "not recorded",
+            "`layer.merged`": raw["flags"],
+            "a model that is a LoRA layer itself: what delta added": _updates(
+                raw["alone"], inputs | {"model": inputs["alone"]}
+            ),
         }
 
 
-@exercise.experiment("after the block")
-class AfterTheBlock(Experiment):
-    points = 3
-
-    def draw(self, trial: Trial) -> dict:
-        width = trial.integer(4, 6)
-        models = {how: _network(trial, width) for how in ("end", "error", "interrupt")}
-        return {"x": trial.normal(5, width), **models}
-
-    def measure(self, subject, inputs):
-        raw = {}
-        for how, ending in (("end", None), ("error", _Error), ("interrupt", _Interrupt)):
-            model, error_outside = inputs[how], "nothing"
-            before = _bits(model)
-            try:
-                with _manager(subject(model)):
-                    merged = _bits(model) != before
-                    if ending is not None:
-                        raise ending
-            except (_Error, _Interrupt) as error:
-                error_outside = "the error" if type(error) is ending else type(error).__name__
-            raw[how] = _outputs(model, inputs["x"]) | {"error outside": error_outside, "merged": merged}
-        return raw
+@exercise.experiment("after the block", 2)
+class AfterTheBlock(_Blocks):
+    endings: ClassVar = {"end": None}
 
     def facts(self, raw, inputs):
-        facts = {"in the block: base weights": "different" if all(raw[how]["merged"] for how in raw) else "as before"}
-        for how, when in (("end", "after the block"), ("error", "after an error"), ("interrupt", "after an interrupt")):
-            fresh = {"model": inputs[how], "x": inputs["x"]}
-            facts[f"{when}: what delta added to `layer.base(x)`"] = _updates(raw[how]["base"], fresh)
-            facts[f"{when}: what delta added to `layer(x)`"] = _updates(raw[how]["layer"], fresh)
-        return facts | {"what came out of a block with an error": raw["error"]["error outside"]}
+        return {"base weights in the block changed": raw["end"]["merged"]} | self.after(raw, inputs, "end")
 
 
-@exercise.experiment("old bits")
+@exercise.experiment("old bits", 2)
 class OldBits(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        return {"model": _network(trial, 8).bfloat16()}
+        width = trial.integer(4, 6)
+        return {str(dtype).rpartition(".")[2]: network(trial, width).to(dtype) for dtype in (torch.bfloat16, torch.float32)}
 
     def measure(self, subject, inputs):
-        model = inputs["model"]
-        before, bits = _weights(model), _bits(model)
-        with _manager(subject(model)):
-            dtypes = {str(weight.dtype) for weight in _weights(model)}
-            merged = _bits(model) != bits
-        after = _weights(model)
-        return {
-            "merged": merged,
-            "dtypes": sorted(dtypes),
-            "bits": _bits(model),
-            "same": all(weight is was for weight, was in zip(after, before, strict=True)),
-            "frozen": all(weight.is_leaf and not weight.requires_grad for weight in after),
-        }
+        raw = {}
+        for name, model in inputs.items():
+            bits = bits_of(model)
+            with _manager(subject(model)):
+                merged = bits_of(model) != bits
+            dtypes = sorted({str(weight.dtype).rpartition(".")[2] for weight in weights_of(model)})
+            raw[name] = {"merged": merged, "bits": bits_of(model), "dtypes": dtypes}
+        return raw
 
     def facts(self, raw, inputs):
-        objects = "the Parameters that were there" if raw["same"] else "different"
-        return {
-            "in the block: base weights": "different" if raw["merged"] else "as before",
-            "in the block: dtype of the base weights": " and ".join(raw["dtypes"]),
-            "afterwards: base weights whose bits differ": "none" if raw["bits"] == _bits(inputs["model"]) else "some",
-            "afterwards: base weights": objects if raw["frozen"] or not raw["same"] else f"{objects}, but they need a gradient",
-        }
+        facts = {}
+        for name, model in inputs.items():
+            seen = raw[name]["merged"] and raw[name]["dtypes"] == [name]
+            facts[f"{name}: base weights in the block"] = "different" if raw[name]["merged"] else "as before"
+            facts[f"{name}: dtype afterwards"] = " and ".join(raw[name]["dtypes"])
+            same = "none" if raw[name]["bits"] == bits_of(model) else "some"
+            facts[f"{name}: base weights whose bits differ afterwards"] = same if seen else None
+        return facts
 
 
-@exercise.experiment("not twice")
+@exercise.experiment("after an error", 3)
+class AfterAnError(_Blocks):
+    endings: ClassVar = {"end": None, "error": _Error}
+
+    def facts(self, raw, inputs):
+        after = self.after(raw, inputs, "error")
+        after = after if self.undone(raw, inputs, "end") else dict.fromkeys(after)  # wrong without an error, too
+        return after | {"what came out of a block with an error": raw["error"]["error outside"]}
+
+
+@exercise.experiment("not twice", 4)
 class NotTwice(Experiment):
     points = 2
+    partly = "the first", "the second", "the third"
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(4, 6)
-        partly = _network(trial, width)
-        layer = _layers(partly)[-1]  # the last, so that a loop meets the others first
-        layer.base.weight.data += layer.delta().detach()
-        layer.merged = True
-        return {"model": _network(trial, width), "partly": partly, "x": trial.normal(5, width)}
+        models = {which: network(trial, width) for which in self.partly}
+        for model, layer in zip(models.values(), range(3), strict=True):
+            chosen = layers_of(model)[layer]
+            chosen.base.weight.data += chosen.delta().detach()
+            chosen.merged = True
+        return {"model": network(trial, width), "x": trial.normal(5, width), **models}
 
     def measure(self, subject, inputs):
-        model, partly, x = inputs["model"], inputs["partly"], inputs["x"]
+        raw = {which: _refusal(subject, inputs[which]) for which in self.partly}
+        model, x = inputs["model"], inputs["x"]
         with _manager(subject(model)):
             inside = _outputs(model, x)
-            nested = _raised(subject, model)
-            again = _outputs(model, x)
-        after = _outputs(model, x)
-        return {"nested": nested, "inside": inside, "again": again, "after": after, "partly": _refusal(subject, partly)}
+        raw |= {"inside": inside, "after one": _outputs(model, x)}
+        if inside["flags"] == "all True" and raw["after one"]["flags"] == "all False":  # else it shows in one block
+            with _manager(subject(model)):
+                nested = _raised(subject, model)
+                again = _outputs(model, x)
+            raw |= {"nested": nested, "again": again, "after": _outputs(model, x)}
+        return raw
 
     def facts(self, raw, inputs):
         def changed(before: dict, after: dict) -> str | None:
             if raw["nested"] == "nothing":
                 return None
-            same = all(_updates(before[key], inputs) == _updates(after[key], inputs) for key in before)
-            return "as before" if same else "different"
+            updates = all(_updates(before[key], inputs) == _updates(after[key], inputs) for key in ("base", "layer"))
+            return "as before" if updates and before["flags"] == after["flags"] else "different"
 
+        refused = {raw[which]["raised"] for which in self.partly}
+        left = {raw[which]["changed"] for which in self.partly} - {None}
+        nested, inside, after = None, None, None
+        if "nested" in raw and _updates(raw["after one"]["base"], inputs) == [0.0] * 3:
+            nested = raw["nested"]
+            inside, after = changed(raw["inside"], raw["again"]), changed(raw["after one"], raw["after"])
         return {
-            "a block inside a block: raised": raw["nested"],
-            "a block inside a block: then, in the outer one, the layers are": changed(raw["inside"], raw["again"]),
-            "a block inside a block: after both, the layers are": changed(_outputs(inputs["model"], inputs["x"]), raw["after"]),
-            "one layer of three merged before: raised": raw["partly"]["raised"],
-            "one layer of three merged before: weights and flags that changed": raw["partly"]["changed"],
+            "one layer of three merged before: raised": refused.pop() if len(refused) == 1 else "not for each of the three",
+            "one layer of three merged before: weights and flags that changed": max(left, default=None),
+            "a block inside a block: raised": nested,
+            "a block inside a block: then, in the outer one, the layers are": inside,
+            "a block inside a block: after both, the layers are": after,
         }
 
 
-@exercise.experiment("tied weight")
-class TiedWeight(Experiment):
-    points = 2
-
+@exercise.experiment("the Parameters", 5)
+class TheParameters(Experiment):
     def draw(self, trial: Trial) -> dict:
-        return {"tied": _language_model(trial, True), "equal": _language_model(trial, False)}
+        return {"model": network(trial, 8).bfloat16()}
 
     def measure(self, subject, inputs):
-        return {"tied": _refusal(subject, inputs["tied"]), "equal": _raised(subject, inputs["equal"])}
+        model = inputs["model"]
+        before = weights_of(model)
+        with _manager(subject(model)):
+            dtypes = sorted({str(weight.dtype) for weight in weights_of(model)})
+        after = weights_of(model)
+        return {
+            "dtypes": dtypes,
+            "same": all(weight is was for weight, was in zip(after, before, strict=True)),
+            "graph": any(not weight.is_leaf for weight in after),
+            "frozen": not any(weight.requires_grad for weight in after),
+        }
 
     def facts(self, raw, inputs):
         return {
-            "the embedding's weight is that of a LoRA layer: raised": raw["tied"]["raised"],
-            "the embedding's weight is that of a LoRA layer: weights and flags that changed": raw["tied"]["changed"],
-            "two weights with equal values: raised": raw["equal"],
+            "in the block: dtype of the base weights": " and ".join(raw["dtypes"]),
+            "afterwards: base weights": "the Parameters that were there" if raw["same"] else "different Parameters",
+            "afterwards: they are": "part of a graph" if raw["graph"] else "frozen" if raw["frozen"] else "trainable",
         }
 
 
-@exercise.experiment("nothing to merge")
+@exercise.experiment("an interrupt", 6)
+class AnInterrupt(_Blocks):
+    points = 1
+    endings: ClassVar = {"end": None, "error": _Error, "interrupt": _Interrupt}
+
+    def facts(self, raw, inputs):
+        facts = self.after(raw, inputs, "interrupt")
+        facts |= {"what came out of the block": raw["interrupt"]["error outside"]}
+        as_wanted = self.undone(raw, inputs, "end") and self.undone(raw, inputs, "error")
+        return facts if as_wanted and raw["error"]["error outside"] == "that error" else dict.fromkeys(facts)
+
+
+@exercise.experiment("nothing else", 7)
+class NothingElse(Experiment):
+    def draw(self, trial: Trial) -> dict:
+        model = network(trial, trial.integer(4, 6))
+        model["layers"][0].eval()  # modes and flags that are not those of a new model
+        model["head"].bias.requires_grad_(False)
+        return {"model": model, "without": copy.deepcopy(model)}
+
+    def measure(self, subject, inputs):
+        model = inputs["model"]
+        with torch.no_grad(), _manager(subject(inputs["without"])):
+            recorded = [torch.is_grad_enabled()]
+        with _manager(subject(model)):
+            recorded.append(torch.is_grad_enabled())
+            inside = traces.of(model)
+        return {"recorded": recorded, "inside": inside, "after": traces.of(model)}
+
+    def facts(self, raw, inputs):
+        model = inputs["model"]
+
+        def changed(when: str, kind: str) -> list[str]:
+            return [name for name in traces.changed(model, raw[when], kind) if not name.endswith("base.weight")]
+
+        how = "as around it" if raw["recorded"] == [False, True] else "always" if all(raw["recorded"]) else "never"
+        facts = {"gradients are recorded in the block": how}
+        for kind, what in (("parameters", "other parameters"), ("flags", "their requires_grad"), ("modes", "modes")):
+            facts[f"{what} that changed"] = traces.some(changed("inside", kind) + changed("after", kind))
+        return facts
+
+
+@exercise.experiment("nothing to merge", 8)
 class NothingToMerge(Experiment):
     def draw(self, trial: Trial) -> dict:
         return {"model": nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))}
@@ -206,17 +289,32 @@ class NothingToMerge(Experiment):
         return raw
 
 
-def _layers(model: nn.Module) -> list[lora.Linear]:
-    return [module for module in model.modules() if isinstance(module, lora.Linear)]
+@exercise.experiment("tied weight", 9)
+class TiedWeight(Experiment):
+    points = 2
+    cases: ClassVar = {"embedding": "an embedding", "linear": "a plain nn.Linear", "LoRA": "another LoRA layer"}
 
+    def draw(self, trial: Trial) -> dict:
+        others = {"embedding": nn.Embedding(6, 6), "linear": nn.Linear(6, 6), "LoRA": lora_layer(trial, nn.Linear(6, 6), 2)}
+        models = {case: language_model(trial, other) for case, other in others.items()}
+        elsewhere = language_model(trial, nn.Linear(6, 6), tied=False)
+        elsewhere.append(nn.Linear(6, 7)).append(nn.Linear(6, 7))
+        elsewhere[-1].weight = elsewhere[-2].weight
+        return models | {"equal": language_model(trial, nn.Embedding(6, 6), tied=False), "elsewhere": elsewhere}
 
-def _weights(model: nn.Module) -> list[nn.Parameter]:
-    return [layer.base.weight for layer in _layers(model)]
+    def measure(self, subject, inputs):
+        refusals = {case: _refusal(subject, inputs[case]) for case in self.cases}
+        return refusals | {case: _raised(subject, inputs[case]) for case in ("equal", "elsewhere")}
 
-
-def _bits(model: nn.Module) -> list[list]:
-    """The bits of each base weight, as bytes; values would call 0 and -0 equal."""
-    return [weight.detach().contiguous().view(torch.uint8).tolist() for weight in _weights(model)]
+    def facts(self, raw, inputs):
+        facts = {}
+        for case, what in self.cases.items():
+            facts[f"{what} has the weight of a LoRA layer: raised"] = raw[case]["raised"]
+            facts[f"{what} has the weight of a LoRA layer: weights and flags that changed"] = raw[case]["changed"]
+        return facts | {
+            "two weights with equal values: raised": raw["equal"],
+            "two modules share a weight, no LoRA layer has it: raised": raw["elsewhere"],
+        }
 
 
 def _manager(value: object) -> AbstractContextManager:
@@ -227,11 +325,13 @@ def _manager(value: object) -> AbstractContextManager:
     return value
 
 
-def _outputs(model: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
-    """What each base layer and each LoRA layer makes of the same inputs."""
+def _outputs(model: nn.Module, x: Tensor) -> dict[str, Any]:
+    """What each base layer and each LoRA layer makes of the same inputs, and what the flags say."""
+    layers = layers_of(model)
+    flags = {layer.merged for layer in layers}
+    said = f"all {flags.pop()}" if len(flags) == 1 else "not all the same"
     with torch.no_grad():
-        layers = _layers(model)
-        return {"base": [layer.base(x) for layer in layers], "layer": [layer(x) for layer in layers]}
+        return {"base": [layer.base(x) for layer in layers], "layer": [layer(x) for layer in layers], "flags": said}
 
 
 def _updates(outputs: list[Tensor], inputs: dict) -> list[Fact]:
@@ -240,7 +340,7 @@ def _updates(outputs: list[Tensor], inputs: dict) -> list[Fact]:
     with torch.no_grad():
         return [
             _multiple(output - layer.base(x), F.linear(x, layer.delta()))
-            for output, layer in zip(outputs, _layers(inputs["model"]), strict=True)
+            for output, layer in zip(outputs, layers_of(inputs["model"]), strict=True)
         ]
 
 
@@ -264,68 +364,11 @@ def _refusal(subject, model: nn.Module) -> dict[str, str | None]:
     """What that block raises, and whether weights and flags changed although it was refused."""
 
     def state() -> list:
-        return [_bits(model), [layer.merged for layer in _layers(model)]]
+        return [bits_of(model), [layer.merged for layer in layers_of(model)]]
 
     before = state()
     error = _raised(subject, model)
     return {"raised": error, "changed": None if error == "nothing" else "none" if state() == before else "some"}
-
-
-def some_layer(model: nn.Module, layers: list[lora.Linear]) -> None:
-    if not layers:
-        raise ValueError("there is no LoRA layer")
-
-
-def none_merged(model: nn.Module, layers: list[lora.Linear]) -> None:
-    if any(layer.merged for layer in layers):
-        raise ValueError("a layer is merged already")
-
-
-def none_tied(model: nn.Module, layers: list[lora.Linear]) -> None:
-    for layer in layers:
-        users = [module for module in model.modules() if any(p is layer.base.weight for p in module._parameters.values())]
-        if len(users) > 1:
-            raise ValueError("a base weight is used by another module too")
-
-
-class Solution:
-    """A right solution, in pieces that a misconception replaces."""
-
-    checks = some_layer, none_merged, none_tied
-    flag_inside, flag_afterwards = True, False
-
-    def __init__(self, model):
-        self.model, self.layers = model, _layers(model)
-
-    def __enter__(self):
-        for check in self.checks:
-            check(self.model, self.layers)
-        for layer in self.layers:
-            self.merge(layer)
-
-    def __exit__(self, kind, error, trace):
-        if self.undone_after(kind):
-            for layer in self.layers:
-                self.restore(layer)
-                layer.merged = self.flag_afterwards
-
-    def merge(self, layer):
-        layer.old = layer.base.weight.detach().clone()
-        self.add(layer.base.weight, self.update(layer))
-        layer.merged = self.flag_inside
-
-    def update(self, layer):
-        return layer.delta()
-
-    def add(self, weight, update):
-        weight.data += update.detach()
-
-    def undone_after(self, kind):
-        """Whether the merge is undone if the block ends with an exception of that kind, which may be None."""
-        return True
-
-    def restore(self, layer):
-        layer.base.weight.data = layer.old
 
 
 def none_equal(model: nn.Module, layers: list[lora.Linear]) -> None:
@@ -364,6 +407,13 @@ exercise.misconceptions_of(
 class ANewParameterAfterwards(Solution):
     def restore(self, layer):
         layer.base.weight = nn.Parameter(layer.old)
+
+
+@exercise.misconception("old weight not copied")
+class OldWeightNotCopied(Solution):
+    def merge(self, layer):
+        super().merge(layer)
+        layer.old = layer.base.weight.data
 
 
 @exercise.misconception("only errors caught")

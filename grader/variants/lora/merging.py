@@ -6,7 +6,16 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from grader.checks.lora.merging import Solution
+from grader.checks.lora.lora_networks import Solution, none_merged, none_tied, some_layer
+from grader.checks.lora.merging import (
+    ANewParameterAfterwards,
+    OldWeightNotCopied,
+    OnlyErrorsCaught,
+    RefusalThatUnmerges,
+    added_in_float32,
+    no_gradients_in_the_block,
+    none_equal,
+)
 from helpers import lora
 
 
@@ -148,12 +157,197 @@ class ScaledAndLeftAfterAnError(Solution):
         return kind is None
 
 
+def _changed(name, **attributes):
+    """The right solution with other attributes."""
+    return type(name, (Solution,), attributes)
+
+
+class HalfOfIt(Solution):
+    def update(self, layer):
+        return layer.delta() / 2
+
+
+class TheFirstLayers(Solution):
+    """Leaves out the last, where there are several."""
+
+    def merge(self, layer):
+        layer.old = layer.base.weight.data
+        if layer is self.layers[0] or layer is not self.layers[-1]:
+            super().merge(layer)
+
+
+class InsideOtherModules(Solution):
+    """Looks into the model, and so never at the model itself."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.layers = [layer for layer in self.layers if layer is not model]
+
+
+class FlagsOfTheModel(Solution):
+    def merge(self, layer):
+        super().merge(layer)
+        layer.merged = self.model.merged = layer is self.layers[0]
+
+
+class NothingInTheFlag(Solution):
+    flag_afterwards = None
+
+
+class TheSumRounded(Solution):
+    """Keeps the delta that was really added, and takes that away again."""
+
+    def merge(self, layer):
+        before = layer.base.weight.detach().clone()
+        super().merge(layer)
+        layer.old = layer.base.weight.detach() - (layer.base.weight.detach() - before)
+
+
+class NextToOldBits(Solution):
+    def restore(self, layer):
+        whole_numbers = {2: torch.int16, 4: torch.int32}[layer.old.element_size()]
+        layer.base.weight.data = (layer.old.view(whole_numbers) + 1).view(layer.old.dtype)
+
+
+class AnotherErrorComesOut(Solution):
+    def __exit__(self, kind, error, trace):
+        super().__exit__(kind, error, trace)
+        if kind is not None and issubclass(kind, Exception):
+            raise RuntimeError("the block failed") from error
+
+
+class SwallowsErrors(Solution):
+    def __exit__(self, kind, error, trace):
+        super().__exit__(kind, error, trace)
+        return kind is not None and issubclass(kind, Exception)
+
+
+class NotAfterErrors(Solution):
+    def undone_after(self, kind):
+        return kind is None or not issubclass(kind, Exception)
+
+
+def none_of(picked):
+    """A check that looks at some of the flags, or raises something else."""
+
+    def check(model, layers):
+        if picked([layer.merged for layer in layers]):
+            raise ValueError("merged already")
+
+    return check
+
+
+class PassesThrough(Solution):
+    """A block inside a block does nothing, and nobody is told."""
+
+    def __enter__(self):
+        if any(layer.merged for layer in self.layers):
+            self.layers = []
+            return
+        super().__enter__()
+
+
+class ANewParameterInside(Solution):
+    """Frozen, but another object, and it stays."""
+
+    def restore(self, layer):
+        layer.base.weight = nn.Parameter(layer.old, requires_grad=False)
+
+
+class Trainable(Solution):
+    def restore(self, layer):
+        super().restore(layer)
+        layer.base.weight.requires_grad_(True)
+
+
+class InterruptSwallowed(Solution):
+    def __exit__(self, kind, error, trace):
+        super().__exit__(kind, error, trace)
+        return kind is not None and not issubclass(kind, Exception)
+
+
+class EvalMode(Solution):
+    def __enter__(self):
+        super().__enter__()
+        self.model.eval()
+
+
+class AdaptersFrozen(Solution):
+    def merge(self, layer):
+        super().merge(layer)
+        layer.requires_grad_(False)
+
+
+class AdaptersSetToZero(Solution):
+    def merge(self, layer):
+        super().merge(layer)
+        layer.kept = layer.B.detach().clone()
+        layer.B.data.zero_()
+
+    def restore(self, layer):
+        super().restore(layer)
+        layer.B.data.copy_(layer.kept)
+
+
+@contextmanager
+def always_recorded(model):
+    with torch.enable_grad(), Solution(model):
+        yield
+
+
+def an_assertion(model, layers):
+    assert layers, "no LoRA layer"
+
+
+def none_of_embeddings(model, layers):
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    if any(layer.base.weight is weight for layer in layers for weight in weights):
+        raise ValueError("tied to the embedding")
+
+
+def none_of_each_other(model, layers):
+    if len({id(layer.base.weight) for layer in layers}) < len(layers):
+        raise ValueError("two layers have one weight")
+
+
+def nothing_tied(model, layers):
+    if len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False))):
+        raise ValueError("something is tied")
+
+
 CORRECT = [another_parameter_inside, AManager, a_stack_of_callbacks, undone_by_itself_if_refused]
 REWRITTEN = {
     "only errors caught": interrupts_not_caught,
     "a new Parameter afterwards": unmerged_into_new_parameters,
 }
-BROKEN = {}
+BROKEN = {
+    1: [HalfOfIt, TheFirstLayers, InsideOtherModules, FlagsOfTheModel, _changed("FlagNeverSet", flag_inside=False)],
+    2: [
+        *(NothingInTheFlag, TheSumRounded, NextToOldBits, OldWeightNotCopied),
+        _changed("Subtracted", restore=lambda self, layer: layer.base.weight.data.sub_(layer.delta().detach())),
+        _changed("FlagLeftSet", flag_afterwards=True),
+        _changed("NeverUndone", undone_after=lambda self, kind: False),
+    ],
+    3: [AnotherErrorComesOut, SwallowsErrors, NotAfterErrors],
+    4: [
+        *(
+            _changed("FlagsOfSome", checks=(some_layer, none_of(picked), none_tied))
+            for picked in (all, lambda flags: flags[0], lambda flags: flags[-1], lambda flags: False)
+        ),
+        *(PassesThrough, RefusalThatUnmerges),
+    ],
+    5: [ANewParameterAfterwards, ANewParameterInside, Trainable, _changed("InFloat32", add=added_in_float32)],
+    6: [OnlyErrorsCaught, InterruptSwallowed, interrupts_not_caught],
+    7: [EvalMode, AdaptersFrozen, AdaptersSetToZero, no_gradients_in_the_block, always_recorded],
+    8: [
+        _changed("AnAssertion", checks=(an_assertion, none_merged, none_tied)),
+        _changed("Silent", checks=(none_merged, none_tied)),
+    ],
+    9: [
+        _changed("Ties", checks=(some_layer, none_merged, *checks))
+        for checks in ((), (none_of_embeddings,), (none_of_each_other,), (nothing_tied,), (none_equal, none_tied))
+    ],
+}
 COMBINED = [
     (
         {"delta subtracted again", "not undone after an error", "merged twice"}
