@@ -81,56 +81,76 @@ print(f"accuracy {evaluate(model, test):.3f}   weights alone: {(folder / 'weight
 # %% [markdown]
 # ## Exercise 8.1: is it still the same model?
 #
-# An exported model is another program. Whether it computes what the model computes is found out by running both on the
-# same inputs, at more than one *batch size*: a batch size that was built in shows at no other. The figure to look at is
-# the largest difference, because one wrong element is lost in an average, and it is compared with the size of the
-# outputs, because 0.001 is nothing beside 100 and everything beside 0.002. Dividing each difference by its own element
-# does not work: next to an output that happens to be near 0, any rounding is a large ratio. So there is one denominator
-# for all of a batch, its largest output.
+# An export is another program. Run it and the model on the same inputs, at several *batch sizes*: one that was built in
+# shows at no other. A wrong element is lost in an average, so *parity* looks at the largest difference, and holds it
+# against the largest output: beside an output near 0, rounding is a large ratio.
 #
-# That an export computes what the model computes, within a tolerance, is called *parity*. You write the test for it
-# once and use it for every format below. `argmax` gives one number for a whole tensor; `torch.unravel_index` turns it
-# into one for each dimension. (If a model gives outputs of different sizes, boxes beside scores, test each by itself:
-# one denominator would hide the small ones.)
+# **Exercise 8.1** (25 min, ●●○). Write `largest_error`.
 #
-# **Exercise 8.1** (25 min, ●●○). Write `largest_error(model, exported, inputs, batch_sizes)`.
+# *Core*
 #
-# - `model` is an `nn.Module` in any mode. Its outputs are right by definition: a tensor `(b, ...)`, finite, not all 0.
-# - `exported` is any function of one batch, or something that can be called like one. `inputs` is a tensor `(n, ...)`,
-#   and no batch size in the tuple `batch_sizes` is larger than `n`. The batch of size `b` is the first `b` inputs.
-# - For each batch size run both on the batch, the model in eval mode and without a graph. The error is `max
-#   |exported(x) - model(x)| / max |model(x)|`, both largest values over all elements of the batch.
-# - The error is infinite if `exported` raises an exception, whatever its type, if its output has another shape than the
-#   model's (also where the two would broadcast), and if there is a NaN in it. None of these makes your function raise.
-# - Return a dict: `"error"`, the largest error of all batch sizes, a number; `"batch_size"`, the one at which it is
-#   largest; `"index"`, the position of the worst element in the output of that batch, a tuple with one whole number for
-#   each dimension. Where the error is infinite, the index may be None. Of equals, name any.
-# - Afterwards every module of the model is in the mode it had before. Some may be in eval mode in a model that is in
-#   train mode.
-
+# 1. A batch is the first `b` inputs; its error is `max |exported(x) - model(x)| / max |model(x)|`.
+# 2. The result names the largest error, its batch size and the index of its worst element.
+# 3. If `exported` raises, whatever exception it is, the error is infinite.
+# 4. If its output has another shape, or a NaN, the error is infinite too.
+# 5. The model computes in eval mode.
+#
+# *Fine print*
+#
+# 6. Each module is in its own mode again, also if `exported` raised.
+# 7. No graph of the model's run is kept.
+# 8. An exact export has a batch size, too.
 
 # %%
-def largest_error(model, exported, inputs, batch_sizes):
+from collections.abc import Callable
+
+from helpers.modes import eval_mode
+
+
+def largest_error(
+    model: nn.Module,
+    exported: Callable[[torch.Tensor], torch.Tensor],
+    inputs: torch.Tensor,
+    batch_sizes: tuple[int, ...],
+) -> dict:
+    """The largest difference between an export and its model, and where it is.
+
+    >>> inputs = torch.tensor([[1.0, -2.0], [4.0, 3.0]])
+    >>> largest_error(nn.Identity(), torch.abs, inputs, (1, 2))
+    {'error': 2.0, 'batch_size': 1, 'index': (0, 1)}
+
+    Args:
+        model: in any mode. Its outputs (b, ...) are right: finite, not all 0.
+        exported: any function of one batch (b, ...). Its output may have a shape
+            that only broadcasts with the model's: that is another shape.
+        inputs: (n, ...).
+        batch_sizes: each from 1 to n.
+
+    Returns:
+        "error": over all elements of the output, 0 or more.
+        "batch_size": one of `batch_sizes`; of equals, any.
+        "index": a whole number for each dimension of the batch's output; of equals,
+            any; None will do where the error is infinite. `torch.unravel_index`
+            makes it of the one number that `argmax` gives.
+    """
     ### BEGIN SOLUTION
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     worst = {"error": -1.0}
-    for b in batch_sizes:
-        with torch.no_grad():
-            wanted = model(inputs[:b])
-        try:
-            got = exported(inputs[:b])
-        except Exception:
-            got = None
-        error, index = float("inf"), None
-        if got is not None and got.shape == wanted.shape and not got.isnan().any():
-            difference = (got - wanted).abs()
-            error = (difference.max() / wanted.abs().max()).item()
-            index = tuple(i.item() for i in torch.unravel_index(difference.argmax(), difference.shape))
-        if error > worst["error"]:
-            worst = {"error": error, "batch_size": b, "index": index}
-    for module, mode in modes.items():
-        module.training = mode  # not train(mode), which would switch the children too
+    with eval_mode(model):
+        for b in batch_sizes:
+            with torch.no_grad():
+                wanted = model(inputs[:b])
+            try:
+                got = exported(inputs[:b])
+            except Exception:
+                got = None
+            error, index = float("inf"), None
+            if got is not None and got.shape == wanted.shape and not got.isnan().any():
+                difference = (got - wanted).abs()
+                error = (difference.max() / wanted.abs().max()).item()
+                index = torch.unravel_index(difference.argmax(), difference.shape)
+                index = tuple(i.item() for i in index)
+            if error > worst["error"]:
+                worst = {"error": error, "batch_size": b, "index": index}
     return worst
     ### END SOLUTION
 

@@ -2,8 +2,9 @@
 
 import copy
 import math
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -133,13 +134,143 @@ def _by(off, model, exported, inputs, batch_sizes):
     return dict(zip(("error", "batch_size", "index"), sorted(rows, key=lambda row: row[0])[-1], strict=True))
 
 
+by_error = itemgetter("error")
 CORRECT = [running_worst, of_a_copy, inside_a_context, Report()]
 REWRITTEN = {
     "each element by itself": partial(_by, lambda wanted, got: ((got - wanted) / (wanted.abs() + 1e-8)).abs()),
     "not relative": partial(_by, lambda wanted, got: torch.maximum(got - wanted, wanted - got)),
     "differences with their sign": partial(_by, lambda wanted, got: (got - wanted) / wanted.norm(p=math.inf)),
 }
-BROKEN = {}
+
+
+def _rows_by_themselves(wanted, got):
+    return (got - wanted).abs().flatten(1) / wanted.abs().flatten(1).amax(1, keepdim=True)
+
+
+def last_index(model, exported, inputs, batch_sizes):
+    answer = of_a_copy(model, exported, inputs, batch_sizes)
+    return answer | {"index": of_a_copy(model, exported, inputs, batch_sizes[-1:])["index"]}
+
+
+def flat_index(model, exported, inputs, batch_sizes):
+    answer = of_a_copy(model, exported, inputs, batch_sizes)
+    if answer["index"] is not None:
+        with torch.no_grad():
+            shape = copy.deepcopy(model).eval()(inputs[: answer["batch_size"]]).shape
+        answer["index"] = (int(answer["index"][0]), int(np.ravel_multi_index(answer["index"][1:], shape[1:])))
+    return answer
+
+
+def first_that_is_off(model, exported, inputs, batch_sizes):
+    worst = of_a_copy(model, exported, inputs, batch_sizes)
+    if worst["error"] in (0, math.inf):
+        return worst
+    answers = (of_a_copy(model, exported, inputs, [size]) for size in batch_sizes)
+    return next(answer for answer in answers if answer["error"] > 1e-5)
+
+
+def smallest_and_largest(model, exported, inputs, batch_sizes):
+    worst = of_a_copy(model, exported, inputs, batch_sizes)
+    return worst if math.isinf(worst["error"]) else of_a_copy(model, exported, inputs, [min(batch_sizes), max(batch_sizes)])
+
+
+def what_python_calls_largest(model, exported, inputs, batch_sizes):
+    rows = []
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for size in batch_sizes:
+        with torch.no_grad():
+            wanted = model(inputs[:size])
+        row = {"error": math.inf, "batch_size": size, "index": None}
+        try:
+            got = exported(inputs[:size])
+        except Exception:
+            got = torch.empty(0)
+        if got.shape == wanted.shape:
+            each = (got - wanted).detach().abs() / wanted.abs().max()
+            row |= {"error": each.max().item(), "index": np.unravel_index(int(each.argmax()), each.shape)}
+        rows.append(row)
+    for module, mode in modes:
+        module.training = mode
+    return max(rows, key=lambda row: row["error"])
+
+
+def as_many_elements(model, exported, inputs, batch_sizes):
+    def reshaped(x):
+        got, rows = exported(x), len(x)
+        return got.reshape(rows, -1) if got.ndim == 1 and got.numel() == rows * 4 and inputs.shape[1] == 3 else got
+
+    return of_a_copy(model, reshaped, inputs, batch_sizes)
+
+
+def only_the_model_itself(model, exported, inputs, batch_sizes):
+    with modes_kept(model):
+        model.training = False
+        return solution(model, exported, inputs, batch_sizes, evaluated=lambda model: model)
+
+
+def in_eval_mode_after_the_first(model, exported, inputs, batch_sizes):
+    first, *others = batch_sizes
+    rows = [solution(model, exported, inputs, [first], evaluated=lambda model: model)]
+    rows += [solution(model, exported, inputs, others)] if others else []
+    return max(rows, key=lambda row: row["error"])
+
+
+@contextmanager
+def modes_kept(model):
+    training = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = training[module]
+
+
+@contextmanager
+def the_mode_of_the_whole(model):
+    training = model.training
+    yield
+    model.train(training)
+
+
+def lost_in_a_refusal(model, exported, inputs, batch_sizes):
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    for size in batch_sizes:
+        with torch.no_grad():
+            model(inputs[:size])
+        try:
+            exported(inputs[:size])
+        except Exception:
+            return {"error": math.inf, "batch_size": size, "index": None}
+    for module in training:
+        module.training = training[module]
+    return solution(model, exported, inputs, batch_sizes)
+
+
+def compared_in_a_list(model, exported, inputs, batch_sizes):
+    with modes_kept(model):
+        model.eval()
+        wanted = [model(inputs[:size]) for size in batch_sizes]
+        with torch.no_grad():
+            return solution(model, exported, inputs, batch_sizes) | {"outputs": len(wanted)}
+
+
+BROKEN = {
+    1: [
+        partial(solution, batch=lambda inputs, size: inputs[-size:]),
+        partial(solution, batch=lambda inputs, size: inputs[torch.arange(size) * (len(inputs) // size)]),
+        partial(solution, errors=lambda wanted, got: (got - wanted).abs() / wanted.max()),
+        partial(solution, errors=_rows_by_themselves),
+    ],
+    2: [last_index, flat_index, first_that_is_off, smallest_and_largest],
+    3: [partial(solution, caught=(RuntimeError, AssertionError, ValueError)), partial(solution, skipped=IndexError)],
+    4: [what_python_calls_largest, as_many_elements, partial(solution, broadcast=True)],
+    5: [only_the_model_itself, in_eval_mode_after_the_first],
+    6: [partial(solution, keeping=the_mode_of_the_whole), partial(solution, keeping=nullcontext), lost_in_a_refusal],
+    7: [partial(solution, graph=nullcontext), compared_in_a_list],
+    8: [partial(solution, choose=lambda rows: max([{"error": 0, "batch_size": None, "index": None}, *rows], key=by_error))],
+}
 COMBINED = [
     ({"an average", "the refusal passed on"}, partial(solution, figure=torch.mean, caught=())),
     ({"left in eval mode", "shapes that broadcast"}, partial(solution, keeping=nullcontext, broadcast=True)),
@@ -150,7 +281,7 @@ EQUIVALENT = {
     "except Exception: -> except BaseException:": "an exception of whatever type is infinite",
     "error = (difference.max() / wanted.abs().max()).item() -> "
     "error = difference.max() / wanted.abs().max()": "a tensor with one number in it is a number too",
-    "index = tuple((i.item() for i in torch.unravel_index(difference.argmax(), … -> "
-    "index = tuple((i for i in torch.unravel_index(difference.argmax(), …": "a tensor with one number in it is a number too",
+    "index = tuple((i.item() for i in index)) -> pass": "a tuple of tensors with one number in each will do",
+    "index = tuple((i.item() for i in index)) -> index = tuple((i for i in index))": "a tensor with one number in it is a number too",
     "if error > worst['error']: -> if error >= worst['error']:": "of equals, any may be named",
 }
