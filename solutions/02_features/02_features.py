@@ -38,6 +38,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -323,7 +324,7 @@ print({name: tuple(table.shape) for name, table in features.items()})
 # ## Exercise 2.3: the linear probe
 #
 # A *linear probe* asks what features are worth: a linear head on top, and nothing else is trained. With a *penalty* on its
-# weights there is exactly one best head,
+# weights there is one best head (but for a constant added to all biases, which softmax does not see),
 #
 # $$\min_{W, b} \; \frac{1}{n} \sum_{i=1}^{n} \text{cross-entropy}(W f_i + b,\ y_i) \;+\; \frac{\text{penalty}}{2} \sum_{jk} W_{jk}^2$$
 #
@@ -476,35 +477,116 @@ gain.beside(gains)
 # has the same labels, and hundreds of thousands of weights to place with them. From 5 labels on it wins, by little. That a
 # pre-trained network saves labels is true; that more training always helps is not.
 #
-# ## Exercise 2.4: a cache that notices
+# ## Exercise 2.4a: a name for a result
 #
-# Extraction is the expensive step. Keep its result in a file, and the next run of the notebook starts with the probe. But
-# features on disk do not know where they came from: after an epoch of fine-tuning, with another preprocessing, or with one
-# image more, the file still loads, has the right shape, and is *stale*.
+# Extraction is expensive, so keep its result in a file. But after an epoch of fine-tuning, or with one image more, the
+# file still loads, and is out of date. Let its name say what went in: a key made of all that features depend on, and of
+# nothing else.
 #
-# **Exercise 2.4** (30 min, ●●●). Write `cached_features(folder, compute, backbone, images, settings)`: return what
-# `compute(backbone, images, **settings)` returns, features of shape `(n, width)`, and call `compute` at most once, and only
-# if this was not computed before.
+# **Exercise 2.4a** (20 min, ●●○). Write `cache_key`.
 #
-# - Results stay in files in `folder`, a `pathlib.Path` that exists; names, format and sub-folders are up to you. Every result
-#   stays: going back to an earlier backbone computes nothing.
-# - A file may be used only if it was made with equal weights (parameters *and* buffers), equal images in the same order, and
-#   equal settings (a dict of numbers such as `{"mean": 0.5, "size": 8}`; names count too).
-# - Equal means equal contents, to the last digit, not the same objects: copies are equal, and a backbone changed in place is
-#   another one.
-# - The next kernel must find the files. Only `folder` remembers: in an emptied or another folder everything is computed again.
-# - A file that cannot be read, cut short by a full disk or empty, counts as no file and is replaced.
-# - If `compute` raises, so does the call, and nothing is left that a later call takes for a result.
+# *Core*
+#
+# 1. Equal contents give equal keys: copies, settings in another order, the next kernel.
+# 2. One number changed in a parameter or buffer gives another key; so do two that change places.
+# 3. So does one pixel changed, an image fewer, or another order of the images.
+# 4. So does another name or value of a setting, to the last digit.
+# 5. The key can name a file: 1 to 200 letters, digits, `-` and `_`.
+#
+# *Fine print*
+#
+# 6. Buffers count that `state_dict()` leaves out.
+# 7. Equal bytes in another shape or dtype have another key.
+# 8. How images lie in memory does not count.
 
 
 # %%
-def cached_features(folder, compute, backbone, images, settings):
+def cache_key(backbone: nn.Module, images: Tensor, settings: dict[str, float]) -> str:
+    """A name for what `backbone` makes of `images` with `settings`.
+
+    >>> backbone, images = nn.Linear(2, 3), torch.zeros(4, 2)
+    >>> key = cache_key(backbone, images, {"mean": 0.5, "size": 8})
+    >>> cache_key(backbone, images.clone(), {"size": 8, "mean": 0.5}) == key
+    True
+    >>> cache_key(backbone, images, {"mean": 0.25, "size": 8}) == key
+    False
+
+    Args:
+        backbone: parameters and buffers, those registered with `persistent=False` too,
+            in float32 or whole numbers.
+        images: (n, ...), n at least 1. A slice has the key of its copy.
+        settings: names and numbers, such as {"mean": 0.1307, "size": 8}; may be empty.
+    """
     ### BEGIN SOLUTION
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers(), ("images", images)]:
+    for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers(), ("", images)]:
         key.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         key.update(tensor.detach().cpu().numpy().tobytes())
-    path = folder / f"{key.hexdigest()}.pt"
+    return key.hexdigest()
+    ### END SOLUTION
+
+
+# %%
+check("2.4a", cache_key)
+
+# %%
+cache_key = continue_with("2.4a")
+
+# %% [markdown]
+# ## Exercise 2.4: a cache that notices
+#
+# The key says what belongs together. What is left are the files: when to read one, when to compute, and what to make of a
+# file that a full disk has cut short.
+#
+# **Exercise 2.4** (20 min, ●●●). Write `cached_features`.
+#
+# *Core*
+#
+# 1. What was computed once is read from a file, for equal copies and by the next kernel, too; `compute` does not run.
+# 2. Other weights, images or settings are computed, and results stay: going back to an earlier backbone computes nothing.
+# 3. Only `folder` remembers: in an emptied folder, or in another one, everything is computed again.
+#
+# *Fine print*
+#
+# 4. A file that is empty or cut short counts as no file, and is replaced.
+# 5. If `compute` raises, so does the call, and nothing is left that a later call takes for a result.
+# 6. Settings in another order are equal. Those that differ in their last digit are not.
+# 7. Images of equal bytes in another shape are other images.
+
+
+# %%
+def cached_features(
+    folder: Path,
+    compute: Callable[..., Tensor],
+    backbone: nn.Module,
+    images: Tensor,
+    settings: dict[str, float],
+) -> Tensor:
+    """What `compute(backbone, images, **settings)` returns, computed at most once.
+
+    >>> from pathlib import Path; from tempfile import mkdtemp
+    >>> folder = Path(mkdtemp())
+    >>> def compute(backbone, images, size):
+    ...     print("computing")
+    ...     return backbone(images[:, :size])
+    >>> backbone, images = nn.Flatten(), torch.ones(4, 2)
+    >>> first = cached_features(folder, compute, backbone, images, {"size": 1})
+    computing
+    >>> cached_features(folder, compute, backbone, images, {"size": 1}).shape
+    torch.Size([4, 1])
+
+    Args:
+        folder: exists. Names, format and sub-folders of the files are up to you.
+        compute: a function such as `extract`, the same in all calls with this folder.
+        backbone: as for `cache_key`.
+        images: as for `cache_key`.
+        settings: as for `cache_key`; what `compute` is called with.
+
+    Returns:
+        (n, width), the features, float32.
+    """
+    ### BEGIN SOLUTION
+    path = folder / f"{cache_key(backbone, images, settings)}.pt"
     with suppress(Exception):  # missing or cut short: either way there is nothing to read
         return torch.load(path)
     features = compute(backbone, images, **settings)
@@ -523,7 +605,6 @@ cached_features = continue_with("2.4")
 
 # %% tags=["demo"]
 import tempfile
-from pathlib import Path
 
 if isinstance(test.inputs, torch.Tensor):
     folder = Path(tempfile.mkdtemp())
@@ -637,9 +718,13 @@ else:
 # %% [markdown]
 # # Part 2: texts
 #
-# The same plan, another kind of input: an encoder that was trained on pairs of sentences, and a task that it has never
-# seen. The task: the first paragraph of a docstring of Python's standard library, and which of six topics it belongs to.
-# The docstrings are read from the Python that runs this notebook.
+# The same plan, another kind of input: an encoder that was trained on pairs of sentences. The task: the first paragraph of a
+# docstring of Python's standard library, and which of six topics it belongs to. The docstrings are read from the Python that
+# runs this notebook.
+#
+# Has the encoder seen this before? Not the topics. But its model card lists `code_search_net`, 1,151,414 pairs of code and
+# docstring, among the data that it learned from, so the language of docstrings is familiar to it. What follows shows what
+# features are worth *near* home. On texts of a kind that it has never met, expect less.
 
 # %% tags=["demo"]
 splits = progress_bar(("train", "validation", "test"), "reading")
@@ -871,7 +956,7 @@ batches_by_length = continue_with("2.8a")
 # *Fine print*
 #
 # 6. The rows have no graph, and are no inference tensors.
-# 7. Each module of the encoder is left in the mode it had.
+# 7. The encoder is left as it was, each of its modules in the mode it had.
 
 
 # %%
@@ -1035,7 +1120,7 @@ progress()
 #   an image's features from depending on its neighbours. Neither does the other's work.
 # - Put modes back one by one. `train()` at the end switches on what someone else had switched off.
 # - `children()` lists modules, not what `forward` does between them. Replace the head, hook it, or cut the graph.
-# - A linear probe is a convex problem: go on until the gradient has vanished, and the answer no longer depends on
+# - A linear probe is a convex problem: go on until the gradient has vanished, and what it answers no longer depends on
 #   the optimizer, the start or the seed. So two probes can be compared.
 # - The key of a cache entry is everything the result depends on: weights with buffers, preprocessing, data.
 # - Preprocessing belongs to the weights. Ask them: `weights.transforms()`.
