@@ -159,7 +159,7 @@ def _not_measurable(error: Exception) -> Problem:
 
 
 def _explain(error: BaseException, number: str, seconds: float, setting: Setting) -> Problem:
-    if isinstance(error, NotImplementedError) and (stub := re.match(r"Exercise (\d+\.\d+)", _text(error))):
+    if isinstance(error, NotImplementedError) and (stub := re.match(r"Exercise (\d+\.\d+[a-z]?)", _text(error))):
         if stub[1] == number:
             return Problem("not attempted", "not attempted yet")
         return Problem("needs", f"needs {stub[1]} first")
