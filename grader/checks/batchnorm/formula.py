@@ -1,25 +1,31 @@
 """Exercise 5.1: what a BatchNorm layer computes, and what it does to its buffers."""
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from grader.checks.batchnorm.ways import (
+    ROOTS,
+    SHARES,
+    UNKNOWN,
+    all_but_channels,
+    column,
+    divisors_of,
+    moments,
+    shares_of,
+    variances,
+    way_of,
+    ways,
+)
 from grader.checks.networks import with_statistics
 from grader.checks.traces import some
 from grader.experiment import Exercise, Experiment, Trial, expect_number, expect_tensor
 from grader.near import near, which
 from helpers.batchnorm import batch_norm
 
-exercise = Exercise(__name__, "5.1", batch_norm)
-
-_DIVISORS = {"n": 0, "n - 1": 1}  # what a variance is divided by, and the `correction` that torch calls it
-_ROOTS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "inside the root": lambda var, eps: (var + eps).sqrt(),
-    "outside the root": lambda var, eps: var.sqrt() + eps,
-    "nowhere, or another eps": lambda var, eps: (var + 1e-5).sqrt(),
-}
+exercise = Exercise(__name__, "5.1", batch_norm, core=5)
 
 
 def _layer(trial: Trial, kind: type, channels: int) -> nn.Module:
@@ -54,51 +60,7 @@ def _buffers(layer: nn.Module) -> dict:
     return buffers | {"num_batches_tracked": expect_number(layer.num_batches_tracked, "layer.num_batches_tracked")}
 
 
-def _column(values: Tensor, x: Tensor) -> Tensor:
-    """(channels,) -> (channels, 1, ...), which broadcasts along the channels of x."""
-    return values.view(-1, *[1] * (x.ndim - 2))
-
-
-def _all_but_channels(dimensions: int) -> list[int]:
-    return [axis for axis in range(dimensions) if axis != 1]
-
-
-def _moments(x: Tensor, axes: Sequence[int], correction: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance over those axes, as they broadcast against x."""
-    return x.mean(axes, keepdim=True), x.var(axes, correction=correction, keepdim=True)
-
-
-def _ways(x: Tensor, before: nn.Module, after: dict[str, Tensor]) -> Iterator[tuple[dict[str, str | None], Tensor, Tensor]]:
-    """Every way to normalise that this check knows: its facts, the normalised x, and what x was divided by."""
-    rest = list(range(2, x.ndim))
-    axes = {
-        "the batch's, one for each channel": [0, *rest],
-        "the sample's own, over all channels": [1, *rest],
-        "the sample's own, one for each channel": rest,
-        "the batch's, one for each channel and position": [0],
-    }
-    moments = [
-        (name, divisor, *_moments(x, over, correction))
-        for name, over in axes.items()
-        for divisor, correction in _DIVISORS.items()
-    ]
-    for buffers in (before.state_dict(), after):
-        mean, var = (buffers[name].to(x) for name in ("running_mean", "running_var"))
-        moments.append(("the running ones", "as stored", _column(mean, x), _column(var, x)))
-        moments.append(("the running ones, along the last axis", "as stored", mean, var))
-    for name, divisor, mean, var in moments:
-        for where, root in _ROOTS.items():
-            facts = {"mean and variance are": name, "the variance is divided by": divisor, "eps is added": where}
-            yield facts, (x - mean) / root(var, before.eps), root(var, before.eps)
-
-
-def _how(y: Tensor, x: Tensor, before: nn.Module, after: dict[str, Tensor]) -> tuple[dict[str, str | None], Tensor, Tensor]:
-    """The way in which y is x normalised; x in float64, perhaps with a graph."""
-    unknown = {"mean and variance are": "different", "the variance is divided by": None, "eps is added": None}
-    return next((way for way in _ways(x, before, after) if near(y, way[1])), (unknown, x, x))
-
-
-@exercise.experiment("normalises with the batch")
+@exercise.experiment("normalises with the batch", 1)
 class NormalisesWithTheBatch(Experiment):
     points = 2
 
@@ -110,10 +72,10 @@ class NormalisesWithTheBatch(Experiment):
         return {"y": _output(subject, inputs["x"], inputs["layer"]), "after": _buffers(inputs["layer"])}
 
     def facts(self, raw, inputs):
-        return _how(raw["y"], inputs["x"].double(), inputs["layer"], raw["after"])[0]
+        return way_of(raw["y"], inputs["x"].double(), inputs["layer"], raw["after"])[0]
 
 
-@exercise.experiment("eval mode")
+@exercise.experiment("eval mode", 2)
 class EvalMode(NormalisesWithTheBatch):
     def draw(self, trial: Trial) -> dict:
         inputs = super().draw(trial)
@@ -123,16 +85,82 @@ class EvalMode(NormalisesWithTheBatch):
     def facts(self, raw, inputs):
         before = inputs["layer"].state_dict()
         moved = (name for name, after in raw["after"].items() if not near(after, before[name]))
-        return super().facts(raw, inputs) | {"buffers that moved": some(moved)}
+        normalised = {f"in eval mode, {fact}": value for fact, value in super().facts(raw, inputs).items()}
+        return normalised | {"buffers that moved": some(moved)}
 
 
-@exercise.experiment("running mean")
+class _ManyBatches(Experiment):
+    """Batches of every shape, most of them with `channels` at the end too, so that what belongs to channels also fits there.
+
+    At the first of them it finds out how the subject normalises; the question is whether it does so at the others.
+    """
+
+    training: bool
+    where = "at (n, channels, h, w)"
+
+    def draw(self, trial: Trial) -> dict:
+        c = trial.integer(3, 4)
+        batches = {
+            self.where: _batch(trial, 3, c, 2, c),
+            "(n, channels)": _batch(trial, 7, c),
+            "two values of one channel": _batch(trial, 2, 1),
+            "one sample, (1, channels, length)": _batch(trial, 1, c, c),
+            "channels last in memory": _batch(trial, 5, c, 4, c).contiguous(memory_format=torch.channels_last),
+            "every second sample": _batch(trial, 8, c, c)[::2],
+            "(n, channels, d, h, w)": _batch(trial, 2, c, 3, 2, c),
+        }
+        if not self.training:
+            batches["one value of each channel"] = _batch(trial, 1, c)
+        kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+        layers = {name: _plain(_layer(trial, kinds[x.ndim], x.shape[1])).train(self.training) for name, x in batches.items()}
+        return {"batches": batches, "layers": layers}
+
+    def measure(self, subject, inputs):
+        outputs, after = {}, {}
+        for name, x in inputs["batches"].items():
+            outputs[name] = _output(subject, x, inputs["layers"][name])
+            after[name] = _buffers(inputs["layers"][name])
+        return {"outputs": outputs, "after": after}
+
+    def facts(self, raw, inputs):
+        def seen(name: str) -> tuple[Tensor, nn.Module, dict]:
+            return inputs["batches"][name].double(), inputs["layers"][name], raw["after"][name]
+
+        way = way_of(raw["outputs"][self.where], *seen(self.where))[0]
+        alike = [
+            name
+            for name, y in raw["outputs"].items()
+            if any(facts == way and near(y, normalised) for facts, normalised, _ in ways(*seen(name)))
+        ]
+        return {f"shapes at which it normalises as {self.where}": None if way is UNKNOWN else alike}
+
+
+@exercise.experiment("any batch", 1, 3)
+class AnyBatch(_ManyBatches):
+    training = True
+
+    def facts(self, raw, inputs):
+        def seen(name: str) -> tuple[Tensor, nn.Module, dict]:
+            return inputs["batches"][name], inputs["layers"][name], raw["after"][name]
+
+        share, divisor = shares_of(*seen(self.where)), divisors_of(*seen(self.where))[:1]
+        alike = [name for name in raw["after"] if share <= shares_of(*seen(name)) and {*divisor} <= {*divisors_of(*seen(name))}]
+        moves = {f"shapes at which the buffers move as {self.where}": alike if share and divisor else None}
+        return super().facts(raw, inputs) | moves
+
+
+@exercise.experiment("any batch in eval mode", 2)
+class AnyBatchInEvalMode(_ManyBatches):
+    training = False
+
+
+@exercise.experiment("running mean", 3)
 class RunningMean(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(3, 5)
-        return {"x": 3 + 2 * trial.normal(6, channels), "layer": _layer(trial, nn.BatchNorm1d, channels)}
+        return {"x": 3 + 2 * trial.normal(6, channels, 1, channels), "layer": _layer(trial, nn.BatchNorm2d, channels)}
 
     def measure(self, subject, inputs):
         calls = []
@@ -142,54 +170,84 @@ class RunningMean(Experiment):
         return {"calls": calls}
 
     def facts(self, raw, inputs):
-        layer, m = inputs["layer"], inputs["layer"].momentum
-        start, goal = layer.running_mean.double(), inputs["x"].double().mean(0)
-        shares = {"momentum": m, "1 - momentum": 1 - m, "0, it stays": 0.0, "0.1": 0.1, "1": 1.0}
+        start, goal = inputs["layer"].running_mean.double(), inputs["x"].double().mean((0, 2, 3))
         known = {
-            name: torch.stack([goal + (1 - share) ** calls * (start - goal) for calls in (1, 2)])
-            for name, share in shares.items()
+            name: torch.stack([goal + (1 - share(inputs["layer"].momentum)) ** calls * (start - goal) for calls in (1, 2)])
+            for name, share in SHARES.items()
         }
-        return {
-            "share of the batch in the new running_mean": which(torch.stack([b["running_mean"] for b in raw["calls"]]), known),
-            "num_batches_tracked after two calls": [
-                buffers["num_batches_tracked"] - int(layer.num_batches_tracked) for buffers in raw["calls"]
-            ],
-        }
+        moved = torch.stack([buffers["running_mean"] for buffers in raw["calls"]])
+        return {"share of the batch in the new running_mean": which(moved, known)}
 
 
-@exercise.experiment("running variance")
+@exercise.experiment("batches counted", 3)
+class BatchesCounted(RunningMean):
+    points = 1
+
+    def facts(self, raw, inputs):
+        counts = [buffers["num_batches_tracked"] - int(inputs["layer"].num_batches_tracked) for buffers in raw["calls"]]
+        return {"num_batches_tracked after one and two calls": counts}
+
+
+@exercise.experiment("running variance", 3)
 class RunningVariance(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(3, 5)
-        layer = _layer(trial, nn.BatchNorm1d, channels)
+        layer = _layer(trial, nn.BatchNorm2d, channels)
         layer.running_var.copy_(layer.running_var.sort().values)  # rising, and the batch's falling: never in proportion
-        spread = torch.arange(channels, 0, -1)[:, None]
-        return {"x": spread * trial.normal(3, channels, channels), "layer": layer}
+        spread = torch.arange(channels, 0, -1)[:, None, None]
+        return {"x": spread * trial.normal(3, channels, 1, channels), "layer": layer}
 
     def measure(self, subject, inputs):
         _output(subject, inputs["x"], inputs["layer"])
-        return {"after": _buffers(inputs["layer"])["running_var"]}
+        return {"after": _buffers(inputs["layer"])}
 
     def facts(self, raw, inputs):
-        start = inputs["layer"].running_var.double()
-        step = raw["after"].double() - start
-        known = {"it stays": torch.zeros_like(step)}
-        for divisor, correction in _DIVISORS.items():
-            way = inputs["x"].double().var((0, 2), correction=correction) - start
-            known[divisor] = (step @ way) / (way @ way) * way  # as far on the way as the step goes
-        return {"running_var moves towards the sum of squares divided by": which(step, known)}
+        divisors = divisors_of(inputs["x"], inputs["layer"], raw["after"])
+        return {"running_var moves towards the sum of squares divided by": (divisors or ["different"])[0]}
 
 
-@exercise.experiment("weight and bias")
+@exercise.experiment("fresh layer", 3)
+class FreshLayer(Experiment):
+    def draw(self, trial: Trial) -> dict:
+        channels = trial.integer(3, 5)
+        return {
+            "batches": [3 + 2 * trial.normal(4, channels, 2, channels) for _ in range(2)],
+            "layer": nn.BatchNorm2d(channels),
+        }
+
+    def measure(self, subject, inputs):
+        calls = []
+        for x in inputs["batches"]:
+            _output(subject, x, inputs["layer"])
+            calls.append(_buffers(inputs["layer"]))
+        return {"calls": calls}
+
+    def facts(self, raw, inputs):
+        layer, facts = inputs["layer"], {}
+        for which_one, x, after in zip(("first", "second"), inputs["batches"], raw["calls"], strict=True):
+            shares = shares_of(x, layer, after, of=("running_mean", "running_var"))
+            name = next((share for share in SHARES if share in shares), "different")
+            facts[f"share of a fresh layer's {which_one} batch in its statistics"] = name
+            layer.running_mean, layer.running_var = after["running_mean"], after["running_var"]
+        return facts
+
+
+@exercise.experiment("weight and bias", 4)
 class WeightAndBias(Experiment):
+    training = True
+
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(3, 4)
-        layer = _layer(trial, nn.BatchNorm3d, channels)
-        bare = nn.BatchNorm3d(channels, layer.eps, layer.momentum, affine=False)
+        layer = _layer(trial, nn.BatchNorm2d, channels)
+        bare = nn.BatchNorm2d(channels, layer.eps, layer.momentum, affine=False)
         bare.load_state_dict(layer.state_dict(), strict=False)
-        return {"x": _batch(trial, 3, channels, 2, 2, channels), "layers": [layer, _plain(copy.deepcopy(layer)), bare]}
+        layers = [layer, _plain(copy.deepcopy(layer)), bare]
+        return {
+            "x": _batch(trial, 3, channels, 2, channels),
+            "layers": [each.train(self.training).requires_grad_(self.training) for each in layers],
+        }
 
     def measure(self, subject, inputs):
         return {"outputs": [_output(subject, inputs["x"], layer) for layer in inputs["layers"]]}
@@ -197,7 +255,7 @@ class WeightAndBias(Experiment):
     def facts(self, raw, inputs):
         y, plain, bare = (output.double() for output in raw["outputs"])
         weight, bias = (values.detach().double() for values in inputs["layers"][0].parameters())
-        acts = {"each channel": lambda values: _column(values, y), "the last axis": lambda values: values, "nothing": None}
+        acts = {"each channel": lambda values: column(values, y), "the last axis": lambda values: values, "nothing": None}
         words = ["different", "different"]
         for scaled, w in acts.items():
             for shifted, b in acts.items():
@@ -207,14 +265,23 @@ class WeightAndBias(Experiment):
         return {"weight acts on": words[0], "bias acts on": words[1], "outputs with affine=False": same}
 
 
-@exercise.experiment("gradients")
+@exercise.experiment("weight and bias in eval mode", 4)
+class WeightAndBiasInEvalMode(WeightAndBias):
+    training = False
+
+    def facts(self, raw, inputs):
+        return {f"in eval mode, {fact}": value for fact, value in super().facts(raw, inputs).items()}
+
+
+@exercise.experiment("gradients", 4, 5)
 class Gradients(Experiment):
     points = 2
+    training = True
 
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(3, 4)
-        x = _batch(trial, 3, channels, channels)
-        return {"x": x, "layer": _plain(_layer(trial, nn.BatchNorm1d, channels)), "push": trial.normal(*x.shape)}
+        x, layer = _batch(trial, 3, channels, 2, channels), _layer(trial, nn.BatchNorm2d, channels)
+        return {"x": x, "layer": _plain(layer).train(self.training), "push": trial.normal(*x.shape)}
 
     def measure(self, subject, inputs):
         layer, x = inputs["layer"], inputs["x"].clone().requires_grad_()
@@ -230,54 +297,78 @@ class Gradients(Experiment):
         x, push = inputs["x"].double().requires_grad_(), inputs["push"].double()
         got, *affine = raw["gradients"]
         with torch.enable_grad():  # the gradient that belongs to the subject's own way to normalise
-            _, y, divisor = _how(raw["y"], x, inputs["layer"], raw["after"])
+            way, y, divisor = way_of(raw["y"], x, inputs["layer"], raw["after"])
             full = torch.autograd.grad(y, x, push)[0]
         known = {"as depending on x": full, "as constants": push / divisor.detach()}
+        taken = None if way is UNKNOWN else which(got, known) if got is not None else "no gradient reaches x"
         reached = all(gradient is not None and not near(gradient, 0) for gradient in affine)
         return {
-            "the gradient of x takes mean and variance": "no gradient reaches x" if got is None else which(got, known),
+            "the gradient of x takes mean and variance": taken,
             "gradients reach weight and bias": "yes" if reached else "no",
-            "the buffers carry a graph": "yes" if raw["graph"] else "no",
         }
+
+
+@exercise.experiment("gradients in eval mode", 4, 5)
+class GradientsInEvalMode(Gradients):
+    points = 1
+    training = False
+
+    def facts(self, raw, inputs):
+        return {f"in eval mode, {fact}": value for fact, value in super().facts(raw, inputs).items()}
+
+
+@exercise.experiment("no graph in the buffers", 6)
+class NoGraphInTheBuffers(Gradients):
+    points = 1
+
+    def facts(self, raw, inputs):
+        return {"the buffers carry a graph": "yes" if raw["graph"] else "no"}
 
 
 def solution(
     x: Tensor,
     layer: nn.Module,
     *,
-    axes: Callable[[int], Sequence[int]] = _all_but_channels,  # of the mean and the variance that normalise
+    axes: Callable[[int], Sequence[int]] = all_but_channels,  # of the mean and the variance that normalise
     correction: int = 0,  # of that variance
-    stored_correction: int = 1,
-    share: Callable[[float], float] = lambda momentum: momentum,  # of the batch in the new running statistics
-    root: Callable[[Tensor, float], Tensor] = _ROOTS["inside the root"],
+    stored: Callable[[Tensor], Tensor] = lambda x: variances(x)["n - 1"].to(x),
+    share: Callable[[nn.Module], float] = lambda layer: layer.momentum,  # of the batch in the new running statistics
+    counted: int = 1,
+    root: Callable[[Tensor, float], Tensor] = ROOTS["inside the root"],
     normalising: Collection[bool] = (True,),  # the modes, as `layer.training`, in which the batch normalises
     moving: Collection[bool] = (True,),  # the modes in which the buffers move
-    column: Callable[[Tensor, Tensor], Tensor] = _column,
+    column: Callable[[Tensor, Tensor], Tensor] = column,
     detached: bool = False,  # whether mean and variance are constants
     graph: bool = False,  # whether the buffers carry one
+    affine: Collection[bool] = (True, False),  # the modes in which weight and bias act
 ) -> Tensor:
     """Right if left alone; each of the misconceptions changes a piece."""
     if layer.training in moving:
         with torch.set_grad_enabled(graph):
-            mean, var = (values.flatten() for values in _moments(x, _all_but_channels(x.ndim), stored_correction))
-            layer.running_mean = layer.running_mean.lerp(mean, share(layer.momentum))
-            layer.running_var = layer.running_var.lerp(var, share(layer.momentum))
-            layer.num_batches_tracked += 1
+            mean, var = x.mean(all_but_channels(x.ndim)), stored(x)
+            layer.running_mean = layer.running_mean.lerp(mean, share(layer))
+            layer.running_var = layer.running_var.lerp(var, share(layer))
+            layer.num_batches_tracked += counted
     if layer.training in normalising:
-        mean, var = _moments(x.detach() if detached else x, axes(x.ndim), correction)
+        mean, var = moments(x.detach() if detached else x, axes(x.ndim), correction)
     else:
         mean, var = column(layer.running_mean, x), column(layer.running_var, x)
     y = (x - mean) / root(var, layer.eps)
-    return y if layer.weight is None else y * column(layer.weight, x) + column(layer.bias, x)
+    return y if layer.weight is None or layer.training not in affine else y * column(layer.weight, x) + column(layer.bias, x)
 
 
 exercise.misconceptions_of(
     solution,
     {
         "unbiased variance normalises": {"correction": 1},
-        "biased running variance": {"stored_correction": 0},
-        "momentum the other way round": {"share": lambda momentum: 1 - momentum},
-        "eps outside the root": {"root": _ROOTS["outside the root"]},
+        "biased running variance": {"stored": lambda x: variances(x)["n"].to(x)},
+        "samples counted, not values": {"stored": lambda x: variances(x)["n - 1, with n the number of samples"].to(x)},
+        "momentum the other way round": {"share": lambda layer: 1 - layer.momentum},
+        "always the default momentum": {"share": lambda layer: 0.1},
+        "the first batch as it is": {"share": lambda layer: layer.momentum if layer.num_batches_tracked else 1.0},
+        "batches not counted": {"counted": 0},
+        "eps outside the root": {"root": ROOTS["outside the root"]},
+        "not the layer's eps": {"root": ROOTS["nowhere, or another eps"]},
         "each sample on its own": {"axes": lambda dimensions: list(range(1, dimensions))},
         "each position on its own": {"axes": lambda dimensions: [0]},
         "running statistics in train mode": {"normalising": ()},
@@ -285,6 +376,7 @@ exercise.misconceptions_of(
         "buffers never moved": {"moving": ()},
         "buffers moved in eval mode": {"moving": (True, False)},
         "broadcast along the last axis": {"column": lambda values, x: values},
+        "weight and bias in train mode only": {"affine": (True,)},
         "statistics without a graph": {"detached": True},
         "graph kept in the buffers": {"graph": True},
     },

@@ -3,9 +3,11 @@
 from functools import partial
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from grader.checks.batchnorm.formula import solution
+from grader.checks.batchnorm.ways import column, variances
 
 
 def flattened_to_rows(x, layer):
@@ -75,17 +77,112 @@ def as_layer_norm_does(x, layer):
     return y
 
 
+def bessel_by_len(x, layer):
+    start = layer.running_var.clone()
+    y = layer(x)
+    if layer.training:
+        biased = x.detach().transpose(0, 1).flatten(1).var(1, correction=0)
+        with torch.no_grad():
+            layer.running_var = start + layer.momentum * (biased * len(x) / max(len(x) - 1, 0.5) - start)
+    return y
+
+
+def by_whole_batches(x, layer):
+    """Eval mode for a single sample only."""
+    return solution(x, layer, normalising=(True, len(x) == 1))
+
+
+def eval_without_gradients(x, layer):
+    if layer.training:
+        return solution(x, layer)
+    with torch.no_grad():
+        return solution(x, layer)
+
+
+def spread_as_a_constant(x, layer):
+    y = solution(x, layer)
+    if layer.training:
+        others = [axis for axis in range(x.ndim) if axis != 1]
+        mean = x.mean(others, keepdim=True)
+        y = (x - mean) / (x.var(others, correction=0, keepdim=True) + layer.eps).sqrt().detach()
+        y = y if layer.weight is None else y * column(layer.weight, x) + column(layer.bias, x)
+    return y
+
+
+def no_shift_by_the_bias(x, layer):
+    y = solution(x, layer)
+    return y if layer.bias is None else y - column(layer.bias, x)
+
+
+def scaled_if_affine_and_training(x, layer):
+    bare = nn.BatchNorm2d(layer.num_features, layer.eps, affine=False).train(layer.training)
+    bare.load_state_dict(layer.state_dict(), strict=False)
+    return solution(x, layer) if layer.training else solution(x, bare)
+
+
+def variance_around_zero(x, layer):
+    y = solution(x, layer)
+    if layer.training:
+        others = [axis for axis in range(x.ndim) if axis != 1]
+        y = (x - x.mean(others, keepdim=True)) / (x.square().mean(others, keepdim=True) + layer.eps).sqrt()
+        y = y if layer.weight is None else y * column(layer.weight, x) + column(layer.bias, x)
+    return y
+
+
+def pairs_and_more(x, layer):
+    """It normalises with the biased variance, but for small batches."""
+    return solution(x, layer, correction=int(x.numel() / x.shape[1] < 20))
+
+
+def counted_in_eval_mode_too(x, layer):
+    if not layer.training:
+        layer.num_batches_tracked += 1
+    return solution(x, layer)
+
+
+def cumulative(x, layer):
+    return solution(x, layer, share=lambda layer: 1 / (1 + int(layer.num_batches_tracked)))
+
+
+def mean_of_the_new_values(x, layer):
+    """running_var moves towards the deviations from the running mean that has just moved."""
+    before = layer.running_mean.clone()
+
+    def around(x):
+        mean = before.lerp(x.mean([0, *range(2, x.ndim)]), layer.momentum)
+        n = x.numel() // x.shape[1]
+        return (x - column(mean, x)).square().sum([0, *range(2, x.ndim)]).detach() / (n - 1)
+
+    return solution(x, layer, stored=around)
+
+
+def graph_in_the_variance(x, layer):
+    var = layer.running_var
+    y = solution(x, layer)
+    if layer.training:
+        others = [axis for axis in range(x.ndim) if axis != 1]
+        layer.running_var = (1 - layer.momentum) * var + layer.momentum * x.var(others)
+    return y
+
+
 CORRECT = [flattened_to_rows, channel_by_channel, folded_into_scale_and_shift, the_layer_itself]
-REWRITTEN = {"each sample on its own": as_layer_norm_does}
-BROKEN = {}
+REWRITTEN = {"each sample on its own": as_layer_norm_does, "samples counted, not values": bessel_by_len}
+BROKEN = {
+    1: [partial(solution, correction=1), variance_around_zero, pairs_and_more, partial(solution, normalising=())],
+    2: [by_whole_batches, counted_in_eval_mode_too, partial(solution, moving=(True, False))],
+    3: [cumulative, mean_of_the_new_values, partial(solution, counted=0), partial(solution, share=lambda layer: 0.1)],
+    4: [scaled_if_affine_and_training, no_shift_by_the_bias],
+    5: [eval_without_gradients, spread_as_a_constant, partial(solution, detached=True)],
+    6: [partial(solution, graph=True), graph_in_the_variance],
+}
 COMBINED = [
     (
         {"unbiased variance normalises", "momentum the other way round"},
-        partial(solution, correction=1, share=lambda momentum: 1 - momentum),
+        partial(solution, correction=1, share=lambda layer: 1 - layer.momentum),
     ),
     (
         {"batch statistics in eval mode", "biased running variance"},
-        partial(solution, normalising=(True, False), stored_correction=0),
+        partial(solution, normalising=(True, False), stored=lambda x: variances(x)["n"].to(x)),
     ),
 ]
 
