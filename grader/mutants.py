@@ -252,7 +252,7 @@ HEAD = """\
 
 def counts_in(page: str) -> dict[str, Count]:
     """The counts of exercises in the table of a page."""
-    rows = re.findall(r"^\| (\d+\.\d+) .*?\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", page, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+\.\d+[a-z]?) .*?\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", page, re.MULTILINE)
     return {number: Count(*map(int, cells)) for number, *cells in rows}
 
 
