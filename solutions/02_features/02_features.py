@@ -922,7 +922,7 @@ def batches_by_length(lengths: Tensor, batch_size: int) -> tuple[list[Tensor], T
         batch_size: at least 1.
 
     Returns:
-        batches: a list of tensors of int64. Any order of the batches will do.
+        batches: a list or a tuple of tensors of int64, in any order.
         back: (n,) of int64.
     """
     ### BEGIN SOLUTION

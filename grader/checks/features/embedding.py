@@ -11,15 +11,15 @@ from torch.nn import functional as F
 from grader.checks import traces
 from grader.checks.shared_list import SharedList
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor
-from grader.near import near
-from helpers.features import eval_mode
+from grader.near import near, which
+from helpers.modes import eval_mode
 from helpers.text import embed, mean_pool
 
-exercise = Exercise(__name__, "2.8", embed, autocast=True)
+exercise = Exercise(__name__, "2.8", embed, core=5, autocast=True)
 
 _PAD, _CLS, _WORDS = 0, 1, 2  # numbers of padding, of what every text begins with, and of the first word
 _WIDTH = 16
-_CLS_LENGTH = 3.0  # of the hidden state of [CLS]; all the rest have length 1
+_CLS_NORM = 3.0  # of the hidden state of [CLS]; that of all others is 1
 
 
 def _tokenizer(texts: Sequence[str]) -> dict[str, Tensor]:
@@ -40,8 +40,8 @@ class _Encoder(nn.Module):
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        lengths = torch.ones(_WIDTH).index_fill(0, torch.tensor(_CLS), _CLS_LENGTH)
-        self.axes = nn.Embedding.from_pretrained(lengths.diag(), freeze=False)
+        norms = torch.ones(_WIDTH).index_fill(0, torch.tensor(_CLS), _CLS_NORM)
+        self.axes = nn.Embedding.from_pretrained(norms.diag(), freeze=False)
         self.dropout = nn.Dropout(dropout)
         self.calls = SharedList()
 
@@ -93,7 +93,7 @@ class _Vectors(Experiment):
         return {"vectors": _run(subject, _Encoder(), inputs["texts"], inputs["batch_size"]).detach()}
 
 
-@exercise.experiment("row per text")
+@exercise.experiment("row per text", 1)
 class RowPerText(_Vectors):
     points = 2
 
@@ -111,33 +111,46 @@ class RowPerText(_Vectors):
         return {"row i is the vector of": next((name for name, rows in answers.items() if words in rows), "another text")}
 
 
-@exercise.experiment("mean of own tokens")
+@exercise.experiment("mean of own tokens", 1)
 class MeanOfOwnTokens(_Vectors):
     def facts(self, raw, inputs):
-        vectors, lengths = raw["vectors"].double(), torch.tensor(inputs["lengths"]).double()
-        words = _CLS_LENGTH * vectors[:, _WORDS:].amax(1) / vectors[:, _CLS].clamp_min(1e-9)
-        # Which text a row belongs to is another experiment's question: sorted, the numbers of words must agree.
-        right = near(words.sort().values / lengths.sort().values, 1)
+        vectors = F.normalize(raw["vectors"].double(), dim=1)
         return {
-            "padding in the mean": "none" if near(F.normalize(vectors, dim=1)[:, _PAD], 0) else "some",
-            "the tokens of a text in the mean": "all alike" if right else "not all alike",
+            "padding in the mean": "none" if near(vectors[:, _PAD], 0) else "some",
+            "the tokens of a text in the mean": self.counted(vectors, torch.tensor(inputs["lengths"]).double()),
         }
 
+    def counted(self, vectors: Tensor, lengths: Tensor) -> str:
+        if near(vectors[:, _CLS], 1):
+            return "the first alone"
+        if near(vectors[:, _CLS], 0):
+            return "all but the first"
+        words = vectors[:, _WORDS:].amax(1) / vectors[:, _CLS].clamp_min(1e-9)
+        # Which text a row belongs to is another experiment's question: sorted, the numbers of words must agree.
+        words = words.sort().values / lengths.sort().values
+        return which(words, {"all alike": 1 / _CLS_NORM, "all, each as a unit vector": 1.0}, "not all alike")
 
-@exercise.experiment("length one")
+
+@exercise.experiment("length one", 2)
 class LengthOne(_Vectors):
     def facts(self, raw, inputs):
         rows, columns = raw["vectors"].norm(dim=1), raw["vectors"].norm(dim=0)
-        unit_columns = near(columns, columns > 0.5)  # or length 0, where no text has a part
-        neither = "every column" if unit_columns else "neither rows nor columns"
-        return {"what has length 1": "every row" if near(rows, 1) else neither}
+        lengths = torch.tensor(inputs["lengths"])
+        means = (_CLS_NORM**2 + lengths**2).sqrt() / (1 + lengths)
+        if near(rows, 1):
+            return {"unit vectors are": "the rows"}
+        if near(columns, columns > 0.5):  # or all zeros, where no text has a part
+            return {"unit vectors are": "the columns"}
+        return {
+            "unit vectors are": "no rows: they are the means" if near(rows.sort().values, means.sort().values) else "no rows"
+        }
 
     def notes(self, raw, inputs):
         rows = raw["vectors"].norm(dim=1)
-        return {"what has length 1": f"the rows have lengths from {rows.min().item():.2g} to {rows.max().item():.2g}"}
+        return {"unit vectors are": f"the norms of the rows are from {rows.min().item():.2g} to {rows.max().item():.2g}"}
 
 
-@exercise.experiment("any company")
+@exercise.experiment("any company", 3)
 class AnyCompany(Experiment):
     points = 2
 
@@ -153,34 +166,38 @@ class AnyCompany(Experiment):
 
     def facts(self, raw, inputs):
         # Rows in another order, or of another length, are other experiments' questions.
-        closest = _distances(raw).min(1).values
-        return {"the vector of a text among longer ones points": "where it does alone" if near(closest, 0) else "elsewhere"}
+        points = "where it does alone" if near(_distances(raw).min(1).values, 0) else "elsewhere"
+        batch = _tokenizer(inputs["texts"])
+        with torch.no_grad():
+            seen = raw | {"alone": mean_pool(inputs["encoder"](batch["input_ids"]), batch["attention_mask"])}
+        if points == "elsewhere" and near(_distances(seen).min(1).values, 0):
+            points = "where it does if its tokens look at padding"
+        return {"the vector of a text among longer ones points": points}
 
     def notes(self, raw, inputs):
         away = _distances(raw).min(1).values.max().item()
-        return {"the vector of a text among longer ones points": f"by up to {away:.2g}, at length 1"}
+        return {"the vector of a text among longer ones points": f"as unit vectors, they are up to {away:.2g} apart"}
 
 
-@exercise.experiment("no dropout")
+@exercise.experiment("no dropout", 3)
 class NoDropout(Experiment):
     def draw(self, trial: Trial) -> dict:
-        return {"encoder": _Encoder(dropout=0.5), "texts": [_text(trial.permutation(_WIDTH - _WORDS).tolist())]}
+        texts = [_text(trial.permutation(_WIDTH - _WORDS).tolist())]
+        return {"with dropout": _Encoder(dropout=0.5), "without": _Encoder(), "texts": texts}
 
     def measure(self, subject, inputs):
-        return {"vectors": torch.cat([_run(subject, inputs["encoder"], inputs["texts"], 4) for _ in range(2)]).detach()}
+        encoders = [inputs["with dropout"], inputs["with dropout"], inputs["without"]]
+        return {"vectors": torch.cat([_run(subject, encoder, inputs["texts"], 4) for encoder in encoders]).detach()}
 
     def facts(self, raw, inputs):
-        first, second = F.normalize(raw["vectors"].double(), dim=1)
-        batch = _tokenizer(inputs["texts"])
-        with torch.no_grad():
-            wanted = F.normalize(inputs["encoder"].eval()(**batch)[0].double().mean(0), dim=0)
+        first, second, without = F.normalize(raw["vectors"].double(), dim=1)
         return {
             "a text that is embedded twice has": "one vector" if near(first, second) else "two vectors",
-            "its vector points": "where it does in eval mode" if near(first, wanted) else "elsewhere",
+            "its vector points": "where it does without dropout" if near(first, without) else "elsewhere",
         }
 
 
-@exercise.experiment("in batches")
+@exercise.experiment("in batches", 4)
 class InBatches(Experiment):
     def draw(self, trial: Trial) -> dict:
         batch_size = trial.integer(3, 5)
@@ -206,7 +223,7 @@ class InBatches(Experiment):
         return {"the most texts in the encoder at once": "none" if 0 in largest else words}
 
 
-@exercise.experiment("little padding")
+@exercise.experiment("little padding", 5)
 class LittlePadding(Experiment):
     points = 2
 
@@ -225,12 +242,15 @@ class LittlePadding(Experiment):
     def measure(self, subject, inputs):
         encoder = _Encoder()
         _run(subject, encoder, inputs["texts"], inputs["batch_size"])
-        return {"batches": len(encoder.calls), "padding": sum(padding for _, padding in encoder.calls)}
+        padding = sum(padding for _, padding in encoder.calls)
+        return {"batches": len(encoder.calls), "padding": padding, "most": max((n for n, _ in encoder.calls), default=0)}
 
     def facts(self, raw, inputs):
         lengths, size = inputs["lengths"], inputs["batch_size"]
         rising = lengths.sort().values
         least = max(_padding(rising, size), _padding(rising.flip(0), size))  # the short batch may be the first or the last
+        if raw["most"] > size:
+            return {"padding in the encoder": None}  # larger batches need more; how large they are is asked above
         known = {
             _padding(lengths, size): "as much as in the order of the texts",
             _padding(rising, len(rising)): "every text up to the longest of all",
@@ -244,7 +264,7 @@ class LittlePadding(Experiment):
         return {"padding in the encoder": f"{raw['padding']} places, where {least} are enough"}
 
 
-@exercise.experiment("left as found")
+@exercise.experiment("left as found", 7)
 class LeftAsFound(Experiment):
     def draw(self, trial: Trial) -> dict:
         encoder = _Encoder(dropout=0.3)
@@ -254,17 +274,18 @@ class LeftAsFound(Experiment):
     def measure(self, subject, inputs):
         encoder, texts = inputs["encoder"], list(inputs["texts"])
         expect_tensor(subject(encoder, _tokenizer, texts, 3), (len(texts), _WIDTH), "the vectors")
-        return {"calls": len(encoder.calls), "traces": traces.of(encoder), "texts": texts}
+        return {"calls": len(encoder.calls), "traces": traces.of(encoder), "texts": texts, "p": encoder.dropout.p}
 
     def facts(self, raw, inputs):
         return {
             "the texts went through the encoder": "yes" if raw["calls"] else "no",
             **traces.changes(inputs["encoder"], raw["traces"], "modes", "parameters", "flags"),
+            "the probability of dropout": "as it was" if raw["p"] == inputs["encoder"].dropout.p else "changed",
             "the list of texts": "as it was" if raw["texts"] == inputs["texts"] else "changed",
         }
 
 
-@exercise.experiment("no graph")
+@exercise.experiment("no graph", 6)
 class NoGraph(Experiment):
     def draw(self, trial: Trial) -> dict:
         return {"encoder": _Encoder(), "texts": [_text([i] * (i + 1)) for i in trial.permutation(7).tolist()]}
@@ -289,7 +310,7 @@ def _padding(lengths: Tensor, batch_size: int) -> int:
 
 
 def _distances(raw: dict[str, Tensor]) -> Tensor:
-    """Between each text's vector alone and every vector of the batch, all at length 1."""
+    """Between each text's vector alone and every vector of the batch, all as unit vectors."""
     return torch.cdist(F.normalize(raw["alone"].double(), dim=1), F.normalize(raw["together"].double(), dim=1))
 
 
@@ -318,7 +339,7 @@ def _switched(encoder: nn.Module, back: bool = False) -> Iterator[None]:
 def embedded(
     encoder, tokenizer, texts, batch_size, *, order=_by_length, mean=_mean, inside=_quiet, back=torch.argsort, scale=F.normalize
 ):
-    """A right solution: the order of the texts, the mean of a batch, the encoder's state, the way back, the length."""
+    """A right solution: the order of the texts, the mean of a batch, the encoder's state, the way back, the scale."""
     order, rows = torch.tensor(order(texts)), []
     with inside(encoder):
         for part in order.split(batch_size):
@@ -339,8 +360,17 @@ CHANGES = {
     "left in eval mode": {"inside": _switched},
     "put back with train()": {"inside": partial(_switched, back=True)},
     "graph kept": {"inside": eval_mode},
+    "first token in place of the mean": {"mean": lambda encoder, ids, mask: encoder(ids, mask)[:, 0]},
+    "first token left out": {"mean": lambda encoder, ids, mask: mean_pool(encoder(ids, mask)[:, 1:], mask[:, 1:])},
+    "normalised token by token": {"mean": lambda encoder, ids, mask: mean_pool(F.normalize(encoder(ids, mask), dim=2), mask)},
 }
 exercise.misconceptions_of(embedded, CHANGES)
+
+
+@exercise.misconception("inference tensors")
+@torch.inference_mode()
+def inference_tensors(encoder, tokenizer, texts, batch_size):
+    return embedded(encoder, tokenizer, texts, batch_size)
 
 
 @exercise.misconception("everything at once")

@@ -141,4 +141,7 @@ COMBINED = [
         lambda lengths, batch_size: (solution(lengths, batch_size)[0][:-1], torch.arange(len(lengths))),
     ),
 ]
-EQUIVALENT = {}
+EQUIVALENT = {
+    "return (list(order.split(batch_size)), order.argsort()) -> "
+    "return (order.split(batch_size), order.argsort())": "the statement says that a tuple will do",
+}
