@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, ex
 from grader.near import near, which
 from helpers.lora import cost
 
-exercise = Exercise(__name__, "6.2", cost)
+exercise = Exercise(__name__, "6.2", cost, core=5)
 
 KEYS = ("full", "adapter", "gradient_bytes", "optimizer_bytes")
 MOMENTS = {"sgd": 0, "momentum": 1, "adamw": 2}
@@ -31,6 +32,14 @@ def _convolution(trial: Trial) -> nn.Conv2d:
     return nn.Conv2d(channels, filters, kernel_size=(3, 5), stride=2, padding=1, groups=3, bias=False)
 
 
+def _like(layer: nn.Module, bias: bool = False) -> nn.Module:
+    """A layer of the same sizes."""
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features, layer.out_features, bias=bias)
+    sizes = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
+    return nn.Conv2d(*sizes, groups=layer.groups, bias=bias)
+
+
 def _rank(trial: Trial) -> int:
     return 2 * trial.integer(1, 2) + 1  # odd: no rank is a number of bytes or of moments
 
@@ -39,9 +48,12 @@ class _OneLayer(Experiment):
     """How many numbers of A and B are counted for one layer, in terms of its sizes."""
 
     points = 2
+    kind = ""
 
     def measure(self, subject, inputs):
-        return _counted(subject, [inputs["layer"]], inputs["rank"])
+        layer, rank = inputs["layer"], inputs["rank"]
+        alike = {"plain": layer, "biased": _like(layer, bias=True), "frozen": _like(layer).requires_grad_(False)}
+        return {name: _counted(subject, [each], rank)["adapter"] for name, each in alike.items()}
 
     def facts(self, raw, inputs):
         layer, rank = inputs["layer"], inputs["rank"]
@@ -50,21 +62,28 @@ class _OneLayer(Experiment):
                 "rank x one side of the matrix alone": rank * side,
                 "2 x rank x one side of the matrix": 2 * rank * side,
             }
-            name = _which(raw["adapter"], self.names(layer, rank) | of_a_side)
+            name = _which(raw["plain"], self.names(layer, rank) | of_a_side)
             if name != ANOTHER:
                 break
-        return {"numbers in A and B": name}
+        words = {"biased": "a bias", "frozen": "freezing it"}
+        changes = [name for name in words if not near(raw[name], raw["plain"])]
+        return {
+            f"numbers in A and B of a {self.kind}": name,
+            f"what changes that of a {self.kind}": words[changes[0]] if changes else "nothing",
+        }
 
     def notes(self, raw, inputs):
-        return {"numbers in A and B": f"{raw['adapter']:g} at rank {inputs['rank']} for {inputs['layer']}"}
+        return {f"numbers in A and B of a {self.kind}": f"{raw['plain']:g} at rank {inputs['rank']} for {inputs['layer']}"}
 
     def names(self, layer: nn.Module, rank: int) -> dict[str, int]:
         """Ways to count."""
         raise NotImplementedError
 
 
-@exercise.experiment("linear layer")
+@exercise.experiment("linear layer", 2)
 class LinearLayer(_OneLayer):
+    kind = "linear layer"
+
     def draw(self, trial: Trial) -> dict:
         return {"layer": _linear(trial), "rank": _rank(trial)}
 
@@ -78,8 +97,10 @@ class LinearLayer(_OneLayer):
         }
 
 
-@exercise.experiment("convolution")
+@exercise.experiment("convolution", 2)
 class Convolution(_OneLayer):
+    kind = "convolution"
+
     def draw(self, trial: Trial) -> dict:
         return {"layer": _convolution(trial), "rank": _rank(trial)}
 
@@ -95,21 +116,20 @@ class Convolution(_OneLayer):
         }
 
 
-@exercise.experiment("full weights")
+@exercise.experiment("full weights", 1)
 class FullWeights(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        plain = _linear(trial)
-        biased = nn.Linear(plain.in_features, plain.out_features)
-        frozen = nn.Linear(plain.in_features, plain.out_features, bias=False).requires_grad_(False)
-        return {"plain": plain, "biased": biased, "frozen": frozen, "convolution": _convolution(trial)}
+        layers = {"linear": _linear(trial), "convolution": _convolution(trial)}
+        biased = {f"{name}, biased": _like(layer, bias=True) for name, layer in layers.items()}
+        return layers | biased | {"frozen": _like(layers["linear"]).requires_grad_(False)}
 
     def measure(self, subject, inputs):
         return {name: _counted(subject, [layer], rank=3)["full"] for name, layer in inputs.items()}
 
     def facts(self, raw, inputs):
-        plain, size, convolution = raw["plain"], inputs["plain"].weight.numel(), inputs["convolution"]
+        size, convolution = inputs["linear"].weight.numel(), inputs["convolution"]
         numbers, kernel = convolution.weight.numel(), math.prod(convolution.kernel_size)
         names = {
             "out x in / groups x kernel": numbers,
@@ -117,27 +137,29 @@ class FullWeights(Experiment):
             "out x in / groups": numbers / kernel,
             "out x in": numbers * convolution.groups / kernel,
         }
-        bias = {"nothing": 0, "its numbers": inputs["biased"].bias.numel()}
+        added = [raw[f"{name}, biased"] - raw[name] for name in ("linear", "convolution")]
+        own = [inputs[f"{name}, biased"].bias.numel() for name in ("linear", "convolution")]
         return {
-            "a Linear": _which(plain, {"in x out": size, "rank x in x out": 3 * size}),
-            "a bias adds": _which(raw["biased"] - plain, bias) if plain else None,
-            "a frozen Linear": _which(raw["frozen"], {"as before": plain, "nothing": 0}) if plain else None,
+            "a Linear": _which(raw["linear"], {"in x out": size, "rank x in x out": 3 * size}),
+            "a bias adds": _which(added, {"nothing": [0, 0], "its numbers": own}) if all(raw.values()) else None,
+            "a frozen Linear": _which(raw["frozen"], {"as before": raw["linear"], "nothing": 0}) if raw["linear"] else None,
             "a convolution with groups": _which(raw["convolution"], names),
         }
 
 
-@exercise.experiment("gradients")
+@exercise.experiment("gradients", 3)
 class Gradients(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        dtypes = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-        return {"layers": {name: _linear(trial, dtype) for name, dtype in dtypes.items()}, "rank": _rank(trial)}
+        names = "float64", "float32", "bfloat16", "float16"
+        return {"layers": {name: _linear(trial, getattr(torch, name)) for name in names}, "rank": _rank(trial)}
 
     def measure(self, subject, inputs):
         layers, rank = inputs["layers"], inputs["rank"]
         together = [layers["float32"], layers["bfloat16"]]
-        return {name: _counted(subject, [layer], rank, "sgd") for name, layer in layers.items()} | {
+        alone = layers | {"biased": _like(layers["float32"], bias=True)}
+        return {name: _counted(subject, [layer], rank, "sgd") for name, layer in alone.items()} | {
             "together": [_counted(subject, order, rank, "sgd")["gradient_bytes"] for order in (together, together[::-1])]
         }
 
@@ -146,15 +168,18 @@ class Gradients(Experiment):
         parts = raw["float32"], raw["bfloat16"]
         numbers = sum(part["adapter"] for part in parts)
         sizes = [part["gradient_bytes"] / part["adapter"] for part in parts if part["adapter"]]
-        how = ANOTHER
+        how = None  # nothing that the dtypes explain
         if near(raw["together"], sum(part["gradient_bytes"] for part in parts)):
             how = "as each by itself"
         elif all(any(near(order, size * numbers) for size in sizes) for order in raw["together"]):
             how = "all as one of them"
-        return alone | {"a float32 and a bfloat16 layer together": how if numbers else None}
+        return alone | {
+            "bytes of a float32 and a bfloat16 layer together": how if numbers else None,
+            "gradients for a layer's bias": _some(raw["biased"]["gradient_bytes"] != raw["float32"]["gradient_bytes"]),
+        }
 
 
-@exercise.experiment("optimizer state")
+@exercise.experiment("optimizer state", 4)
 class OptimizerState(Experiment):
     points = 2
 
@@ -164,57 +189,75 @@ class OptimizerState(Experiment):
     def measure(self, subject, inputs):
         layer, half, rank = (inputs[name] for name in ("layer", "half", "rank"))
         raw = {name: _counted(subject, [layer], rank, name) for name in MOMENTS}
-        return raw | {"half": _counted(subject, [half], rank, "adamw")}
+        also = {"half": half, "biased": _like(layer, bias=True)}
+        return raw | {name: _counted(subject, [each], rank, "adamw") for name, each in also.items()}
 
     def facts(self, raw, inputs):
-        facts = {f"numbers of state for each of A and B, {name}": _state_each(raw[name], size=4) for name in MOMENTS}
-        return facts | {"the same, adamw in bfloat16": _state_each(raw["half"], size=2)}
+        facts = {
+            f"numbers of state for each of A and B, {name}": _state_each(raw[name], size=4, kept=kept)
+            for name, kept in MOMENTS.items()
+        }
+        return facts | {
+            "the same, adamw in bfloat16": _state_each(raw["half"], size=2, kept=MOMENTS["adamw"]),
+            "state for a layer's bias": _some(raw["biased"]["optimizer_bytes"] != raw["adamw"]["optimizer_bytes"]),
+        }
 
 
-@exercise.experiment("every weight once")
-class EveryWeightOnce(Experiment):
+class _Lists(Experiment):
+    """What is counted of several layers: a linear one, a convolution, and others like the first or with its weight."""
+
     points = 2
+    lists: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def draw(self, trial: Trial) -> dict:
         linear = _linear(trial)
-        sizes = linear.in_features, linear.out_features
-        sharing, equal = nn.Linear(*sizes, bias=False), nn.Linear(*sizes, bias=False)
-        sharing.weight = linear.weight
-        equal.load_state_dict(linear.state_dict())
-        return {
-            "linear": linear,
-            "convolution": _convolution(trial),
-            "sharing": sharing,
-            "equal": equal,
-            "rank": _rank(trial),
-        }
+        layers = {name: _like(linear) for name in ("sharing", "sharing too", "equal")}
+        layers["equal"].load_state_dict(linear.state_dict())
+        for name in ("sharing", "sharing too"):
+            layers[name].weight = linear.weight
+        return {"linear": linear, "convolution": _convolution(trial), "rank": _rank(trial)} | layers
 
     def measure(self, subject, inputs):
-        linear, convolution = inputs["linear"], inputs["convolution"]
-        lists = {
-            "linear": [linear],
-            "convolution": [convolution],
-            "both": [linear, convolution],
-            "twice": [linear, convolution, linear],
-            "sharing": [linear, inputs["sharing"]],
-            "equal": [linear, inputs["equal"]],
-        }
-        counts = {name: _counted(subject, layers, inputs["rank"]) for name, layers in lists.items()}
+        lists = {"linear": ("linear",), "convolution": ("convolution",)} | self.lists
+        counts = {name: _counted(subject, [inputs[each] for each in layers], inputs["rank"]) for name, layers in lists.items()}
         return {name: torch.tensor([count[key] for key in KEYS], dtype=torch.float64) for name, count in counts.items()}
+
+
+@exercise.experiment("layers add up", 5)
+class LayersAddUp(_Lists):
+    lists: ClassVar = {
+        "both": ("linear", "convolution"),
+        "three": ("convolution", "equal", "linear"),
+    }
 
     def facts(self, raw, inputs):
         linear, convolution = raw["linear"], raw["convolution"]
-        both = linear + convolution
-        full_once = linear * torch.tensor([1, 2, 2, 2])
-        sums = {"add up": both, "count as the first": linear, "count as the last": convolution}
-        times = {"count once": linear, "count twice": 2 * linear, "count once in full, twice in the adapters": full_once}
-        facts = {
-            "two different layers": _which(raw["both"], sums),
-            "the same layer twice": _which(raw["twice"], {"counts once": both, "counts twice": both + linear}),
-            "two layers of one weight": _which(raw["sharing"], times),
-            "two equal layers": _which(raw["equal"], times),
+        sums = {"add up": linear + convolution, "count as the first": linear, "count as the last": convolution}
+        times = {"count each": convolution + 2 * linear, "count once": convolution + linear, "count as the last": linear}
+        return {
+            "two different layers": _which(raw["both"], sums) if linear.all() else None,
+            "two equal layers beside another": _which(raw["three"], times) if linear.all() else None,
         }
-        return facts if linear.all() else dict.fromkeys(facts)
+
+
+@exercise.experiment("every weight once", 6)
+class EveryWeightOnce(_Lists):
+    lists: ClassVar = {
+        "twice": ("linear", "convolution", "linear"),
+        "sharing": ("sharing too", "sharing", "linear"),
+    }
+
+    def facts(self, raw, inputs):
+        linear, convolution = raw["linear"], raw["convolution"]
+        both, full_once = linear + convolution, linear * torch.tensor([1, 3, 3, 3])
+        twice = {"counts once": both, "counts twice": both + linear}
+        times = {"count once": linear, "count each": 3 * linear, "count once in full, each in the adapters": full_once}
+        facts = {
+            "the same layer, listed twice": _which(raw["twice"], twice),
+            "three layers that share a weight": _which(raw["sharing"], times),
+        }
+        adds_up = linear.all() and facts["the same layer, listed twice"] != ANOTHER  # or nothing can be said here
+        return facts if adds_up else dict.fromkeys(facts)
 
 
 def _counted(subject, layers: list[nn.Module], rank: int, optimizer: str = "adamw") -> dict[str, float]:
@@ -238,10 +281,14 @@ def _each(size: float, unit: float, counts: dict[str, float]) -> Fact:
         " for these and those of the full weight": full + adapter,
     }
     for name, numbers in whose.items():
-        for times in range(9):
-            if near(size, times * unit * numbers):
+        for times in range(65):  # bits, too
+            if abs(size - times * unit * numbers) < 0.5:
                 return f"{times}{name}" if name else times
     return ANOTHER
+
+
+def _some(more: bool) -> str:
+    return "some" if more else "none"
 
 
 def _bytes_each(counts: dict[str, float]) -> Fact:
@@ -249,12 +296,15 @@ def _bytes_each(counts: dict[str, float]) -> Fact:
     return _each(counts["gradient_bytes"], 1, counts)
 
 
-def _state_each(counts: dict[str, float], size: int) -> Fact:
-    """Numbers of optimizer state for each number that trains, if one takes as many bytes as its gradient, or `size`."""
+def _state_each(counts: dict[str, float], size: int, kept: int) -> Fact:
+    """Numbers of optimizer state for each number that trains, one of which takes `size` bytes, or as many as its gradient.
+
+    If `kept`, the right number, fits either way, it is that.
+    """
     own = _bytes_each(counts)
     units = [own, size] if isinstance(own, int) and own else [size]
-    facts = [_each(counts["optimizer_bytes"], unit, counts) for unit in units]
-    return next((fact for fact in facts if fact != ANOTHER), ANOTHER)
+    facts = [fact for fact in (_each(counts["optimizer_bytes"], unit, counts) for unit in units) if fact != ANOTHER]
+    return kept if kept in facts else next(iter(facts), ANOTHER)
 
 
 # --- the misconceptions ---------------------------------------------------------------------------------------------
@@ -274,15 +324,19 @@ def cost_of(
     size_kept=lambda size: size,
     moments=MOMENTS,
     key=lambda layer: id(layer.weight),
+    kept_of=lambda before, now: before + now,
 ) -> dict[str, int]:
     """The four numbers: a right solution, with an option for each piece of it."""
     total = dict.fromkeys(KEYS, 0)
     for layer in {key(layer): layer for layer in layers}.values():
         numbers, bytes_each = adapter(rank, *sides(layer)), size(layer, layers)
-        total["full"] += full(layer)
-        total["adapter"] += numbers
-        total["gradient_bytes"] += trained(layer, numbers) * bytes_each
-        total["optimizer_bytes"] += moments[optimizer] * kept(layer, numbers) * size_kept(bytes_each)
+        own = {
+            "full": full(layer),
+            "adapter": numbers,
+            "gradient_bytes": trained(layer, numbers) * bytes_each,
+            "optimizer_bytes": moments[optimizer] * kept(layer, numbers) * size_kept(bytes_each),
+        }
+        total = {key: kept_of(total[key], own[key]) for key in KEYS}
     return total
 
 
@@ -301,6 +355,7 @@ CHANGES = {
     "trainable parameters only": {"full": lambda layer: sum(p.numel() for p in layer.parameters() if p.requires_grad)},
     "weight without its groups": {"full": lambda layer: _groups(layer) * layer.weight.numel()},
     "four bytes each": {"size": lambda layer, layers: 4},
+    "bits instead of bytes": {"size": lambda layer, layers: 8 * layer.weight.element_size()},
     "one dtype for all": {"size": lambda layer, layers: layers[0].weight.element_size()},
     "gradients of the full weight": {"trained": lambda layer, numbers: layer.weight.numel()},
     "one moment for AdamW": {"moments": MOMENTS | {"adamw": 1}},
@@ -308,5 +363,7 @@ CHANGES = {
     "moments in float32": {"size_kept": lambda size: 4},
     "counted twice": {"key": lambda layer: object()},
     "told apart by their modules": {"key": id},
+    "equal weights counted once": {"key": lambda layer: tuple(layer.weight.flatten().tolist())},
+    "the last layer only": {"kept_of": lambda before, now: now},
 }
 exercise.misconceptions_of(cost_of, CHANGES)

@@ -105,6 +105,72 @@ def each_time_it_comes(layers, rank, optimizer):
     return {key: sum(part[key] for part in each) for key in ("full", "adapter", "gradient_bytes", "optimizer_bytes")}
 
 
+def with_the_bias_in_a(layers, rank, optimizer):
+    """A base with a bias gets adapters with biases."""
+    total = dict(by_kind_of_layer(layers, rank, optimizer))
+    total["adapter"] += sum(len(layer.bias) for layer in layers if layer.bias is not None)
+    return total
+
+
+def by_out_and_in(layers, rank, optimizer):
+    """Reads a convolution's weight from the wrong end."""
+    return by_kind_of_layer(layers, rank, optimizer, sides=lambda layer: layer.weight.flatten(0, -2).shape)
+
+
+def in_float32_or_float64(layers, rank, optimizer):
+    counts = by_kind_of_layer(layers, rank, optimizer)
+    halves = [layer for layer in layers if layer.weight.dtype not in (torch.float32, torch.float64)]
+    more = by_kind_of_layer(halves, rank, optimizer)
+    return {key: counts[key] + (more[key] if key.endswith("bytes") else 0) for key in counts}
+
+
+def a_and_b_with_their_gradients(layers, rank, optimizer):
+    counts = by_kind_of_layer(layers, rank, optimizer)
+    return counts | {"gradient_bytes": 2 * counts["gradient_bytes"]}
+
+
+def gradients_of_biases(layers, rank, optimizer):
+    counts = by_kind_of_layer(layers, rank, optimizer)
+    return counts | {
+        "gradient_bytes": counts["gradient_bytes"] + sum(b.nbytes for b in (l.bias for l in layers) if b is not None)
+    }
+
+
+def gradients_kept_by_the_optimizer(layers, rank, optimizer):
+    counts = by_kind_of_layer(layers, rank, optimizer)
+    return counts | {"optimizer_bytes": counts["optimizer_bytes"] + counts["gradient_bytes"]}
+
+
+def step_counts_too(layers, rank, optimizer):
+    counts = by_kind_of_layer(layers, rank, optimizer)
+    steps = 8 * len({id(layer.weight) for layer in layers}) if optimizer == "adamw" else 0
+    return counts | {"optimizer_bytes": counts["optimizer_bytes"] + steps}
+
+
+def momentum_unknown(layers, rank, optimizer):
+    return by_kind_of_layer(layers, rank, "sgd" if optimizer == "momentum" else optimizer)
+
+
+def the_mean(layers, rank, optimizer):
+    counts = by_kind_of_layer(layers, rank, optimizer)
+    weights = {id(layer.weight) for layer in layers}
+    return {key: value // max(1, len(weights)) for key, value in counts.items()}
+
+
+def known_by_their_shape(layers, rank, optimizer):
+    return by_kind_of_layer(list({layer.weight.shape: layer for layer in layers}.values()), rank, optimizer)
+
+
+def neighbours_compared(layers, rank, optimizer):
+    different = [layer for i, layer in enumerate(layers) if i == 0 or layer.weight is not layers[i - 1].weight]
+    return each_time_it_comes(different, rank, optimizer)
+
+
+def full_once_and_adapters_each_time(layers, rank, optimizer):
+    each, once = each_time_it_comes(layers, rank, optimizer), by_kind_of_layer(layers, rank, optimizer)
+    return each | {"full": once["full"]}
+
+
 CORRECT = [by_kind_of_layer, really_trained, Tallied(), by_dtype]
 REWRITTEN = {
     "groups ignored": partial(by_kind_of_layer, sides=_every_channel),
@@ -112,7 +178,14 @@ REWRITTEN = {
     "trainable parameters only": what_requires_grad,
     "counted twice": each_time_it_comes,
 }
-BROKEN = {}
+BROKEN = {
+    1: [what_requires_grad, *(partial(cost_of, **CHANGES[key]) for key in ("biases counted", "weight without its groups"))],
+    2: [with_the_bias_in_a, by_out_and_in, partial(by_kind_of_layer, sides=_channels_or_features)],
+    3: [in_float32_or_float64, a_and_b_with_their_gradients, gradients_of_biases],
+    4: [gradients_kept_by_the_optimizer, step_counts_too, momentum_unknown, partial(cost_of, **CHANGES["moments in float32"])],
+    5: [the_mean, known_by_their_shape, lambda layers, rank, optimizer: cost_of(layers[:1], rank, optimizer)],
+    6: [each_time_it_comes, neighbours_compared, full_once_and_adapters_each_time],
+}
 COMBINED = [
     ({first, second}, partial(cost_of, **CHANGES[first], **CHANGES[second]))
     for first, second in (("channels alone", "biases counted"), ("one moment for AdamW", "counted twice"))
