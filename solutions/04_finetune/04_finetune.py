@@ -110,27 +110,43 @@ if profile.outside:
 # %% [markdown]
 # ## Exercise 4.1: exactly these parts
 #
-# Which parameters train is one flag on each parameter, `requires_grad`. A module has no such flag. Python lets you set
-# an attribute of that name on it all the same, without a word, and nothing trains. A strategy ("the head", "the last
-# stage and the head", "all") is a list of parts; what a function makes of it must not depend on what somebody froze
-# before.
+# A parameter trains if its flag `requires_grad` is True. A module has no such flag. Python lets you set an attribute of
+# that name on it, without a word, and nothing trains. A strategy such as "the head" is a list of parts, and must not
+# depend on what was frozen before.
 #
-# **Exercise 4.1** (20 min, ●●○). Write `train_only(model, names)`.
+# **Exercise 4.1** (20 min, ●●○). Write `train_only`.
 #
-# - `model` is any `nn.Module`. `names` is a list of names of modules or parameters, as `model.named_modules()` and
-#   `model.named_parameters()` spell them: `"fc"`, `"layer1.0"`, `"fc.bias"`. A name stands for that one module, with
-#   everything inside, or for that one parameter: `"blocks.1"` is neither `"blocks.10"` nor `"decoder.blocks.1"`.
-# - Afterwards `requires_grad` is True for exactly the parameters in those parts, and False for all others,
-#   normalisation included, whatever it was before.
-# - A weight that two modules share is one parameter. It trains if either of the two is named, although
-#   `named_parameters()` lists it under its first name alone.
-# - Values, buffers and the mode of every module stay as they were.
-# - Return the list of the names of the trainable parameters, in the order of `model.named_parameters()`.
-# - If the model has no module or parameter of one of the names, raise a `ValueError`, with every flag still as it was.
+# *Core*
+#
+# 1. Afterwards `requires_grad` is True for the parameters in the named parts, and False for all others, normalisation
+#    included, whatever it was before.
+# 2. A name stands for one module with everything inside, or for one parameter: `blocks.1` is neither `blocks.10` nor
+#    `decoder.blocks.1`.
+# 3. It returns the names of the trainable parameters, each once, in the order of `named_parameters()`.
+#
+# *Fine print*
+#
+# 4. A weight that modules share trains if any of these modules is named.
+# 5. A name that the model does not have raises a `ValueError`, and no flag has changed.
+# 6. Only flags change: values, buffers and modes stay.
 
 
 # %%
-def train_only(model, names):
+def train_only(model: nn.Module, names: list[str]) -> list[str]:
+    """Make exactly the named parts of a model trainable, in place.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    >>> train_only(model, ["2", "0.bias"])
+    ['0.bias', '2.weight', '2.bias']
+
+    Args:
+        model: any model, with some parameters frozen or none.
+        names: of modules or parameters, as `model.named_modules()` and
+            `model.named_parameters()` spell them: "fc", "layer1.0", "fc.bias".
+
+    Returns:
+        The names of all parameters that train now.
+    """
     ### BEGIN SOLUTION
     parts = dict(model.named_modules()) | dict(model.named_parameters())
     unknown = [name for name in names if name not in parts]
@@ -456,35 +472,54 @@ show(fig, "Six learning rates: the head's begins at step 0, and every ten steps 
 # %% [markdown]
 # ## Exercise 4.4: the head first
 #
-# A new head starts at random, so its first errors are large and mean nothing. Through the head's random weights they
-# reach the backbone as gradients, and change features that were good before the head has learned to read them. Kumar et
-# al. (2022) call the cure *LP-FT*: first give the head the weights of a *linear probe* on the frozen features, then
-# fine-tune everything. In their experiments that gains 1 % of accuracy on fine-tuning where the test data are like the
-# training data, and 10 % where they are not.
+# A new head starts at random, so its first errors are large and mean nothing. Through its random weights they reach the
+# backbone as gradients and spoil features that were good. Kumar et al. (2022) call the cure *LP-FT*: first make the head a
+# *linear probe* on the features, then fine-tune everything. The probe is chapter 02's. New is where it goes: the optimizer
+# may exist already, and it holds parameters, not names.
 #
-# The probe is chapter 02's: `drop_head`, `extract` and `linear_probe` are yours to use. What is new is where it goes.
-# The optimizer may have been built already, and an optimizer holds parameters, not names: a head that is put in the
-# place of the old one never trains, and nothing says so.
+# **Exercise 4.4** (20 min, ●●○). Write `probe_head`.
 #
-# **Exercise 4.4** (20 min, ●●○). Write `probe_head(model, head, inputs, labels, penalty)`. It changes the model in place and
-# returns nothing.
+# *Core*
 #
-# - `model` is any `nn.Module` whose last step is the `nn.Linear`, with a bias, that `model.named_modules()` calls
-#   `head`: `"fc"`, or, inside another module, `"classifier.2"`. It may hold BatchNorm, and **each of its modules may be
-#   in train or in eval mode**.
-# - `inputs` has shape `(n, ...)` (a list of n paths with the profile `"hub"`; `extract` takes both), `labels` shape
-#   `(n,)` with whole numbers from 0 to `out_features - 1` of the head. The last class may have no example; the head
-#   keeps its output for it.
-# - Afterwards the head computes what the linear probe with that `penalty` computes on the features, which are what
-#   enters the head **in eval mode**. It need not be exact: on `inputs`, each probability may differ from the probe's by
-#   less than 0.01.
-# - The head is the same layer with the same `Parameter` objects: an optimizer that was built before goes on training
-#   it.
-# - Everything else stays as it was: other parameters, buffers, `requires_grad`, and the mode of every module.
+# 1. The head computes what the linear probe with that `penalty` computes on the features.
+# 2. Features are what enters the head in eval mode, whichever mode a module is in.
+# 3. The head is the layer called `head`, wherever it stands.
+# 4. It stays the same layer with the same `Parameter` objects: an optimizer goes on training it.
+# 5. Everything else stays: other parameters, buffers, `requires_grad`, modes.
+#
+# *Fine print*
+#
+# 6. If `labels` lack the last class, its output stays.
+# 7. Neither hooks nor a changed `forward` stay.
 
 
 # %%
-def probe_head(model, head, inputs, labels, penalty):
+def probe_head(
+    model: nn.Module,
+    head: str,
+    inputs: Tensor | Sequence,
+    labels: Tensor,
+    penalty: float,
+) -> None:
+    """Make the head the linear probe on the features that enter it, in place.
+
+    `drop_head`, `extract` and `linear_probe` are yours to use.
+
+    >>> model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3))
+    >>> inputs, labels = 3 * torch.eye(2), torch.tensor([0, 1])
+    >>> probe_head(model, "2", inputs, labels, 0.001)
+    >>> model(inputs).argmax(1)
+    tensor([0, 1])
+
+    Args:
+        model: its last step is the `nn.Linear`, with a bias, that `named_modules` calls
+            `head`. It may hold BatchNorm and dropout, and be partly in train mode.
+        head: "fc", or "classifier.2" inside another module.
+        inputs: (n, ...). With the profile "hub" a list of paths: `extract` takes both.
+        labels: (n,), whole numbers from 0 to the head's out_features - 1.
+        penalty: as for `linear_probe`. On `inputs`, each probability may differ from
+            the probe's by less than 0.01.
+    """
     ### BEGIN SOLUTION
     layer = model.get_submodule(head)
     features = extract(drop_head(model, head), inputs)

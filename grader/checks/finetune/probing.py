@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.checks import traces
-from grader.checks.networks import with_statistics
+from grader.checks.finetune.heads import Dropping, Nested, Normalised, Plain
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
 from grader.near import near
-from helpers.features import drop_head, eval_mode, extract, linear_probe
+from helpers.features import drop_head, extract, linear_probe
 from helpers.finetune import probe_head
+from helpers.modes import eval_mode
 
-exercise = Exercise(__name__, "4.4", probe_head)
+exercise = Exercise(__name__, "4.4", probe_head, core=5)
 
 PROBE = "the linear probe on the features"
 OLD = "the head as it was"
@@ -22,67 +23,17 @@ OTHER = "another head"
 EXACT = 0.01  # a probability may differ by that much from the probe's; the statement says so
 
 
-class _Plain(nn.Module):
-    """Computes the same in both modes. All layers here are square, so that a probe on anything has the head's shape."""
-
-    def __init__(self, trial: Trial, width: int) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(width, width)
-        self.fc = _old_head(trial, width)
-
-    def features(self, x: Tensor) -> Tensor:
-        return torch.tanh(x.roll(1, 1) - 2 * self.hidden(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.features(x))
-
-
-class _Normalised(_Plain):
-    """Two BatchNorms whose stored statistics are far from those of the batches drawn here."""
-
-    def __init__(self, trial: Trial, width: int) -> None:
-        super().__init__(trial, width)
-        self.bn1 = with_statistics(nn.BatchNorm1d(width), trial)
-        self.bn2 = with_statistics(nn.BatchNorm1d(width), trial)
-
-    def features(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.bn2(self.bn1(x + self.hidden(x))))
-
-
-class _Nested(nn.Module):
-    """The head is the last of three layers of its classifier; a layer before them is called `fc`, and is defined last."""
-
-    def __init__(self, trial: Trial, width: int) -> None:
-        super().__init__()
-        self.classifier = nn.Sequential(nn.Linear(width, width), nn.Tanh(), _old_head(trial, width))
-        self.fc = nn.Linear(width, width)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.classifier[:2](2 * x + self.fc(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier[2](self.features(x))
-
-
-def _old_head(trial: Trial, width: int) -> nn.Linear:
-    """A head whose weights and bias are both far from any probe's."""
-    head = nn.Linear(width, width)
-    with torch.no_grad():
-        head.weight.copy_(trial.normal(width, width))
-        head.bias.copy_((3.0 * (torch.arange(width) % 2))[trial.permutation(width)])
-    return head
-
-
 class _Probing(Experiment):
-    """Draws a network, and inputs of as many overlapping classes as it is wide."""
+    """Draws a network, and inputs of as many overlapping classes as it is wide, some much more frequent than others."""
 
-    network = _Plain
+    network = Plain
     head = "fc"
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(4, 5)
-        labels = (torch.arange(6 * width) % width)[trial.permutation(6 * width)]
-        inputs = 1.5 * torch.eye(width)[labels] + trial.normal(6 * width, width)
+        labels = torch.arange(width).repeat_interleave(2 + 3 * torch.arange(width))
+        labels = labels[trial.permutation(len(labels))]
+        inputs = 1.5 * torch.eye(width)[labels] + trial.normal(len(labels), width)
         return {"model": self.network(trial, width), "inputs": inputs, "labels": labels}
 
     def train(self, subject, inputs: dict, penalty: float = 0.1, outputs: int | str | None = None) -> Tensor:
@@ -101,7 +52,7 @@ class _Probing(Experiment):
         return _which(logits, [(PROBE, _probe(features, inputs["labels"], 0.1)(features)), (OLD, old)]) or OTHER
 
 
-@exercise.experiment("linear probe")
+@exercise.experiment("linear probe", 1)
 class LinearProbe(_Probing):
     points = 3
     penalties = (0.1, 0.4)
@@ -111,18 +62,23 @@ class LinearProbe(_Probing):
 
     def facts(self, raw, inputs):
         x, labels, model = inputs["inputs"], inputs["labels"], inputs["model"]
-        features, logits, bias = (tensor.detach() for tensor in (model.features(x), model(x), model.fc.bias))
+        features, logits = model.features(x).detach(), model(x).detach()
+        changed = (features - features.mean(0)) / features.std(0, correction=0), F.normalize(features, dim=1)
 
-        def known(penalty):
+        def known(given, penalty):
             probe = _probe(features, labels, penalty)
+            weighted = F.linear(features, probe.weight)
+            beside = _centred(given) - _centred(weighted)
             yield PROBE, probe(features)
             yield OLD, logits
-            yield "the probe's weights beside the old bias", F.linear(features, probe.weight, bias)
+            yield "the probe's weights beside another bias", weighted + beside.mean(0)
             yield "a probe on what the head gave", _probe(logits, labels, penalty)(features)
             yield "a probe on the inputs", _probe(x, labels, penalty)(features)
+            for table in changed:
+                yield "a probe on features that were normalised", _probe(table, labels, penalty)(features)
 
         small, large = (
-            _which(given, known(penalty)) or ("the optimum for another penalty" if _rests(given, features, labels) else OTHER)
+            _which(given, known(given, penalty)) or _optimum(given, features, labels)
             for given, penalty in zip(raw["logits"], self.penalties, strict=True)
         )
         if small == OTHER:
@@ -132,28 +88,53 @@ class LinearProbe(_Probing):
         return {"what the head computes": small, "what it computes with a larger penalty": large}
 
 
-@exercise.experiment("in eval mode")
-class InEvalMode(_Probing):
-    points = 2
-    network = _Normalised
+class _BesideAPlainOne(_Probing):
+    """A network beside a plain one: if its head does not become the probe, there is nothing to see in the other."""
+
+    def draw(self, trial: Trial) -> dict:
+        return {"plain": _Probing.draw(_Probing(), trial)} | super().draw(trial)
 
     def measure(self, subject, inputs):
-        return {"logits": self.train(subject, inputs)}
+        return {"plain": _Probing.train(_Probing(), subject, inputs["plain"]), "logits": self.train(subject, inputs)}
 
     def facts(self, raw, inputs):
-        return {"what the head computes": self.judge(raw["logits"], inputs)}
+        facts = self.seen(raw, inputs)
+        return facts if _Probing().judge(raw["plain"], inputs["plain"]) == PROBE else dict.fromkeys(facts)
+
+    def seen(self, raw: dict, inputs: dict) -> dict:
+        raise NotImplementedError
 
 
-@exercise.experiment("head by name")
-class HeadByName(_Probing):
-    network = _Nested
+@exercise.experiment("in eval mode", 2)
+class InEvalMode(_BesideAPlainOne):
+    points = 2
+    network = Normalised
+
+    def draw(self, trial):
+        inputs = super().draw(trial)
+        return inputs | {"dropping": Dropping(trial, inputs["inputs"].shape[1])}
+
+    def measure(self, subject, inputs):
+        other = inputs | {"model": inputs["dropping"]}
+        return super().measure(subject, inputs) | {"dropping": self.train(subject, other)}
+
+    def seen(self, raw, inputs):
+        return {
+            "what the head computes, after BatchNorm": self.judge(raw["logits"], inputs),
+            "what the head computes, after dropout": self.judge(raw["dropping"], inputs | {"model": inputs["dropping"]}),
+        }
+
+
+@exercise.experiment("head by name", 3)
+class HeadByName(_BesideAPlainOne):
+    network = Nested
     head = "classifier.2"
 
     def measure(self, subject, inputs):
-        logits = self.train(subject, inputs)
-        return {"logits": logits, "features": inputs["model"].features(inputs["inputs"]).detach()}
+        raw = super().measure(subject, inputs)
+        return raw | {"features": inputs["model"].features(inputs["inputs"]).detach()}
 
-    def facts(self, raw, inputs):
+    def seen(self, raw, inputs):
         kept = near(raw["features"], inputs["model"].features(inputs["inputs"]))
         return {
             "what `classifier.2` computes": self.judge(raw["logits"], inputs),
@@ -161,7 +142,7 @@ class HeadByName(_Probing):
         }
 
 
-@exercise.experiment("optimizer goes on")
+@exercise.experiment("optimizer goes on", 4)
 class OptimizerGoesOn(_Probing):
     points = 2
 
@@ -192,10 +173,10 @@ class OptimizerGoesOn(_Probing):
         }
 
 
-@exercise.experiment("everything else")
+@exercise.experiment("everything else", 5)
 class EverythingElse(_Probing):
     points = 2
-    network = _Normalised
+    network = Normalised
 
     def draw(self, trial: Trial) -> dict:
         inputs = super().draw(trial)
@@ -216,28 +197,43 @@ class EverythingElse(_Probing):
         } | traces.changes(before, after, "buffers", "flags", "modes")
 
 
-@exercise.experiment("one output per class")
-class OneOutputPerClass(_Probing):
+@exercise.experiment("one output per class", 6)
+class OneOutputPerClass(_BesideAPlainOne):
     def draw(self, trial: Trial) -> dict:
         classes = 6
-        model = _Plain(trial, classes)
+        model = Plain(trial, classes)
         with torch.no_grad():
             model.fc.bias[-1] = 9.0  # before it is trained, the head finds the last class the likeliest
             # All features are exactly 1, so what is left to learn is how frequent each class is. That takes 30 iterations;
             # to rule a class out on any features can take L-BFGS a thousand.
             model.hidden.bias.fill_(-20.0)
-        return {"model": model, "inputs": trial.normal(10, classes), "labels": torch.arange(10) % (classes - 1)}
+        rare = {"model": model, "inputs": trial.normal(10, classes), "labels": torch.arange(10) % (classes - 1)}
+        return super().draw(trial) | rare
 
-    def measure(self, subject, inputs):
-        return {"logits": self.train(subject, inputs, outputs="outputs")}
+    def train(self, subject, inputs, penalty=0.1, outputs="outputs"):
+        return super().train(subject, inputs, penalty, outputs)
 
-    def facts(self, raw, inputs):
+    def seen(self, raw, inputs):
         classes, outputs = inputs["model"].fc.out_features, raw["logits"].shape[1]
         if outputs != classes:
             present = "one per class seen in the labels"
             return {"outputs": present if outputs == classes - 1 else "another number", "the class without examples": None}
         last = _probabilities(raw["logits"])[:, -1].max()  # the penalty leaves some probability, the old bias nearly all
         return {"outputs": "one per class", "the class without examples": "ruled out" if last < 0.05 else "not ruled out"}
+
+
+@exercise.experiment("no hook stays", 7)
+class NoHookStays(_Probing):
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+    def measure(self, subject, inputs):
+        model = inputs["model"]
+        subject(model, "fc", inputs["inputs"], inputs["labels"], 1.0)
+        left = [kind for module in model.modules() for kind in self.kinds if getattr(module, kind)]
+        return {"left": left + [name for name, module in model.named_modules() if "forward" in vars(module)]}
+
+    def facts(self, raw, inputs):
+        return {"hooks, or a changed forward, left in the model": traces.some(raw["left"])}
 
 
 def _points(inputs: Tensor) -> Tensor:
@@ -274,16 +270,25 @@ def _probabilities(logits: Tensor) -> Tensor:
     return logits.detach().double().softmax(1)
 
 
-def _rests(logits: Tensor, features: Tensor, labels: Tensor) -> bool:
-    """Whether the gradient of cross-entropy + c / 2 * |W|^2 vanishes for some c: one that pulls W towards zero is left."""
+def _centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(1, keepdim=True)
+
+
+def _optimum(logits: Tensor, features: Tensor, labels: Tensor) -> str:
+    """The objective whose gradient vanishes: cross-entropy + c / 2 * |W|^2 for some c, perhaps with the bias in it."""
     x = torch.cat([features, torch.ones(len(features), 1)], 1).double()
     weight = torch.linalg.lstsq(x, logits.double()).solution
     weight = weight - weight.mean(1, keepdim=True)
     truth = F.one_hot(labels, logits.shape[1]).double()
     down, start = (x.T @ (truth - p) / len(x) for p in (_probabilities(logits), _probabilities(torch.zeros_like(logits))))
-    pull = (down[:-1] * weight[:-1]).sum() / weight[:-1].square().sum().clamp_min(1e-30)
-    down[:-1] -= pull * weight[:-1]
-    return bool(down.norm() < 0.05 * start.norm())  # "at rest": a twentieth of the slope that training started from
+    left = {}
+    for name, rows in (("the optimum for another penalty", slice(-1)), ("an optimum with the bias penalised", slice(None))):
+        pulled = torch.zeros_like(weight)
+        pulled[rows] = weight[rows]
+        pull = (down * pulled).sum() / pulled.square().sum().clamp_min(1e-30)
+        left[name] = (down - pull * pulled).norm() / start.norm()
+    nearest = min(left, key=left.get)
+    return nearest if left[nearest] < 0.05 else OTHER  # "at rest": a twentieth of the slope that training started from
 
 
 def _features(model: nn.Module, head: str, inputs: Tensor) -> Tensor:
@@ -309,6 +314,25 @@ def _caught_in_train_mode(model, head, inputs):
     return caught[0]
 
 
+def _with_batchnorm_alone_in_eval_mode(model, head, inputs):
+    backbone = drop_head(model, head).train()
+    for module in backbone.modules():
+        module.training = not isinstance(module, nn.BatchNorm1d)
+    return backbone(inputs).detach()
+
+
+def _left_hooked(model, head, inputs):
+    caught = []
+    model.get_submodule(head).register_forward_pre_hook(lambda layer, entered: caught.append(entered[0].detach()))
+    with eval_mode(model):
+        model(inputs)
+    return caught[0]
+
+
+def _standardised(features, *rest):
+    return linear_probe((features - features.mean(0)) / features.std(0, correction=0).clamp_min(1e-6), *rest)
+
+
 def _weight_alone(model, head, probe):
     model.get_submodule(head).weight.data = probe.weight.data
 
@@ -331,6 +355,10 @@ exercise.misconceptions_of(
         "nothing copied": {"put": lambda model, head, probe: None},
         "classes counted from the labels": {"probe": lambda x, y, classes, penalty: linear_probe(x, y, None, penalty)},
         "left in eval mode": {"features": lambda model, head, inputs: _features(model.eval(), head, inputs)},
+        "only BatchNorm in eval mode": {"features": _with_batchnorm_alone_in_eval_mode},
+        "hook left behind": {"features": _left_hooked},
+        "features normalised first": {"probe": _standardised},
+        "penalty on another scale": {"probe": lambda x, y, classes, penalty: linear_probe(x, y, classes, penalty / len(x))},
         "penalty ignored": {"probe": lambda x, y, classes, penalty: linear_probe(x, y, classes)},
     },
 )
@@ -345,6 +373,18 @@ def not_at_the_optimum(model, head, inputs, labels, penalty):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+@exercise.misconception("bias penalised too")
+def bias_penalised_too(model, head, inputs, labels, penalty):
+    features, layer = _features(model, head, inputs), model.get_submodule(head)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9, weight_decay=penalty)
+    for _ in range(400):
+        gradients = torch.autograd.grad(F.cross_entropy(layer(features), labels), list(layer.parameters()))
+        for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 @exercise.misconception("backbone left frozen")
