@@ -246,11 +246,10 @@ for lr in (1e-4, 1e-3):
 # %% [markdown]
 # ## Exercise 6.2: what an adapter costs
 #
-# By hand first, on paper: a layer from 768 to 768 features, rank 8. How many numbers has its weight, how many have `A`
-# and `B`, and at which rank are they equal?
+# On paper first: a layer from 768 to 768 features, rank 8. How many numbers has its weight, how many have `A` and `B`?
 #
 # Each number that trains also needs memory for its gradient and for what the optimizer remembers of it. A frozen weight
-# has neither. This is where LoRA saves memory; the frozen weights themselves stay where they were.
+# has neither. This is where LoRA saves memory; the frozen weights themselves stay.
 #
 # **Exercise 6.2** (15 min, ●○○). Write `cost`. It returns a dict of four numbers.
 #
@@ -265,7 +264,7 @@ for lr in (1e-4, 1e-3):
 #
 # *Fine print*
 #
-# 6. A weight counts once and gets one adapter, however often its layer is listed and however many layers share it.
+# 6. A weight counts once, with one adapter, however often its layer is listed and however many layers share it.
 
 
 # %%
@@ -784,35 +783,50 @@ print(f"in place, the embeddings moved by {moved:.0%} of their length")
 # %% [markdown]
 # ## Exercise 6.5: a convolution is a matrix too
 #
-# A convolution multiplies every patch of the image by the same matrix: a row for each output channel, a column for each
-# number in a patch. In torch that matrix is `base.weight.flatten(1)`, of shape `(out_channels, in_channels / groups *
-# kh * kw)`, and LoRA adds $\frac{\alpha}{r} B A$ to it as it does for a linear layer.
+# A convolution multiplies every patch of the image by one matrix, `base.weight.flatten(1)`; LoRA adds to it. What a
+# patch is, the other arguments decide. An update that sees other patches may have the right shape, and train, but no
+# weight of `base` could hold it: it cannot be merged.
 #
-# Which numbers form a patch is decided by the other arguments: stride, padding, dilation, what stands around the image
-# (`padding_mode`), and which channels belong together (`groups`). An update that sees other patches than `base` does
-# may have the right shape, train, and still be one that no weight of `base` could hold. Then it cannot be merged.
+# **Exercise 6.5** (25 min, ●●●). Write `LoRAConv2d`.
 #
-# **Exercise 6.5** (25 min, ●●●). Write the class `LoRAConv2d`. `base` is an `nn.Conv2d`, with or without a bias.
+# *Core*
 #
-# - `LoRAConv2d(base, rank, alpha)` is an `nn.Module` that computes what `base` would compute if its weight were
-#   `base.weight` plus `alpha / rank * (B A)`, in the shape of `base.weight`.
-# - This holds whatever the arguments of `base` are: `stride` and `dilation` of one number or two, `padding` of one
-#   number, two or `"same"`, a kernel that is not square, `padding_mode` `"zeros"`, `"circular"`, `"reflect"` or
-#   `"replicate"`, and any `groups`. The rank need not be a multiple of `groups`.
-# - `A` and `B` hold `rank * (in_channels / groups * kh * kw + out_channels)` numbers together. These train, and nothing
-#   else does: all of `base` is frozen, and there are no further biases. The shapes in which you keep them are up to
-#   you.
-# - Seen as a matrix of `out_channels` rows, the update has a rank of at most `rank`. If every number in `A` and `B` is
-#   `c`, every entry of the update is `alpha * c**2`.
-# - A new layer computes what `base` computes, and yet a gradient reaches something. Once there are random numbers in
-#   all that trains, a gradient reaches all of it.
+# 1. It computes what `base` would with the weight `base.weight + alpha / rank * (B A)`.
+# 2. A new layer computes what `base` does: `A` or `B` is zero, the other random. A gradient reaches one of them, and
+#    both once neither is zero.
+# 3. Only `A` and `B` train, `rank * (in_channels / groups * kh * kw + out_channels)` numbers.
+# 4. Kernel, bias or none, stride, padding and dilation are `base`'s.
+#
+# *Fine print*
+#
+# 5. So is `padding="same"`, with any kernel and dilation.
+# 6. So is `padding_mode`: `"circular"`, `"reflect"` or `"replicate"`.
+# 7. So are `groups`, of which the rank need not be a multiple.
 
 
 # %%
 class LoRAConv2d(nn.Module):
+    """base, with alpha / rank * (B A) added to its weight; base is frozen.
+
+    >>> base = nn.Conv2d(4, 8, kernel_size=3, stride=2, groups=2)
+    >>> layer = LoRAConv2d(base, rank=3, alpha=6)
+    >>> tuple(layer(torch.ones(1, 4, 9, 9)).shape)
+    (1, 8, 4, 4)
+    >>> sum(p.numel() for p in layer.parameters() if p.requires_grad)  # 3 * (18 + 8)
+    78
+
+    `A` is (rank, in_channels / groups * kh * kw) and `B` (out_channels, rank), or the
+    same numbers in other shapes. `B A` counts in the shape of base.weight.
+
+    Args:
+        base: its stride, padding and dilation are one number or two.
+        rank: from 1 to the smaller side of the matrix `base.weight.flatten(1)`.
+        alpha: above 0.
+    """
+
     def __init__(self, base: nn.Conv2d, rank: int, alpha: float) -> None:
         super().__init__()
-        ### BEGIN SOLUTION
+    ### BEGIN SOLUTION
         self.base = base
         for parameter in base.parameters():
             parameter.requires_grad = False
@@ -823,10 +837,12 @@ class LoRAConv2d(nn.Module):
         self.scaling = alpha / rank
         ### END SOLUTION
 
-    def forward(self, x: Tensor) -> Tensor:  # (n, in_channels, height, width) -> (n, out_channels, ...)
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n, in_channels, height, width) -> what base gives, (n, out_channels, ...)."""
         ### BEGIN SOLUTION
-        weight = self.base.weight + self.scaling * (self.B @ self.A).view(self.base.weight.shape)
-        return torch.func.functional_call(self.base, {"weight": weight}, (x,))  # base itself, run with another weight
+        update = self.scaling * (self.B @ self.A).view(self.base.weight.shape)
+        weight = {"weight": self.base.weight + update}
+        return torch.func.functional_call(self.base, weight, (x,))  # base itself
         ### END SOLUTION
 
 

@@ -131,9 +131,8 @@ def a_and_b_with_their_gradients(layers, rank, optimizer):
 
 def gradients_of_biases(layers, rank, optimizer):
     counts = by_kind_of_layer(layers, rank, optimizer)
-    return counts | {
-        "gradient_bytes": counts["gradient_bytes"] + sum(b.nbytes for b in (l.bias for l in layers) if b is not None)
-    }
+    biases = sum(layer.bias.nbytes for layer in layers if layer.bias is not None)
+    return counts | {"gradient_bytes": counts["gradient_bytes"] + biases}
 
 
 def gradients_kept_by_the_optimizer(layers, rank, optimizer):
