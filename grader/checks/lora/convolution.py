@@ -14,10 +14,12 @@ from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near
 from helpers.lora import Conv2d
 
-exercise = Exercise(__name__, "6.5", Conv2d, name="LoRAConv2d")
+exercise = Exercise(__name__, "6.5", Conv2d, name="LoRAConv2d", core=4)
 
 AS_BASE = "as base, but for the weight"
 NOT_AS_BASE = "not as base"
+RANK, FACTOR, COUNT = "the update's rank", "the factor before the product", "numbers that train besides base's"
+WANTED = {RANK: "rank", FACTOR: "alpha / rank", COUNT: "those of A and B"}
 NUMBER = 0.5  # what everything that trains is filled with to see the factor
 
 
@@ -25,43 +27,12 @@ def _inputs(trial: Trial, **arguments) -> dict:
     """A convolution, a rank, an alpha, and images. No number of groups divides the rank."""
     base = nn.Conv2d(4, 8, **({"kernel_size": 3, "padding": 1} | arguments))
     inputs = adapters.rank_and_alpha(trial) | adapters.beside(base, trial.normal(4, 4, 8, 7), trial)
+    inputs["rank"] = min(inputs["rank"], *base.weight.flatten(1).shape)
     of_base = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
     return inputs | {"of base": of_base, "seed": trial.integer(0, 10**6)}
 
 
-@exercise.experiment("fresh layer")
-class FreshLayer(adapters.FreshLayer):
-    def draw(self, trial: Trial) -> dict:
-        return _inputs(trial)
-
-    def measure(self, subject, inputs):
-        layer = layer_of(subject, inputs)
-        adapter = _adapter(layer, inputs)
-        y = self._output(layer, inputs)
-        raw = {"y": y.detach(), "fresh": gradients((y * inputs["g"]).sum(), adapter)}
-        _fill(adapter, inputs)
-        raw["filled"] = gradients((self._output(layer, inputs) * inputs["g"]).sum(), adapter)
-        _fill(adapter, inputs, 0.0)
-        return raw | {"zero": self._output(layer, inputs).detach()}
-
-    def facts(self, raw, inputs):
-        reached, filled, zero = None, None, None
-        if raw["fresh"]:
-            reached = "at least a part" if any(gradient.any() for gradient in raw["fresh"]) else "none"
-            filled = traces.how_many(gradient.any() for gradient in raw["filled"])
-            zero = beside_base(raw["zero"], inputs["y"])
-        return super().facts(raw, inputs) | {
-            "of what trains, a gradient reaches": reached,
-            "with random numbers in it, a gradient reaches": filled,
-            "with zeros in it, its outputs are": zero,
-        }
-
-    @staticmethod
-    def _output(layer: nn.Module, inputs: dict) -> Tensor:
-        return expect_tensor(layer(inputs["x"]), inputs["y"].shape, f"the output for an input {tuple(inputs['x'].shape)}")
-
-
-@exercise.experiment("the update")
+@exercise.experiment("the update", 1)
 class TheUpdate(Experiment):
     points = 2
 
@@ -82,24 +53,50 @@ class TheUpdate(Experiment):
             zero, filled, constant = kernels
             where = _where(filled - zero)
             size = _rank(filled - zero, inputs["rank"]) if where == "everywhere" else None
-            factor = self._factor(constant - zero, inputs)
+            factor = _factor(constant - zero, inputs)
         return {
             "with numbers in all that trains it computes": exists,
             "where in the kernel the update is": where,
             "the update's rank, as a matrix of out_channels rows": size,
-            "the factor before the product": factor,
+            FACTOR: factor,
+        }
+
+
+@exercise.experiment("fresh layer", 2)
+class FreshLayer(adapters.FreshLayer):
+    def draw(self, trial: Trial) -> dict:
+        return _inputs(trial)
+
+    def measure(self, subject, inputs):
+        layer = layer_of(subject, inputs)
+        adapter = _adapter(layer, inputs)
+        y = self._output(layer, inputs)
+        start = torch.cat([parameter.detach().flatten() for parameter in adapter] or [y.new_zeros(0)])
+        raw = {"y": y.detach(), "start": start, "fresh": gradients((y * inputs["g"]).sum(), adapter)}
+        _fill(adapter, inputs)
+        raw["filled"] = gradients((self._output(layer, inputs) * inputs["g"]).sum(), adapter)
+        _fill(adapter, inputs, 0.0)
+        return raw | {"zero": self._output(layer, inputs).detach()}
+
+    def facts(self, raw, inputs):
+        reached, filled, zero = None, None, None
+        if raw["fresh"]:
+            reached = "at least a part" if any(gradient.any() for gradient in raw["fresh"]) else "none"
+            filled = traces.how_many(gradient.any() for gradient in raw["filled"])
+            zero = beside_base(raw["zero"], inputs["y"])
+        return super().facts(raw, inputs) | {
+            "of what trains, what is not zero starts as": _start(raw["start"]),
+            "of what trains, a gradient reaches": reached,
+            "with random numbers in it, a gradient reaches": filled,
+            "with zeros in it, its outputs are": zero,
         }
 
     @staticmethod
-    def _factor(update: Tensor, inputs: dict) -> str | None:
-        """What multiplies the sum of rank products of the same two numbers."""
-        values = update[:, :, _there(update)]
-        if values.numel() == 0 or not near(values / values.mean(), 1):
-            return None
-        return adapters.factor_name(float(values.mean()) / (inputs["rank"] * NUMBER**2), inputs)
+    def _output(layer: nn.Module, inputs: dict) -> Tensor:
+        return expect_tensor(layer(inputs["x"]), inputs["y"].shape, f"the output for an input {tuple(inputs['x'].shape)}")
 
 
-@exercise.experiment("what trains")
+@exercise.experiment("what trains", 3)
 class WhatTrains(Experiment):
     def draw(self, trial: Trial) -> dict:
         return _inputs(trial)
@@ -109,31 +106,35 @@ class WhatTrains(Experiment):
 
     def facts(self, raw, inputs):
         return {
-            "numbers that train besides base's": _count(raw, inputs),
+            COUNT: _count(raw, inputs),
             "the layer's base.weight is": "trainable" if "weight" in raw["of base"] else "frozen",
             "the layer's base.bias is": "trainable" if "bias" in raw["of base"] else "frozen",
         }
 
     def notes(self, raw, inputs):
-        return {"numbers that train besides base's": f"{raw['numbers']}, and A and B have {_of_a_and_b(inputs)}"}
+        return {COUNT: f"{raw['numbers']}, and A and B have {_of_a_and_b(inputs)}"}
 
 
 class _Arguments(Experiment):
     """An experiment that compares what a layer computes with base, for bases with other arguments."""
 
     bases: ClassVar[dict[str, dict]]  # name of a fact -> arguments of nn.Conv2d
+    controls: ClassVar[tuple[dict, ...]] = ({},)  # arguments of bases that have to be right before others can be looked at
 
     def draw(self, trial: Trial) -> dict:
-        return {name: _inputs(trial, **arguments) for name, arguments in ({"control": {}} | self.bases).items()}
+        controls = {f"control {k}": arguments for k, arguments in enumerate(({}, *self.controls))}
+        return {name: _inputs(trial, **arguments) for name, arguments in (controls | self.bases).items()}
 
     def measure(self, subject, inputs):
-        raw = {"control": self._output(subject, inputs["control"])}  # what raises here raises for any base
-        return raw | {name: attempt(lambda name=name: self._output(subject, inputs[name])) for name in self.bases}
+        raw = {"control 0": self._output(subject, inputs["control 0"])}  # what raises here raises for any base
+        controls = [f"control {k}" for k in range(1, len(self.controls) + 1)]
+        return raw | {name: attempt(lambda name=name: self._output(subject, inputs[name])) for name in (*controls, *self.bases)}
 
     def facts(self, raw, inputs):
-        control = _kernel(raw["control"], inputs["control"])
-        if control is None or _where(control - inputs["control"]["of base"]["weight"]) != "everywhere":
-            return dict.fromkeys(self.bases)  # what is wrong is no matter of the arguments
+        plain = _kernel(raw["control 0"], inputs["control 0"])
+        everywhere = plain is not None and _where(plain - inputs["control 0"]["of base"]["weight"]) == "everywhere"
+        if not everywhere or not all(_as_base(raw[name], inputs[name]) for name in raw if name.startswith("control")):
+            return dict.fromkeys(self.bases)  # what is wrong is no matter of these arguments
         return {name: AS_BASE if _as_base(raw[name], inputs[name]) else NOT_AS_BASE for name in self.bases}
 
     def notes(self, raw, inputs):
@@ -151,61 +152,103 @@ class _Arguments(Experiment):
         return _filled(layer, _adapter(layer, inputs), inputs, {"random": None})["random"]
 
 
-@exercise.experiment("stride and padding")
+@exercise.experiment("stride and padding", 4)
 class StrideAndPadding(_Arguments):
     bases: ClassVar = {
+        "no bias": {"bias": False},
         "stride 2": {"stride": 2},
         "stride (1, 2)": {"stride": (1, 2)},
         "padding (2, 0)": {"padding": (2, 0)},
-        "padding 'same'": {"padding": "same"},
+        "a kernel of 1": {"kernel_size": 1, "padding": 0},
         "a kernel of (1, 3)": {"kernel_size": (1, 3), "padding": (0, 1)},
+        "a kernel of (4, 2), stride 2": {"kernel_size": (4, 2), "stride": 2},
     }
 
 
-@exercise.experiment("dilation")
+@exercise.experiment("dilation", 4)
 class Dilation(_Arguments):
-    bases: ClassVar = {"dilation 2": {"dilation": 2}, "dilation (1, 2)": {"dilation": (1, 2)}}
+    bases: ClassVar = {
+        "dilation 2": {"dilation": 2},
+        "dilation (1, 2)": {"dilation": (1, 2)},
+        "dilation (2, 1), stride (1, 2), padding (2, 1)": {"dilation": (2, 1), "stride": (1, 2), "padding": (2, 1)},
+    }
 
 
-@exercise.experiment("padding modes")
+@exercise.experiment("padding 'same'", 5)
+class PaddingSame(_Arguments):
+    # An even kernel with an odd dilation needs one row more on one side; torch would warn of that.
+    controls: ClassVar = ({"kernel_size": (4, 2), "dilation": (1, 2), "padding": (3, 1)},)
+    bases: ClassVar = {
+        "padding 'same'": {"padding": "same"},
+        "padding 'same', dilation (1, 2)": {"padding": "same", "dilation": (1, 2)},
+        "padding 'same', a kernel of (4, 2), dilation 2": {"padding": "same", "kernel_size": (4, 2), "dilation": 2},
+    }
+
+
+@exercise.experiment("padding modes", 6)
 class PaddingModes(_Arguments):
     points = 2
     bases: ClassVar = {
         "padding_mode 'circular'": {"padding_mode": "circular"},
         "padding_mode 'reflect'": {"padding_mode": "reflect"},
         "padding_mode 'replicate'": {"padding_mode": "replicate"},
-        "padding_mode 'circular' and padding 'same'": {"padding_mode": "circular", "padding": "same"},
+        "padding_mode 'reflect', padding (2, 1)": {"padding_mode": "reflect", "padding": (2, 1)},
     }
 
 
-@exercise.experiment("groups")
+@exercise.experiment("groups", 7)
 class Groups(_Arguments):
     points = 2
     bases: ClassVar = {"groups 2": {"groups": 2}, "groups 4, one channel each": {"groups": 4}}
 
     def draw(self, trial: Trial) -> dict:
-        return super().draw(trial) | {"again": _inputs(trial, groups=2)}
+        return super().draw(trial) | {"plain": _inputs(trial), "again": _inputs(trial, groups=2)}
 
     def measure(self, subject, inputs):
-        raw = super().measure(subject, inputs)
-        return raw | {"again": attempt(lambda: self._again(subject, inputs["again"]))}
+        more = {name: attempt(lambda name=name: self._more(subject, inputs[name])) for name in ("plain", "again")}
+        return super().measure(subject, inputs) | more
 
     def facts(self, raw, inputs):
-        facts, again = super().facts(raw, inputs), inputs["again"]
-        size, count = None, None
+        facts = super().facts(raw, inputs)
         if None not in facts.values():
             facts = {name: "an error" if failed(raw[name]) else fact for name, fact in facts.items()}
-            if "an error" not in facts.values():
-                count = _count(raw["again"], again)
-            if set(facts.values()) == {AS_BASE}:
-                filled, zero = (_kernel(raw["again"][name], again) for name in ("filled", "zero"))
-                size = None if filled is None or zero is None else _rank(filled - zero, again["rank"])
-        return facts | {"groups 2, the update's rank": size, "groups 2, numbers that train besides base's": count}
+        plain, more = (self._seen(raw[name], inputs[name]) for name in ("plain", "again"))
+        if set(facts.values()) != {AS_BASE}:
+            more |= {RANK: None, FACTOR: None, COUNT: None if "an error" in facts.values() else more[COUNT]}
+        return facts | {f"groups 2, {name}": more[name] if plain[name] == WANTED[name] else None for name in WANTED}
 
     @staticmethod
-    def _again(subject, inputs: dict) -> dict:
+    def _more(subject, inputs: dict) -> dict:
         layer = layer_of(subject, inputs)
-        return _trainable(layer, inputs) | _filled(layer, _adapter(layer, inputs), inputs, {"filled": None, "zero": 0.0})
+        numbers = {"filled": None, "zero": 0.0, "constant": NUMBER}
+        return _trainable(layer, inputs) | _filled(layer, _adapter(layer, inputs), inputs, numbers)
+
+    @staticmethod
+    def _seen(raw: dict, inputs: dict) -> dict[str, str | None]:
+        """Rank, factor and numbers of the update; None where base computes no such thing with any weight."""
+        seen = dict.fromkeys(WANTED)
+        if not failed(raw):
+            seen[COUNT] = _count(raw, inputs)
+            filled, zero, constant = (_kernel(raw[name], inputs) for name in ("filled", "zero", "constant"))
+            if not any(kernel is None for kernel in (filled, zero, constant)):
+                seen |= {RANK: _rank(filled - zero, inputs["rank"]), FACTOR: _factor(constant - zero, inputs)}
+        return seen
+
+
+@exercise.experiment("in combination", 5, 6, 7)
+class InCombination(_Arguments):
+    numbers: ClassVar = {"stride": (2, 1), "dilation": (1, 2), "padding": (2, 1), "bias": False}
+    controls: ClassVar = (
+        numbers,
+        *({"padding_mode": mode} for mode in ("circular", "replicate")),
+        *({"padding": "same", "dilation": (2, 1)}, {"groups": 2}, {"groups": 4}),
+    )
+    bases: ClassVar = {
+        "padding_mode 'circular', padding 'same', dilation 2": {"padding_mode": "circular", "padding": "same", "dilation": 2},
+        "padding_mode 'replicate' and groups 2, stride (2, 1), dilation (1, 2), padding (2, 1)": numbers
+        | {"padding_mode": "replicate", "groups": 2},
+        "padding 'same' and groups 4, dilation (2, 1)": {"padding": "same", "groups": 4, "dilation": (2, 1)},
+    }
 
 
 # --- what the experiments observe -----------------------------------------------------------------------------------
@@ -232,6 +275,15 @@ def _count(raw: dict, inputs: dict) -> str:
     rank, outside = inputs["rank"], inputs["base"].out_channels
     known = {0: "those of A and B", rank: "also a bias", outside: "also a bias", rank + outside: "also two biases"}
     return "none" if raw["numbers"] == 0 else known.get(more, "more" if more > 0 else "fewer")
+
+
+def _start(numbers: Tensor) -> str | None:
+    """How many different numbers there are besides zero."""
+    numbers = numbers[numbers != 0]
+    different = len(numbers.unique())
+    if different <= 1:
+        return "one number" if different else None
+    return "different ones" if different > 0.9 * len(numbers) else "some numbers, again and again"
 
 
 def _fill(adapter: list[nn.Parameter], inputs: dict, number: float | None = None) -> None:
@@ -294,6 +346,14 @@ def _where(update: Tensor) -> str:
     return "in other places" if there.any() else "in the middle alone"
 
 
+def _factor(update: Tensor, inputs: dict) -> str | None:
+    """What multiplies the sum of rank products of the same two numbers."""
+    values = update[:, :, _there(update)]
+    if values.numel() == 0 or not near(values / values.mean(), 1):
+        return None
+    return adapters.factor_name(float(values.mean()) / (inputs["rank"] * NUMBER**2), inputs)
+
+
 def _rank(update: Tensor, rank: int) -> str:
     values = torch.linalg.svdvals(update.flatten(1))
     largest = float(values[0]) or 1.0
@@ -340,6 +400,14 @@ def _padded_by_a_pair(layer, x):
     return F.pad(x, (wide, wide, high, high), mode), 0
 
 
+def _half_a_kernel_for_a_word(layer, x):
+    if layer.base.padding != "same":
+        return Convolution.padded(layer, x)
+    mode = "constant" if layer.base.padding_mode == "zeros" else layer.base.padding_mode
+    high, wide = (k // 2 for k in layer.base.kernel_size)
+    return F.pad(x, (wide, wide, high, high), mode), 0
+
+
 def _for_all_channels(layer, rank):
     base = layer.base
     return {"A": (rank, base.in_channels * math.prod(base.kernel_size)), "B": (base.out_channels, rank)}
@@ -350,6 +418,8 @@ def _otherwise(**arguments):
 
 
 CHANGES = adapters.CHANGES | {
+    "rsLoRA's factor": {"scale": lambda layer, rank, alpha: alpha / math.sqrt(rank)},
+    "starts at one number": {"trained": lambda layer, tensor: nn.Parameter(tensor.any() * torch.full_like(tensor, 0.1))},
     "a 1 x 1 A": {
         "shapes": lambda layer, rank: {"A": (rank, layer.base.weight.shape[1]), "B": (layer.base.out_channels, rank)},
         "delta": _in_the_middle,
@@ -364,6 +434,7 @@ CHANGES = adapters.CHANGES | {
     "stride forgotten": _otherwise(stride=1),
     "dilation forgotten": _otherwise(dilation=1),
     "padding_mode forgotten": {"padded": lambda layer, x: (x, layer.base.padding)},
+    "half a kernel for 'same'": {"padded": _half_a_kernel_for_a_word},
     "padding always a pair of numbers": {"padded": _padded_by_a_pair},
     "groups forgotten": {"shapes": _for_all_channels} | _otherwise(groups=1),
     "an error with groups": {"shapes": _for_all_channels},
