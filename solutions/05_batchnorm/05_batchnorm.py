@@ -35,6 +35,7 @@
 
 # %%
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -220,21 +221,38 @@ for white, on_grey in zip(drift(model, [test.inputs]), drift(model, [grey(test).
 # `requires_grad` says what an optimizer may move. Whether a network is frozen is another question: did anything in it
 # change? A *buffer* changes without a gradient, without an optimizer, and under `no_grad`. So look at the values.
 #
-# **Exercise 5.2** (20 min, ●●○). Write `moved(model, action)`: call `action()`, and list what that changed in the model.
+# **Exercise 5.2** (20 min, ●●○). Write `moved`, which names what an action changes in a model.
 #
-# - `action` takes no arguments; it is called exactly once: a forward pass, a step of training, whatever a caller wants
-#   to know about. What it did to the model stays.
-# - Return a list of names, first of parameters, then of buffers, each in the model's order (`named_parameters()`,
-#   `named_buffers()`). The names are those of everything whose values are others than before, and of nothing else.
-# - All parameters count, trainable or not, and all buffers: also those of whole numbers, and those registered with
-#   `persistent=False`, which a state dict leaves out.
-# - Any change counts, be it in the last digit. A number that becomes NaN has changed; a NaN that stays NaN has not.
-# - An action may write into a tensor, or put a new tensor under its name. Either way the values decide: the same values
-#   again are no change.
+# *Core*
+#
+# 1. `action()` runs once, as it would without you, and what it did stays.
+# 2. A parameter is named if its values changed, trainable or not.
+# 3. So is a buffer, also one of whole numbers, or one that a state dict leaves out.
+# 4. Parameters come first, then buffers, each as `named_parameters()` and `named_buffers()` list them.
+#
+# *Fine print*
+#
+# 5. Any change counts, be it in the last digit, or two values that change places.
+# 6. A NaN that stays has not changed; one that becomes a number has, and so has a number that becomes NaN.
+# 7. Values count, not tensors: an action may put a new tensor under an old name.
 
 
 # %%
-def moved(model, action):
+def moved(model: nn.Module, action: Callable[[], object]) -> list[str]:
+    """Call `action()` and name what it changed in the model.
+
+    >>> layer = nn.BatchNorm1d(2)
+    >>> moved(layer, lambda: layer(torch.ones(3, 2)))
+    ['running_mean', 'running_var', 'num_batches_tracked']
+
+    Args:
+        model: any network. The action leaves names, shapes and dtypes as they are.
+        action: takes no arguments: a forward pass, a step of training, whatever a
+            caller wants to know about.
+
+    Returns:
+        Names of parameters, then names of buffers; `[]` if nothing changed.
+    """
     ### BEGIN SOLUTION
     def tensors():
         return [*model.named_parameters(), *model.named_buffers()]

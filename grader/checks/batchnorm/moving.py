@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from grader.checks import traces
-from grader.checks.networks import with_statistics
+from grader.checks.networks import tied, with_statistics
 from grader.experiment import Exercise, Experiment, Trial, expect_names
 from helpers.batchnorm import moved
 
-exercise = Exercise(__name__, "5.2", moved)
+exercise = Exercise(__name__, "5.2", moved, core=4)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
@@ -25,7 +25,7 @@ def _names(value: object) -> list[str]:
 
 def _in_order(names: list[str], model: nn.Module) -> list[str]:
     """The names without their order, which has an experiment of its own."""
-    known = list(_tensors(model))
+    known = list(tensors_of(model))
     return [name for name in known if name in names] + sorted(set(names) - set(known))
 
 
@@ -43,7 +43,7 @@ class _Acting(Experiment):
         return {"names": _names(subject(inputs["model"], action))}
 
 
-@exercise.experiment("frozen network")
+@exercise.experiment("frozen network", 3)
 class FrozenNetwork(Experiment):
     points = 2
 
@@ -68,22 +68,25 @@ class FrozenNetwork(Experiment):
         }
 
 
-@exercise.experiment("flags and movement")
+@exercise.experiment("flags and movement", 2)
 class FlagsAndMovement(_Acting):
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 6)
         layers = OrderedDict(body=nn.Linear(4, width).requires_grad_(False), head=nn.Linear(width, 2))
+        layers["head"].register_parameter("temperature", nn.Parameter(torch.tensor(2.0)))
         return {"model": nn.Sequential(layers), "step": 0.1 + trial.normal(width, 4).abs()}
 
     def act(self, model, step):
-        model.body.weight = nn.Parameter(model.body.weight - step, requires_grad=False)
-        model.head.bias += 0.5
+        model.body.weight -= step
+        model.head.bias[-1] += 0.5
+        model.head.temperature *= 2
 
     def facts(self, raw, inputs):
-        return {"the frozen body.weight and the trainable head.bias moved; named": _in_order(raw["names"], inputs["model"])}
+        moved = "the frozen body.weight, the trainable head.bias and head.temperature moved; named"
+        return {moved: _in_order(raw["names"], inputs["model"])}
 
 
-@exercise.experiment("parameters first")
+@exercise.experiment("parameters first", 4)
 class ParametersFirst(_Acting):
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(3, 6)
@@ -97,7 +100,7 @@ class ParametersFirst(_Acting):
             parameter += 0.25
 
     def facts(self, raw, inputs):
-        everything = list(_tensors(inputs["model"]))
+        everything = list(tensors_of(inputs["model"]))
         known = {
             "parameters first": everything,
             "module by module": list(inputs["model"].state_dict()),
@@ -106,6 +109,19 @@ class ParametersFirst(_Acting):
         order = next((order for order, names in known.items() if raw["names"] == names), "another")
         complete = sorted(raw["names"]) == sorted(everything)
         return {"the order of the names, where everything moved": order if complete else None}
+
+
+@exercise.experiment("shared tensors", 4)
+class SharedTensors(_Acting):
+    def draw(self, trial: Trial) -> dict:
+        return {"model": tied(trial.integer(5, 8), trial.integer(2, 4))}
+
+    def act(self, model):
+        model.head.weight += 1
+
+    def facts(self, raw, inputs):
+        shared = [name for name in raw["names"] if name in ("embed.words.weight", "head.weight")]
+        return {"a parameter that two modules share is named": " and ".join(shared) or None}
 
 
 class _Average(nn.Module):
@@ -120,7 +136,7 @@ class _Average(nn.Module):
         self.register_buffer("start", trial.normal(width))
 
 
-@exercise.experiment("every buffer")
+@exercise.experiment("every buffer", 3)
 class EveryBuffer(_Acting):
     points = 2
 
@@ -129,17 +145,16 @@ class EveryBuffer(_Acting):
         return {"model": nn.Sequential(OrderedDict(ema=_Average(trial, width))), "x": 3 + trial.normal(width).abs()}
 
     def act(self, model, x):
-        model.ema.scale += 1
-        model.ema.average = 0.9 * model.ema.average + 0.1 * x
-        model.ema.last.copy_(x)
+        model.ema.average.mul_(0.9).add_(0.1 * x)
+        model.ema.last[-1] = x[-1]
         model.ema.steps += 1
 
     def facts(self, raw, inputs):
-        return {"scale, average, last and steps moved, start did not; named": _in_order(raw["names"], inputs["model"])}
+        return {"average, last and steps moved, scale and start did not; named": _in_order(raw["names"], inputs["model"])}
 
 
 class _Named(_Acting):
-    """Asks which parameters are named; `words` say what happens to each."""
+    """Asks which tensors are named; `words` say what happens to each."""
 
     words: ClassVar[dict[str, str]]
 
@@ -147,77 +162,118 @@ class _Named(_Acting):
         return {words: "named" if name in raw["names"] else "not named" for name, words in self.words.items()}
 
 
-@exercise.experiment("other values")
-class OtherValues(_Named):
+@exercise.experiment("small changes", 5)
+class SmallChanges(_Named):
     points = 2
     words: ClassVar = {
         "swapped": "two values that changed places",
         "nudged": "a change in the last digit",
-        "replaced": "a new tensor of other values under the old name",
-        "replaced_by_its_like": "a new tensor of the same values under the old name",
-        "rewritten": "the same values written once more",
+        "nudged_double": "a change in the last digit of a float64",
+        "tiny": "a small number that changed by a small one",
     }
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(2, 4)
         values = {
             "swapped": torch.arange(1.0, 2 * width + 2)[trial.permutation(2 * width + 1)],  # sum, mean and squares are exact
-            "nudged": torch.tensor([1 + trial.integer(0, 7) / 8]),
-            "replaced": trial.normal(width),
-            "replaced_by_its_like": trial.normal(width),
-            "rewritten": trial.normal(width),
+            "nudged": 1 + torch.rand(width, 3, generator=trial.generator),
+            "nudged_double": 1 + torch.rand(3, width, generator=trial.generator).double(),
+            "tiny": 1e-12 * (1 + trial.normal(width).abs()),
         }
         return {"model": nn.ParameterDict(values)}
 
     def act(self, model):
         model.swapped[:2] = model.swapped[:2].flip(0).clone()
-        model.nudged.copy_(model.nudged.nextafter(torch.tensor(9.0)))
+        for nudged in (model.nudged, model.nudged_double):
+            nudged[-1, -1] = nudged[-1, -1].nextafter(torch.tensor(9.0, dtype=nudged.dtype, device=nudged.device))
+        model.tiny *= 1.5
+
+
+@exercise.experiment("new tensors", 7)
+class NewTensors(_Named):
+    words: ClassVar = {
+        "replaced": "a new parameter of other values under the old name",
+        "replaced_by_its_like": "a new parameter of the same values under the old name",
+        "rewritten": "the same values written once more",
+    }
+
+    def draw(self, trial: Trial) -> dict:
+        width = trial.integer(2, 4)
+        return {"model": nn.ParameterDict({name: trial.normal(width) for name in self.words})}
+
+    def act(self, model):
         model.replaced = nn.Parameter(model.replaced + 1)
         model.replaced_by_its_like = nn.Parameter(model.replaced_by_its_like.clone())
         model.rewritten.copy_(model.rewritten.clone())
 
 
-@exercise.experiment("numbers and NaN")
+@exercise.experiment("new buffers", 7)
+class NewBuffers(_Acting):
+    def draw(self, trial: Trial) -> dict:
+        return {"model": _Average(trial, trial.integer(2, 4))}
+
+    def act(self, model):
+        model.average = 0.9 * model.average + 1
+        model.start.add_(1)
+
+    def facts(self, raw, inputs):
+        in_place, new = ("named" if name in raw["names"] else "not named" for name in ("start", "average"))
+        return {"a new buffer of other values under the old name": new if in_place == "named" else None}
+
+
+@exercise.experiment("numbers and NaN", 6)
 class NumbersAndNan(_Named):
+    points = 2
     words: ClassVar = {
         "stays": "a tensor with a NaN that stays",
         "becomes": "a tensor with a number that becomes NaN",
-        "moves": "a tensor of numbers that moved",
+        "heals": "a tensor with a NaN that becomes 0",
+        "wanders": "a tensor whose NaN and a 0 change places",
+        "beside": "a tensor with a NaN that stays, and a number that moved",
+        "infinite": "a tensor with an infinity that stays",
     }
 
     def draw(self, trial: Trial) -> dict:
-        width = trial.integer(3, 5)
-        stays, becomes, moves = trial.normal(width), 1 + trial.normal(width).abs(), trial.normal(width)
-        stays[trial.integer(0, width - 1)] = torch.nan
-        model = nn.ParameterDict({"stays": stays, "becomes": becomes, "moves": moves})
-        return {"model": model, "place": trial.integer(0, width - 1)}
+        width = trial.integer(4, 6)
+        values = {name: 1 + trial.normal(width).abs() for name in self.words}
+        place = trial.integer(1, width - 2)
+        for name in ("stays", "heals", "wanders", "beside"):
+            values[name][place] = torch.nan
+        values["infinite"][place] = torch.inf
+        values["wanders"][values["wanders"].isfinite()] = 0
+        return {"model": nn.ParameterDict(values), "place": place}
 
     def act(self, model, place):
         model.becomes[place] = torch.nan
-        model.moves = nn.Parameter(model.moves + 1)
+        model.heals[place] = 0
+        model.wanders.copy_(model.wanders.roll(1))
+        model.beside[-1] += 1
 
 
-@exercise.experiment("once and for good")
+@exercise.experiment("once and for good", 1)
 class OnceAndForGood(Experiment):
     def draw(self, trial: Trial) -> dict:
-        return {"model": nn.Linear(3, trial.integer(2, 5))}
+        return {"model": nn.Linear(3, trial.integer(2, 5)), "x": trial.normal(4, 3)}
 
     def measure(self, subject, inputs):
-        model, calls = inputs["model"], []
+        model, x, calls = inputs["model"], inputs["x"], []
 
         def action() -> None:
-            calls.append(1)
+            output = model(x)
+            calls.append([output.requires_grad, model.training])
             with torch.no_grad():
                 model.bias += 1
 
         _names(subject(model, action))
-        return {"calls": len(calls), "bias": model.bias.detach().clone()}
+        return {"calls": calls, "bias": model.bias.detach().clone(), "mode": model.training}
 
     def facts(self, raw, inputs):
         there = not torch.equal(raw["bias"], inputs["model"].bias)
         return {
-            "calls of the action": raw["calls"],
-            "what the action did": None if raw["calls"] == 0 else "is there" if there else "was put back",
+            "calls of the action": len(raw["calls"]),
+            "what the action did": None if not raw["calls"] else "is there" if there else "was put back",
+            "outputs that the action computes have a graph": "yes" if all(graph for graph, _ in raw["calls"]) else "no",
+            "the model's mode": "as it was" if raw["mode"] and all(mode for _, mode in raw["calls"]) else "changed",
         }
 
 
@@ -225,8 +281,12 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _differ(before: Tensor, now: Tensor) -> bool:
+def differ(before: Tensor, now: Tensor) -> bool:
     return bool(((before != now) & ~(before.isnan() & now.isnan())).any())
+
+
+def without_nan(before: Tensor, now: Tensor) -> bool:
+    return not torch.equal(before.nan_to_num(), now.nan_to_num())
 
 
 def not_equal(before: Tensor, now: Tensor) -> bool:
@@ -237,10 +297,10 @@ def solution(
     model: nn.Module,
     action: Callable[[], object],
     *,
-    find: Callable[[nn.Module], dict[str, Tensor]] = _tensors,
+    find: Callable[[nn.Module], dict[str, Tensor]] = tensors_of,
     afresh: bool = True,
     look: Callable[[Tensor], Tensor] = _copy,
-    differ: Callable[[Tensor, Tensor], bool] = _differ,
+    differ: Callable[[Tensor, Tensor], bool] = differ,
 ) -> list[str]:
     """Right if left alone; each of the misconceptions changes a piece.
 
@@ -259,11 +319,12 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def saved(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in _tensors(model).items() if name in model.state_dict()}
+    return {name: tensor for name, tensor in tensors_of(model).items() if name in model.state_dict()}
 
 
-def _module_by_module(model: nn.Module) -> dict[str, Tensor]:
-    return {name: _tensors(model)[name] for name in dict.fromkeys((*model.state_dict(), *_tensors(model)))}
+def module_by_module(model: nn.Module) -> dict[str, Tensor]:
+    tensors = tensors_of(model)
+    return {name: tensors[name] for name in dict.fromkeys((*model.state_dict(), *tensors)) if name in tensors}
 
 
 def _running(model: nn.Module) -> dict[str, Tensor]:
@@ -276,15 +337,28 @@ exercise.misconceptions_of(
         "no copies": {"look": lambda tensor: tensor},
         "parameters only": {"find": parameters},
         "state dict only": {"find": saved},
-        "order of the state dict": {"find": _module_by_module},
+        "order of the state dict": {"find": module_by_module},
         "running mean and variance only": {"find": _running},
         "totals compared": {"look": torch.nansum},
         "nearly equal is equal": {"differ": lambda before, now: not torch.allclose(before, now, equal_nan=True)},
         "the old tensors looked at again": {"afresh": False},
         "NaN differs from itself": {"differ": not_equal},
+        "NaN taken for 0": {"differ": without_nan},
         "largest difference above zero": {"differ": lambda before, now: bool(((now - before).abs() > 0).any())},
     },
 )
+
+
+@exercise.misconception("a gradient taken for movement")
+def a_gradient_taken_for_movement(model, action):
+    action()
+    return [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+
+
+@exercise.misconception("the action without gradients")
+@torch.no_grad()
+def the_action_without_gradients(model, action):
+    return solution(model, action)
 
 
 @exercise.misconception("requires_grad taken for movement")

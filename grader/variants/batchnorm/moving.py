@@ -9,7 +9,16 @@ from itertools import chain
 import numpy as np
 import torch
 
-from grader.checks.batchnorm.moving import not_equal, parameters, saved, solution
+from grader.checks.batchnorm.moving import (
+    differ,
+    module_by_module,
+    not_equal,
+    parameters,
+    saved,
+    solution,
+    tensors_of,
+    without_nan,
+)
 
 
 def against_a_copy_of_the_model(model, action):
@@ -71,9 +80,111 @@ def list_of_parameters(model, action):
     return names
 
 
+def looked_at_the_gradients(model, action):
+    action()
+    return [name for name, parameter in dict(model.named_parameters()).items() if isinstance(parameter.grad, torch.Tensor)]
+
+
+def zeros_for_nan(model, action):
+    def values():
+        return {name: torch.nan_to_num(tensor).tolist() for name, tensor in tensors_of(model).items()}
+
+    before = values()
+    action()
+    return [name for name, after in values().items() if after != before[name]]
+
+
+def acting_twice(model, action):
+    names = solution(model, action)
+    action()
+    return names
+
+
+def in_eval_mode(model, action):
+    model.eval()
+    return solution(model, action)
+
+
+def with_what_it_did_undone(model, action):
+    state = copy.deepcopy(model.state_dict())
+    names = solution(model, action)
+    model.load_state_dict(state)
+    return names
+
+
+def trainable(model):
+    return {name: tensor for name, tensor in tensors_of(model).items() if tensor.requires_grad or "." not in name} | dict(
+        model.named_buffers()
+    )
+
+
+def matrices(model):
+    """Parameters of one dimension or more."""
+    return {name: tensor for name, tensor in tensors_of(model).items() if tensor.ndim or name in dict(model.named_buffers())}
+
+
+def floating(model):
+    return {name: tensor for name, tensor in tensors_of(model).items() if tensor.is_floating_point() or "." not in name}
+
+
+def buffers_first(model, action):
+    names = solution(model, action)
+    buffers = dict(model.named_buffers())
+    return sorted(names, key=lambda name: name not in buffers)
+
+
+def in_reverse(model, action):
+    return solution(model, action)[::-1]
+
+
+def under_every_name(model):
+    names = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return dict(chain(*names))
+
+
+def in_float32(before, now):
+    return differ(before.float(), now.float())
+
+
+def above_a_tiny_difference(before, now):
+    return differ(before, now) and not bool((now - before).abs().max() < 1e-10)
+
+
+def nans_left_out(before, now):
+    numbers = ~(before.isnan() | now.isnan())
+    return not torch.equal(before[numbers], now[numbers])
+
+
+def nans_counted(before, now):
+    return before.isnan().sum() != now.isnan().sum() or not torch.equal(before.nan_to_num(), now.nan_to_num())
+
+
+def differences_added(before, now):
+    numbers = ~(before.isnan() & now.isnan())
+    return bool((now[numbers] - before[numbers]).abs().sum() != 0)
+
+
+def other_objects(model, action):
+    kept = tensors_of(model)
+    moved = solution(model, action)
+    return [name for name, tensor in tensors_of(model).items() if name in moved or tensor is not kept[name]]
+
+
 CORRECT = [against_a_copy_of_the_model, by_fingerprint, in_numpy, saved_to_memory]
-REWRITTEN = {"parameters only": list_of_parameters}
-BROKEN = {}
+REWRITTEN = {
+    "parameters only": list_of_parameters,
+    "NaN taken for 0": zeros_for_nan,
+    "a gradient taken for movement": looked_at_the_gradients,
+}
+BROKEN = {
+    1: [acting_twice, in_eval_mode, with_what_it_did_undone, torch.no_grad()(solution), torch.inference_mode()(in_numpy)],
+    2: [partial(solution, find=trainable), partial(solution, find=matrices)],
+    3: [partial(solution, find=parameters), partial(solution, find=floating)],
+    4: [buffers_first, in_reverse, partial(solution, find=under_every_name), partial(solution, find=module_by_module)],
+    5: [partial(solution, differ=in_float32), partial(solution, differ=above_a_tiny_difference)],
+    6: [partial(solution, differ=test) for test in (not_equal, without_nan, nans_left_out, nans_counted, differences_added)],
+    7: [partial(solution, afresh=False), other_objects],
+}
 COMBINED = [
     ({"parameters only", "NaN differs from itself"}, partial(solution, find=parameters, differ=not_equal)),
     ({"state dict only", "totals compared"}, partial(solution, find=saved, look=torch.nansum)),
