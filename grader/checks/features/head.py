@@ -1,20 +1,21 @@
 """Exercise 2.1: take off a head and keep the model."""
 
 import copy
-from collections import OrderedDict
+import gc
+from contextlib import contextmanager, suppress
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grader.checks.networks import with_statistics
-from grader.checks.traces import how_many
+from grader.checks import traces
+from grader.checks.networks import named, with_statistics
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor, wrong_return
 from grader.near import near, which
 from helpers.features import drop_head
 
-exercise = Exercise(__name__, "2.1", drop_head)
+exercise = Exercise(__name__, "2.1", drop_head, core=5)
 
 
 class _Convolutional(nn.Module):
@@ -37,16 +38,20 @@ class _Convolutional(nn.Module):
 
 
 class _OutOfOrder(nn.Module):
-    """A network that defines its head before another layer; all layers are square, so any order of them runs."""
+    """A network that defines its head between two other layers, whose names contain the head's.
+
+    All layers are square, so any order of them runs.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first = nn.Linear(width, width)
+        self.pre_head = nn.Linear(width, width)
         self.head = nn.Linear(width, width)
-        self.second = nn.Linear(width, width)
+        self.head_mix = nn.Linear(width, width)
+        self.act = nn.Tanh()
 
     def before_the_head(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.second(torch.tanh(self.first(x))))
+        return self.act(self.head_mix(self.act(self.pre_head(x))))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.before_the_head(x))
@@ -65,7 +70,7 @@ class _KnownFeatures(Experiment):
             return {"the features": which(raw["features"], self.known(inputs["model"], inputs["images"]))}
 
 
-@exercise.experiment("steps of forward")
+@exercise.experiment("steps of forward", 1)
 class StepsOfForward(_KnownFeatures):
     points = 2
     head = "fc"
@@ -82,27 +87,44 @@ class StepsOfForward(_KnownFeatures):
         }
 
 
-@exercise.experiment("nested head")
-class NestedHead(_KnownFeatures):
-    head = "classifier.2"
+@exercise.experiment("nested head", 2)
+class NestedHead(Experiment):
+    """A head inside another module, and one inside two; "deep" hides two more layers behind a name of three parts."""
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(7, 9)
         features = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         classifier = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
-        model = nn.Sequential(OrderedDict(features=features, classifier=classifier))
-        return {"model": model.eval(), "images": 3 * trial.normal(7, 1, 8, 8)}
+        flat = named(features=features, classifier=classifier).eval()
+        deep = named(features=copy.deepcopy(features), classifier=nn.Sequential(nn.Linear(6, 6), nn.ReLU(), classifier)).eval()
+        return {"flat": flat, "deep": copy.deepcopy(deep), "images": 3 * trial.normal(7, 1, 8, 8)}
 
-    def known(self, model, images):
-        pooled = model.features(images)
+    def measure(self, subject, inputs):
+        heads = {"flat": "classifier.2", "deep": "classifier.2.2"}
+        return {name: _features(_backbone(subject, inputs[name], head), inputs["images"]) for name, head in heads.items()}
+
+    def facts(self, raw, inputs):
+        flat, deep = inputs["flat"], inputs["deep"]
+        with torch.no_grad():
+            pooled, hidden = flat.features(inputs["images"]), deep.features(inputs["images"])
+            known = {
+                "what enters `classifier.2`": flat.classifier[:2](pooled),
+                "what `classifier.2` gives": flat(inputs["images"]),
+                "what enters all of `classifier`": pooled,
+            }
+            known_deep = {
+                "what enters `classifier.2.2`": deep.classifier[2][:2](deep.classifier[:2](hidden)),
+                "what `classifier.2.2` gives": deep(inputs["images"]),
+                "what enters all of `classifier`": hidden,
+                "what enters all of `classifier.2`": deep.classifier[:2](hidden),
+            }
         return {
-            "what enters `classifier.2`": model.classifier[:2](pooled),
-            "what `classifier.2` gives": model(images),
-            "what enters all of `classifier`": pooled,
+            "the features before `classifier.2`": which(raw["flat"], known),
+            "the features before `classifier.2.2`": which(raw["deep"], known_deep),
         }
 
 
-@exercise.experiment("head by name")
+@exercise.experiment("head by name", 2)
 class HeadByName(_KnownFeatures):
     head = "head"
 
@@ -111,17 +133,42 @@ class HeadByName(_KnownFeatures):
         return {"model": _OutOfOrder(width).eval(), "images": 2 * trial.normal(7, width)}
 
     def known(self, model, images):
-        first = model.first(images)
+        first = model.pre_head(images)
         return {
             "what enters `head`": model.before_the_head(images),
             "what `head` gives": model(images),
             "what `head` gives without the layer defined last": model.head(torch.tanh(torch.tanh(first))),
             "what the layer defined before `head` gives": first,
-            "what the children give, one after the other": model.head(first),
+            "what the children give, one after the other": model.head_mix(model.head(first)),
         }
 
 
-@exercise.experiment("model keeps its head")
+@exercise.experiment("every call", 3)
+class EveryCall(Experiment):
+    def draw(self, trial: Trial) -> dict:
+        width = trial.integer(5, 8)
+        return {"model": _OutOfOrder(width).eval(), "batches": [2 * trial.normal(6, width), 2 * trial.normal(6, width)]}
+
+    def measure(self, subject, inputs):
+        backbone = _backbone(subject, inputs["model"], "head")
+        first, second = inputs["batches"]
+        calls = {"first": first, "second": second, "again": first}
+        raw = {name: _features(backbone, images).clone() for name, images in calls.items()}
+        raw["larger"] = _features(backbone, torch.cat([second, first]), rows="n")
+        return raw | {"single": _features(backbone, second[:1], rows="n")}
+
+    def facts(self, raw, inputs):
+        first, second = raw["first"], raw["second"]
+        known = {"its row in the batch": second[:1], "those of the first batch": first}
+        return {
+            "features of a second batch": which(second, {"those of the first batch": first}, "its own"),
+            "features of the first batch, computed again": "the same" if near(raw["again"], first) else "different",
+            "features of a larger batch": which(raw["larger"], {"its own": torch.cat([second, first])}),
+            "features of a single image": which(raw["single"], known),
+        }
+
+
+@exercise.experiment("model keeps its head", 4)
 class ModelKeepsItsHead(Experiment):
     points = 2
 
@@ -145,45 +192,127 @@ class ModelKeepsItsHead(Experiment):
         }
 
 
-@exercise.experiment("model can go on training")
+@exercise.experiment("model can go on training", 5)
 class ModelCanGoOnTraining(Experiment):
+    """One model in train mode, as every new one is, of which a part is frozen; and one in eval mode.
+
+    None has modules in both modes: torchvision's `create_feature_extractor` does not put those back.
+    """
+
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(5, 8)
-        return {"model": _OutOfOrder(width), "images": trial.normal(4, width)}  # in train mode, as every new model
+        models = {"in train mode": _OutOfOrder(width), "in eval mode": _OutOfOrder(width).eval()}
+        models["in train mode"].head_mix.requires_grad_(False)
+        return {"models": models, "images": trial.normal(4, width)}
 
     def measure(self, subject, inputs):
-        model = inputs["model"]
-        _features(_backbone(subject, model, "head"), inputs["images"])
-        return {
-            "modules of the model in train mode": how_many(module.training for module in model.modules()),
-            "parameters of the model with requires_grad": how_many(p.requires_grad for p in model.parameters()),
-        }
+        for model in inputs["models"].values():
+            _features(_backbone(subject, model, "head"), inputs["images"])
+        return {name: traces.of(model) for name, model in inputs["models"].items()}
 
     def facts(self, raw, inputs):
-        return raw
+        changed = {kind: self.changed(inputs["models"], raw, kind) for kind in ("modes", "flags")}
+        return {
+            "models whose modes changed": changed["modes"],
+            "models whose requires_grad changed": changed["flags"],
+        }
+
+    def changed(self, models: dict[str, nn.Module], raw: dict, kind: str) -> list[str]:
+        """Of the head itself another experiment says what became of it."""
+        names = {key: traces.changed(model, raw[key], kind) for key, model in models.items()}
+        return [key for key, changed in names.items() if any(f"{name}.".partition(".")[0] != "head" for name in changed)]
 
 
-@exercise.experiment("every call")
-class EveryCall(Experiment):
+@exercise.experiment("nothing left in the model", 6)
+class NothingLeftInTheModel(Experiment):
+    """After two calls and one that raises; one head's name has a dot."""
+
+    between = "what is left in the model between calls"
+    after = "what a call that raised leaves besides"
+    logits = "the model's logits after a call that raised"
+
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(5, 8)
-        return {"model": _OutOfOrder(width).eval(), "batches": [2 * trial.normal(6, width), 2 * trial.normal(6, width)]}
+        nested = named(body=_OutOfOrder(width), tail=named(mix=nn.Linear(width, width), head=nn.Linear(width, 3)))
+        return {"models": {"head": _OutOfOrder(width).eval(), "tail.head": nested.eval()}, "images": 2 * trial.normal(4, width)}
+
+    def measure(self, subject, inputs):
+        left, logits = {}, {}
+        for name, model in inputs["models"].items():
+            before = _attributes(model)
+            backbone = _backbone(subject, model, name)
+            for images in (inputs["images"], inputs["images"][:2]):
+                _features(backbone, images, rows="n")
+            logits[name] = [_features(model, inputs["images"]).clone()]
+            left[name] = [_what_is_new(before, _attributes(model))]
+            with suppress(Exception):
+                backbone(inputs["images"][:, :-1])  # too narrow for the model
+            logits[name].append(_features(model, inputs["images"]))
+            left[name].append(_what_is_new(before, _attributes(model)))
+        return {"left": left, "logits": logits}
+
+    def facts(self, raw, inputs):
+        own, left = [], []
+        for name, model in inputs["models"].items():
+            with torch.no_grad():
+                wanted = model(inputs["images"])
+            own.append([near(logits, wanted) for logits in raw["logits"][name]])
+            left.append(raw["left"][name])
+        if not all(at_rest for at_rest, _ in own):  # without a head, it is no wonder if something else is there
+            return dict.fromkeys((self.between, self.after, self.logits))
+        between, after = (sorted(set(words) - {"nothing"}) for words in zip(*left, strict=True))
+        return {
+            self.between: between,
+            self.after: [word for word in after if word not in between],
+            self.logits: "its own" if all(after for _, after in own) else "different",
+        }
+
+
+@exercise.experiment("batches do not pile up", 7)
+class BatchesDoNotPileUp(Experiment):
+    """Counts the tensors that a batch has left behind, by its number of rows, which no other tensor has."""
+
+    on_fake_gpu = False
+    rows = (1013, 1019, 1021, 1031)
+
+    def draw(self, trial: Trial) -> dict:
+        return {"model": _OutOfOrder(5).eval(), "batches": [trial.normal(rows, 5) for rows in self.rows]}
 
     def measure(self, subject, inputs):
         backbone = _backbone(subject, inputs["model"], "head")
-        first, second = inputs["batches"]
-        calls = {"first": first, "second": second, "again": first}
-        raw = {name: _features(backbone, images).clone() for name, images in calls.items()}
-        return raw | {"single": _features(backbone, second[:1], rows="n")}
+        gc.freeze()  # what is there already does not count, and costs no time
+        try:
+            own = []
+            for batch in inputs["batches"]:
+                own.append(len(_features(backbone, batch, rows="n")) == len(batch))
+                _features(inputs["model"], batch[:7])  # its owner uses it, too
+            gc.collect()
+            tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and thing.ndim]
+            return {"own": own, "left": [any(len(tensor) == rows for tensor in tensors) for rows in self.rows]}
+        finally:
+            gc.unfreeze()
 
     def facts(self, raw, inputs):
-        first, second = raw["first"], raw["second"]
-        known = {"its row in the batch": second[:1], "those of the first batch": first}
-        return {
-            "features of a second batch": "those of the first batch" if near(second, first) else "its own",
-            "features of the first batch, computed again": "the same" if near(raw["again"], first) else "different",
-            "features of a single image": which(raw["single"], known),
-        }
+        fact = "batches still in memory after four"
+        if not all(raw["own"]):
+            return {fact: None}
+        return {fact: "at most the last" if sum(raw["left"]) <= 1 else "earlier ones"}
+
+
+def _attributes(model: nn.Module) -> dict[str, dict[str, int]]:
+    """The attributes of every module, and how much is in those that hold something: a hook is in one of them."""
+    return {
+        name: {key: len(value) if isinstance(value, dict | list | set) else 0 for key, value in vars(module).items()}
+        for name, module in model.named_modules()
+    }
+
+
+def _what_is_new(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> str:
+    if before.keys() != after.keys():
+        return "another module"
+    if any(after[name].get(key) != size for name, sizes in before.items() for key, size in sizes.items()):
+        return "a hook"
+    return "nothing" if before == after else "another attribute"
 
 
 def _backbone(subject, model: nn.Module, name: str):
@@ -221,6 +350,7 @@ exercise.misconceptions_of(
         "always fc": {"place": lambda model, name: ("", "fc")},
         "last layer by order of definition": {"place": _last_linear},
         "model put into eval mode": {"copied": lambda model: copy.deepcopy(model.eval())},
+        "model frozen": {"copied": lambda model: copy.deepcopy(model.requires_grad_(False))},
     },
 )
 
@@ -230,14 +360,17 @@ def children_without_the_last(model, name):
     return nn.Sequential(*list(model.children())[:-1])
 
 
-def hooked(model, name, layer=nn.Module.get_submodule, catch=lambda entered, left: entered[0], call=-1):
+def hooked(model, name, layer=nn.Module.get_submodule, catch=lambda entered, left: entered[0]):
     """A right solution, a hook at the head that catches what enters it, in pieces that a misconception replaces."""
-    caught = []
-    layer(model, name).register_forward_hook(lambda module, entered, left: caught.append(catch(entered, left)))
 
     def features(images):
-        model(images)
-        return caught[call]
+        caught = []
+        hook = layer(model, name).register_forward_hook(lambda module, entered, left: caught.append(catch(entered, left)))
+        try:
+            model(images)
+        finally:
+            hook.remove()
+        return caught[0]
 
     return features
 
@@ -247,11 +380,56 @@ def _layer_before(model, name):
     return model.get_submodule(names[names.index(name) - 1])
 
 
+@contextmanager
+def hook_at(module, hook):
+    """A hook that goes whatever happens."""
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 exercise.misconceptions_of(
     hooked,
     {
         "output of the head": {"catch": lambda entered, left: left},
         "output of the layer before": {"layer": _layer_before, "catch": lambda entered, left: left},
-        "first batch kept": {"call": 0},
     },
 )
+
+
+@exercise.misconception("first batch kept")
+def first_batch_kept(model, name):
+    caught = []
+
+    def features(images):
+        with hook_at(model.get_submodule(name), lambda module, args: caught.append(args[0])):
+            model(images)
+        return caught[0]
+
+    return features
+
+
+@exercise.misconception("batches pile up")
+def batches_pile_up(model, name):
+    caught = []
+
+    def features(images):
+        with hook_at(model.get_submodule(name), lambda module, args: caught.append(args[0].detach())):
+            model(images)
+        return caught[-1]
+
+    return features
+
+
+@exercise.misconception("hook left behind")
+def hook_left_behind(model, name):
+    caught = {}
+    model.get_submodule(name).register_forward_pre_hook(lambda module, args: caught.update(features=args[0]))
+
+    def features(images):
+        model(images)
+        return caught.pop("features")
+
+    return features

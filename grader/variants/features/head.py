@@ -69,9 +69,158 @@ def wrapped_after_fc(model, name):
     return nn.Sequential(clone, nn.Flatten())
 
 
+def by_execution(model, name, images, wanted):
+    """What the modules without children that run before the head are, in their order, and what each of them gives."""
+    ran, handles = [], []
+    for key, module in model.named_modules():
+        if key == name or not list(module.children()):
+            handles.append(module.register_forward_hook(lambda module, args, output: ran.append((module, output))))
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    head = model.get_submodule(name)
+    before = ran[: [module for module, _ in ran].index(head)]
+    return [step[wanted] for step in before]
+
+
+def output_of_what_runs_before(model, name):
+    return lambda images: by_execution(model, name, images, 1)[-1]
+
+
+def modules_in_the_order_they_run(model, name):
+    def features(images):
+        for module in by_execution(model, name, images, 0):
+            images = module(images)
+        return images
+
+    return features
+
+
+def one_dot(model, name):
+    clone = copy.deepcopy(model)
+    parent, dot, attribute = name.partition(".")
+    setattr(clone.get_submodule(parent) if dot else clone, attribute or parent, nn.Identity())
+    return clone
+
+
+def all_that_end_so(model, name):
+    clone = copy.deepcopy(model)
+    for key, module in list(clone.named_modules()):
+        if key.endswith(name) and isinstance(module, nn.Linear):
+            parent, _, attribute = key.rpartition(".")
+            setattr(clone.get_submodule(parent), attribute, nn.Identity())
+    return clone
+
+
+def first_features_kept(model, name):
+    backbone, kept = head_that_passes_on(model, name), {}
+
+    def features(images):
+        if "features" not in kept:
+            kept["features"] = backbone(images)
+        return kept["features"]
+
+    return features
+
+
+def without_axes_of_one(model, name):
+    backbone = head_that_passes_on(model, name)
+    return lambda images: backbone(images).squeeze(0)
+
+
+def without_a_head_until_used(model, name):
+    """In place, and put back after the first call."""
+    parent, _, attribute = name.rpartition(".")
+    place, head = model.get_submodule(parent), model.get_submodule(name)
+    setattr(place, attribute, nn.Identity().train(model.training))
+
+    def features(images):
+        setattr(place, attribute, nn.Identity().train(model.training))
+        try:
+            return model(images)
+        finally:
+            setattr(place, attribute, head)
+
+    return features
+
+
+def scaled_head(model, name):
+    """What enters the head is found by a head that passes on, written into the model's own."""
+    backbone = head_that_passes_on(model, name)
+    model.get_submodule(name).weight.data *= 2
+    return backbone
+
+
+def frozen_in_place(model, name):
+    return UpToTheHead(model.requires_grad_(False), name)
+
+
+def for_evaluation(model, name):
+    return UpToTheHead(model.eval(), name)
+
+
+def put_back_if_all_goes_well(model, name):
+    parent, _, attribute = name.rpartition(".")
+    place = model.get_submodule(parent)
+
+    def features(images):
+        head = getattr(place, attribute)
+        setattr(place, attribute, nn.Identity())
+        found = model(images)
+        setattr(place, attribute, head)
+        return found
+
+    return features
+
+
+def removed_if_all_goes_well(model, name):
+    def features(images):
+        kept = {}
+        handle = model.get_submodule(name).register_forward_pre_hook(lambda head, args: kept.update(found=args[0]))
+        model(images)
+        handle.remove()
+        return kept["found"]
+
+    return features
+
+
+def attribute_on_the_head(model, name):
+    def keep(head, args):
+        head.entered = args[0].detach()
+
+    model.get_submodule(name).register_forward_pre_hook(keep)
+    return lambda images: (model(images), model.get_submodule(name).entered)[1]
+
+
+class EveryBatchKept(UpToTheHead):
+    """A table of all that was asked, for those who ask twice."""
+
+    def __init__(self, model, name):
+        super().__init__(model, name)
+        self.kept = {}
+
+    def forward(self, images):
+        return self.kept.setdefault(images, super().forward(images))
+
+
 CORRECT = [by_torchvision, put_back_afterwards, UpToTheHead, head_that_passes_on]
-REWRITTEN = {"whole classifier removed": classifier_that_passes_on, "always fc": wrapped_after_fc}
-BROKEN = {}
+REWRITTEN = {
+    "whole classifier removed": classifier_that_passes_on,
+    "always fc": wrapped_after_fc,
+    "hook left behind": attribute_on_the_head,
+    "batches pile up": EveryBatchKept,
+}
+BROKEN = {
+    1: [output_of_what_runs_before, modules_in_the_order_they_run],
+    2: [one_dot, all_that_end_so],
+    3: [first_features_kept, without_axes_of_one],
+    4: [without_a_head_until_used, scaled_head],
+    5: [frozen_in_place, for_evaluation],
+    6: [put_back_if_all_goes_well, removed_if_all_goes_well, attribute_on_the_head],
+    7: [EveryBatchKept],
+}
 COMBINED = [
     ({"head removed in place", "model put into eval mode"}, partial(solution, copied=nn.Module.eval)),
     ({"head removed in place", "always fc"}, partial(solution, copied=lambda model: model, place=lambda *_: ("", "fc"))),
@@ -79,6 +228,5 @@ COMBINED = [
 
 EQUIVALENT = {
     "… args: caught.append(args[0])) -> … args: caught.append(args[-1]))": "a head is called with one argument",
-    "try: ⏎ model(images) ⏎ finally: -> model(images)": "a forward that raises is out of scope",
     "return caught[0] -> return caught[-1]": "the head is called once in a forward",
 }
