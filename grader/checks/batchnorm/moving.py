@@ -145,8 +145,8 @@ class EveryBuffer(_Acting):
         return {"model": nn.Sequential(OrderedDict(ema=_Average(trial, width))), "x": 3 + trial.normal(width).abs()}
 
     def act(self, model, x):
-        model.ema.average.mul_(0.9).add_(0.1 * x)
-        model.ema.last[-1] = x[-1]
+        for buffer in (model.ema.average, model.ema.last):
+            buffer[-1] = 9 + x[-1]
         model.ema.steps += 1
 
     def facts(self, raw, inputs):
@@ -176,10 +176,12 @@ class SmallChanges(_Named):
         width = trial.integer(2, 4)
         values = {
             "swapped": torch.arange(1.0, 2 * width + 2)[trial.permutation(2 * width + 1)],  # sum, mean and squares are exact
-            "nudged": 1 + torch.rand(width, 3, generator=trial.generator),
-            "nudged_double": 1 + torch.rand(3, width, generator=trial.generator).double(),
+            "nudged": torch.zeros(width, 3),
+            "nudged_double": torch.zeros(3, width).double(),
             "tiny": 1e-12 * (1 + trial.normal(width).abs()),
         }
+        for name in ("nudged", "nudged_double"):
+            values[name][-1, -1] = 1 + trial.integer(0, 7) / 8  # alone, so that every sum changes, and exact in all dtypes
         return {"model": nn.ParameterDict(values)}
 
     def act(self, model):
