@@ -663,32 +663,64 @@ show(
     "the second shows a little more.",
 )
 
+# %%
+from torchvision.models import WeightsEnum
+
 # %% [markdown]
-# **Exercise 2.5** (20 min, ●●○). Write `classify(weights, model, images, k)`: what a network sees in photographs, in words.
+# So let the weights say what to do: an image prepared in another way is an image that the network was not trained on, and it
+# answers all the same.
 #
-# - `weights` is a member of a weights enum, `model` the network it belongs to, with its head: `(n, 3, height, width)` to logits
-#   `(n, classes)`. Some of its modules may be in train mode when you get it; leave it exactly as it was.
-# - `images` is a list of n tensors `(3, height, width)` of uint8, **of different sizes**, not yet preprocessed.
-# - Return a list with one entry for each image, in their order: a list of `k` pairs `(category, probability)`, likeliest first.
-#   The categories are those of the weights; the probabilities, not rounded, sum to 1 over all of them, also when fewer are
-#   listed.
-# - What an image gets depends on that image alone. Leave the images as they were, too.
+# **Exercise 2.5** (20 min, ●●○). Write `classify`: what a network sees in photographs, in words.
+#
+# *Core*
+#
+# 1. Each image goes through `weights.transforms()` as it is, and through nothing else.
+# 2. An output has the name that stands at its index in `weights.meta["categories"]`.
+# 3. Each image, in their order, gets `k` pairs `(category, probability)`, likeliest first.
+# 4. The probabilities are the softmax over all categories, however many are listed, and not rounded.
+# 5. The network runs in eval mode: what an image gets depends on that image alone.
+#
+# *Fine print*
+#
+# 6. Afterwards the model is what it was: its buffers, `requires_grad`, the mode of each module.
 
 
 # %%
-def classify(weights, model, images, k):
+def classify(
+    weights: WeightsEnum,
+    model: nn.Module,
+    images: list[Tensor],
+    k: int,
+) -> list[list[tuple[str, float]]]:
+    """The `k` likeliest categories of each image, with their probabilities.
+
+    A network that gives the same outputs for every image, 0.0 to 999.0:
+
+    >>> from torchvision.models import ResNet18_Weights
+    >>> head, bias = nn.Linear(3, 1000), torch.arange(1000.0)
+    >>> _ = head.load_state_dict({"weight": torch.zeros(1000, 3), "bias": bias})
+    >>> model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    >>> photo = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    >>> [pairs] = classify(ResNet18_Weights.IMAGENET1K_V1, model, [photo], k=2)
+    >>> [(category, round(probability, 3)) for category, probability in pairs]
+    [('toilet tissue', 0.632), ('ear', 0.233)]
+
+    Args:
+        weights: a member of a weights enum.
+        model: its network, head included, (n, 3, height, width) to logits
+            (n, categories); some modules may be in train mode.
+        images: n tensors (3, height, width) of uint8, of different sizes.
+        k: from 1 to the number of categories.
+
+    Returns:
+        A list of n lists of k pairs.
+    """
     ### BEGIN SOLUTION
     transforms, categories = weights.transforms(), weights.meta["categories"]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            probabilities = model(torch.stack([transforms(image) for image in images])).softmax(dim=1)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with eval_mode(model), torch.no_grad():
+        logits = model(torch.stack([transforms(image) for image in images]))
     answers = []
-    for row in probabilities:
+    for row in logits.softmax(dim=1):
         best = row.argsort(descending=True)[:k]
         answers.append([(categories[column], row[column].item()) for column in best.tolist()])
     return answers

@@ -30,12 +30,16 @@ def task(trial: Trial) -> dict:
 
 
 def network(trial: Trial, width: int) -> nn.Sequential:
-    """A small network in eval mode, for images of any size, all of odd sixteenths: printed with four digits, each is exact."""
+    """A small network in eval mode, partly frozen, for images of any size.
+
+    All its numbers are odd sixteenths: printed with four digits, each is exact.
+    """
     backbone = nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64, width), nn.BatchNorm1d(width)).eval()
     with torch.no_grad():
         for tensor in _changeable(backbone):
             tensor.copy_(2 * torch.randint(-4, 4, tensor.shape, generator=trial.generator) + 1).div_(16)
         backbone[-1].running_var.abs_()
+    backbone[2].requires_grad_(False)
     return backbone
 
 
@@ -54,7 +58,7 @@ def other_weights(inputs: dict) -> Changes:
         before = tensor.detach().clone()
         middle = tensor.numel() // 2
         tensor.detach().view(-1)[middle] += 1e-5  # a small step of an optimizer
-        yield f"one number of a {'parameter' if tensor.requires_grad else 'buffer'} changed", inputs
+        yield f"one number of a {'parameter' if isinstance(tensor, nn.Parameter) else 'buffer'} changed", inputs
         tensor.detach().copy_(before)
 
 

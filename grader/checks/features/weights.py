@@ -3,21 +3,23 @@
 import math
 from collections.abc import Iterable
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from grader.checks import networks, traces
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number, wrong_return
-from grader.near import near
+from grader.near import near, which
 from helpers import expect
 from helpers.backbones import classify
 from helpers.features import extract
 
-exercise = Exercise(__name__, "2.5", classify)
+exercise = Exercise(__name__, "2.5", classify, core=5)
 
 _CATEGORIES = ("accordion", "beaver", "gondola", "kite", "lighthouse", "pretzel", "teapot", "zebra")
 _ALL = len(_CATEGORIES)
+_RED_AND_BLUE = (220, 40, 60), (30, 70, 210)
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -44,14 +46,18 @@ def _plain_network(trial: Trial) -> nn.Sequential:
     return network
 
 
-def _trained_network(trial: Trial) -> nn.Sequential:
-    """A network with BatchNorm and dropout, in train mode; LeakyReLU, since it lets something of every image through."""
+def _trained_network(trial: Trial, norm: bool = True, dropout: bool = True) -> nn.Sequential:
+    """A network with BatchNorm, dropout or both, in train mode.
+
+    LeakyReLU lets something of every image through; with LayerNorm no probability is near 1, however large the pixels are;
+    with that eps, a BatchNorm makes nothing of what rounding leaves of equal pixels.
+    """
     head = nn.Linear(6, _ALL)
     head.weight.data.copy_(trial.normal(_ALL, 6) / 3)
-    norms = [networks.with_statistics(nn.BatchNorm2d(6), trial) for _ in range(2)]
+    norms = [networks.with_statistics(nn.BatchNorm2d(6, eps=0.1), trial) if norm else nn.Identity() for _ in range(2)]
     return nn.Sequential(
         *(nn.Conv2d(3, 6, 3), norms[0], nn.LeakyReLU(0.5), nn.Conv2d(6, 6, 1), norms[1], nn.LeakyReLU(0.5)),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), head),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(6), nn.Dropout(0.3 if dropout else 0.0), head),
     )
 
 
@@ -65,7 +71,7 @@ def _photos(trial: Trial, n: int) -> list[Tensor]:
     return images
 
 
-@exercise.experiment("own normalisation")
+@exercise.experiment("own normalisation", 1, 3)
 class OwnNormalisation(Experiment):
     points = 2
 
@@ -85,10 +91,12 @@ class OwnNormalisation(Experiment):
         once = [transforms(image) for image in inputs["images"]]
         colours = torch.stack([image[:, :1, :1] for image in inputs["images"]]) / 255
         mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in _IMAGENET.values())
+        own_mean, own_std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (transforms.mean, transforms.std))
         known = {
             "by the mean and std of the weights": torch.stack(once),
             "by the mean and std of ImageNet": (colours - mean) / std,
             "by the mean and std of the weights, twice": torch.stack([transforms(image) for image in once]),
+            "by the mean and std of the weights, values from 0 to 255": (255 * colours - own_mean) / own_std,
             "not at all, values from 0 to 1": colours,
             "not at all, values from 0 to 255": 255 * colours,
         }
@@ -104,31 +112,41 @@ class OwnNormalisation(Experiment):
         return {"the images were normalised": how, "the order of the results": order}
 
 
-@exercise.experiment("own crop")
+@exercise.experiment("own crop", 1)
 class OwnCrop(Experiment):
+    shapes: ClassVar = {"a square image": (40, 40), "a wide image": (40, 80), "a tall image": (80, 40)}
+
     def draw(self, trial: Trial) -> dict:
-        image = (127 + 20 * trial.normal(3, 40, 40)).clamp(60, 190).to(torch.uint8)
-        return {
-            "weights": _weights(trial),
-            "model": _plain_network(trial),
-            # The preset keeps the central 20 x 20 pixels.
-            "images": [image, _with_frame(image, 0, 5), _with_frame(image, 11, 15)],
-        }
+        images = []
+        for turn, size in enumerate(self.shapes.values()):
+            colour = torch.tensor([90.0, 125.0, 160.0]).roll(turn).view(3, 1, 1)
+            images.append((colour + 20 * trial.normal(3, *size)).clamp(60, 190).to(torch.uint8))
+        model = _trained_network(trial, norm=False, dropout=False)
+        return {"weights": _weights(trial), "model": model, "images": images}
 
     def measure(self, subject, inputs):
-        return {"calls": [_answer(subject, inputs["weights"], inputs["model"], [image]) for image in inputs["images"]]}
+        images = inputs["images"]
+        # The preset keeps the central 20 x 20 pixels; of an image that was squeezed to a square, it would keep 20 x 40.
+        calls = {
+            "as drawn": images,
+            "outside": [_bright(image, 15, math.inf) for image in images],
+            "inside": [_bright(image, 5, 9) for image in images],
+        }
+        return {what: _answer(subject, inputs["weights"], inputs["model"], some) for what, some in calls.items()}
 
     def facts(self, raw, inputs):
-        original, outside, inside = (_by_category(call)[0] for call in raw["calls"])
-        if near(list(original.values()), next(iter(original.values()))):
-            return {"pixels that the crop leaves out": None, "pixels at the edge of what it keeps": None}
-        return {
-            "pixels that the crop leaves out": "do not count" if _close(original, outside) else "count",
-            "pixels at the edge of what it keeps": "do not count" if _close(original, inside) else "count",
-        }
+        drawn, outside, inside = map(_by_category, raw.values())
+        facts = {}
+        for number, shape in enumerate(self.shapes):
+            values = list(drawn[number].values())
+            seen = not near(values, values[0])
+            for where, changed in (("that the crop leaves out", outside), ("at the edge of what it keeps", inside)):
+                word = "do not count" if _close(drawn[number], changed[number]) else "count"
+                facts[f"pixels of {shape} {where}"] = word if seen else None
+        return facts
 
 
-@exercise.experiment("names of the outputs")
+@exercise.experiment("names of the outputs", 2)
 class NamesOfTheOutputs(Experiment):
     def draw(self, trial: Trial) -> dict:
         model = _plain_network(trial)
@@ -157,27 +175,36 @@ class _FewAndAll(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         k = trial.integer(3, 5)
-        return {"weights": _weights(trial), "model": _plain_network(trial), "images": _photos(trial, 3), "k": k}
+        model = _trained_network(trial, norm=False, dropout=False)
+        return {"weights": _weights(trial), "model": model, "images": _photos(trial, 3), "k": k}
 
     def measure(self, subject, inputs):
         return {"some": _answer(subject, **inputs), "all": _answer(subject, **inputs | {"k": _ALL})}
 
 
-@exercise.experiment("likeliest first")
+@exercise.experiment("likeliest first", 3)
 class LikeliestFirst(_FewAndAll):
+    def measure(self, subject, inputs):
+        one = inputs | {"images": inputs["images"][:1]}
+        single = {"single": _answer(subject, **one | {"k": 1}), "single, all": _answer(subject, **one | {"k": _ALL})}
+        return super().measure(subject, inputs) | single
+
     def facts(self, raw, inputs):
         k, numbers = inputs["k"], raw["some"]["numbers"]
         falling, rising = ((way * numbers.diff(dim=1) >= 0).all() for way in (-1, 1))
         listed = [set(names) for names in raw["some"]["names"]]
         likeliest, least = ([set(names[part]) for names in _ranked(raw["all"])] for part in (slice(k), slice(-k, None)))
         which = "the likeliest" if listed == likeliest else "the least likely" if listed == least else "different"
+        every, (first,) = raw["single, all"]["numbers"], raw["single"]["names"]
+        alone = "the likeliest" if first == _ranked(raw["single, all"])[0][:1] else "another"
         return {
             "the categories listed": which,
+            "a single category of a single image": None if near(every, every[0, 0].item()) else alone,
             "their numbers": "falling" if falling else "rising" if rising else "neither falling nor rising",
         }
 
 
-@exercise.experiment("probabilities")
+@exercise.experiment("probabilities", 4)
 class Probabilities(_FewAndAll):
     points = 2
 
@@ -196,26 +223,68 @@ class Probabilities(_FewAndAll):
         return {"the numbers of all categories of an image": f"from {numbers.min():.2g} to {numbers.max():.2g}"}
 
 
-@exercise.experiment("by itself")
+@exercise.experiment("softmax of the outputs", 4)
+class SoftmaxOfTheOutputs(Experiment):
+    def draw(self, trial: Trial) -> dict:
+        model = _plain_network(trial)
+        model[2].weight.data.zero_()  # the same outputs whatever the image
+        model[2].bias.data.mul_(6)  # so that small probabilities are small indeed, and cannot be rounded without loss
+        return {"weights": _weights(trial), "model": model, "images": _photos(trial, 2)}
+
+    def measure(self, subject, inputs):
+        return _answer(subject, **inputs)
+
+    def facts(self, raw, inputs):
+        outputs = inputs["model"][2].bias.double().sort().values
+        numbers = raw["numbers"].sort(dim=1).values
+        shares = {"the softmax of the outputs": outputs.softmax(0), "the sigmoid of each output": outputs.sigmoid()}
+        known = {name: share.clamp_min(1e-12).log() for name, share in shares.items()}
+        found = {which(row.clamp_min(1e-12).log(), known) for row in numbers}
+        return {"the numbers for known outputs": found.pop() if len(found) == 1 else "different"}
+
+    def notes(self, raw, inputs):
+        return {"the numbers for known outputs": f"from {raw['numbers'].min():.2g} to {raw['numbers'].max():.2g}"}
+
+
+@exercise.experiment("by itself", 5)
 class ByItself(Experiment):
     def draw(self, trial: Trial) -> dict:
-        return {"weights": _weights(trial), "model": _trained_network(trial), "images": _photos(trial, 5)}
+        return {
+            "weights": _weights(trial),
+            "models": {"BatchNorm": _trained_network(trial, dropout=False), "dropout": _trained_network(trial, norm=False)},
+            "images": _photos(trial, 5),
+            "colours": [torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).repeat(1, 16, 16) for colour in _RED_AND_BLUE],
+        }
 
     def measure(self, subject, inputs):
         image, a, b, c, d = inputs["images"]
-        calls = [a, image, b], [c, image, d]
-        return {"calls": [_answer(subject, inputs["weights"], inputs["model"], images) for images in calls]}
+        calls = {
+            kind: [_answer(subject, inputs["weights"], model, images) for images in ([a, image, b], [c, image, d])]
+            for kind, model in inputs["models"].items()
+        }
+        model = inputs["models"]["BatchNorm"]
+        return {"calls": calls, "alone": [_answer(subject, inputs["weights"], model, [plain]) for plain in inputs["colours"]]}
 
     def facts(self, raw, inputs):
-        first, second = (_by_category(call)[1] for call in raw["calls"])
-        return {"the numbers of one image in other company": "the same" if _close(first, second) else "different"}
+        facts = {}
+        for kind, calls in raw["calls"].items():
+            first, second = (_by_category(call)[1] for call in calls)
+            same = "the same" if _close(first, second) else "different"
+            facts[f"the numbers of one image in other company, with {kind}"] = same
+        # A BatchNorm that sees one image of one colour makes the same of any, unless it goes by stored statistics.
+        red, blue = (_by_category(call)[0] for call in raw["alone"])
+        values = list(red.values())
+        alike = "the same" if _close(red, blue) else "different"
+        facts["the numbers of a red image and of a blue one, each alone"] = None if near(values, values[0]) else alike
+        return facts
 
 
-@exercise.experiment("left as found")
+@exercise.experiment("left as found", 6)
 class LeftAsFound(Experiment):
     def draw(self, trial: Trial) -> dict:
         model = _trained_network(trial)
         model[4].eval()  # one BatchNorm is in eval mode, as a frozen one would be
+        model[0].requires_grad_(False)
         return {"weights": _weights(trial), "model": model, "images": _photos(trial, 3)}
 
     def measure(self, subject, inputs):
@@ -223,7 +292,7 @@ class LeftAsFound(Experiment):
         return {"traces": traces.of(inputs["model"])}
 
     def facts(self, raw, inputs):
-        return traces.changes(inputs["model"], raw["traces"], "buffers", "modes")
+        return traces.changes(inputs["model"], raw["traces"], "buffers", "flags", "modes")
 
 
 def _answer(subject, weights, model: nn.Module, images: list[Tensor], k: int = _ALL) -> dict:
@@ -297,17 +366,22 @@ def _places(rows: Tensor, expected: Tensor) -> list[int] | None:
     return None if None in places else places
 
 
-def _with_frame(image: Tensor, start: int, stop: int) -> Tensor:
-    """A copy whose pixels from `start` to `stop` from the nearest edge are bright."""
-    row = torch.arange(image.shape[1])
-    depth = torch.minimum(row, row.flip(0))
-    distance = torch.minimum(depth[:, None], depth)
-    return image.where((distance < start) | (distance >= stop), torch.tensor(255, dtype=torch.uint8))
+def _bright(image: Tensor, start: float, stop: float) -> Tensor:
+    """A copy whose pixels farther from the centre than `start` and at most `stop`, along either axis, are bright."""
+    rows, columns = (torch.arange(size) - (size - 1) / 2 for size in image.shape[1:])
+    distance = torch.maximum(rows.abs()[:, None], columns.abs())
+    return image.where((distance <= start) | (distance > stop), torch.tensor(255, dtype=torch.uint8))
 
 
 def _prepare(weights, image: Tensor, **changes) -> Tensor:
     """What enters the network; `changes` are other numbers for the preset of the weights."""
     return weights.transforms(**changes)(image)
+
+
+def _squeezed(image: Tensor) -> Tensor:
+    from torchvision.transforms import functional as TF  # here: it takes as long to import as torch
+
+    return TF.resize(image, [224, 224], antialias=True)
 
 
 _SHARES = nn.Softmax(dim=1)
@@ -322,6 +396,13 @@ def classified(weights, model, images, k, *, prepare=_prepare, outputs=extract, 
     return [[(categories[column], value) for column, value in zip(*row, strict=True)] for row in rows]
 
 
+def _with_norms_in_eval_mode(model: nn.Module, batch: Tensor) -> Tensor:
+    with traces.kept(model, "modes"), torch.no_grad():
+        for module in model.modules():
+            module.train(not isinstance(module, nn.BatchNorm2d) and module.training)
+        return model(batch)
+
+
 def _shares_of_the_best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, columns = logits.topk(k)
     return values.softmax(1), columns
@@ -330,15 +411,19 @@ def _shares_of_the_best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 CHANGES = {
     "ImageNet's mean and std": {"prepare": partial(_prepare, **_IMAGENET)},
     "not normalised": {"prepare": partial(_prepare, mean=(0, 0, 0), std=(1, 1, 1))},
+    "not divided by 255": {"prepare": lambda weights, image: _prepare(weights, image.float())},
+    "squeezed to a square": {"prepare": lambda weights, image: _prepare(weights, _squeezed(image))},
     "preprocessed twice": {"prepare": lambda weights, image: _prepare(weights, _prepare(weights, image))},
     "other sizes than the preset's": {"prepare": partial(_prepare, resize_size=256, crop_size=224)},
     "logits for probabilities": {"shares": nn.Identity()},
+    "sigmoid in place of softmax": {"shares": torch.sigmoid},
     "softmax over the images": {"shares": nn.Softmax(dim=0)},
     "softmax over the k listed": {"shares": nn.Identity(), "best": _shares_of_the_best},
     "categories in alphabetical order": {"names": sorted},
     "least likely": {"best": partial(torch.topk, largest=False)},
     "likeliest last": {"best": lambda shares, k: [part.flip(1) for part in shares.topk(k)]},
     "train mode": {"outputs": lambda model, batch: model(batch)},
+    "only BatchNorm in eval mode": {"outputs": _with_norms_in_eval_mode},
     "left in eval mode": {"outputs": lambda model, batch: extract(model.eval(), batch)},
 }
 exercise.misconceptions_of(classified, CHANGES)

@@ -119,6 +119,7 @@ BROKEN = {
         printed,
         *(partial(keyed, **CHANGES[key]) for key in ("weights not in the key", "buffers not in the key")),
         partial(keyed, weights=lambda backbone: sorted(map(str, _rows(backbone)))),
+        partial(keyed, weights=lambda backbone: [(t.shape, t.tolist()) for t in _trained(backbone)]),
         lambda backbone, images, settings: (
             by_lists(backbone, images, settings)
             if not list(backbone.buffers())
@@ -171,6 +172,11 @@ EQUIVALENT = {
 
 def _bytes(tensor):
     return tensor.detach().numpy().tobytes()
+
+
+def _trained(backbone):
+    """What a frozen backbone has none of, and its buffers."""
+    return [p for p in backbone.parameters() if p.requires_grad] + list(backbone.buffers())
 
 
 def _rows(backbone):

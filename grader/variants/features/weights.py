@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from grader.checks.features.weights import CHANGES, classified
+from helpers.features import extract
 
 
 def in_numpy_on_a_copy(weights, model, images, k):
@@ -56,14 +57,15 @@ class BySize:
         return [results[position] for position in range(len(images))]
 
 
-def typed_after_the_presets_sizes(weights, model, images, k, mean=None, std=None, descending=True):
+def typed_after_the_presets_sizes(weights, model, images, k, mean=None, std=None, descending=True, sizes=None, scale=255):
     from torchvision.transforms import functional as TF
 
     preset = weights.transforms()
     prepared = []
     for image in images:
-        crop = TF.center_crop(TF.resize(image, preset.resize_size, antialias=True), preset.crop_size)
-        prepared.append(TF.normalize(crop.div(255), mean or preset.mean, std or preset.std))
+        resize_size, crop_size = sizes or (preset.resize_size, preset.crop_size)
+        crop = TF.center_crop(TF.resize(image, resize_size, antialias=True), crop_size)
+        prepared.append(TF.normalize(crop.div(scale), mean or preset.mean, std or preset.std))
     twin = copy.deepcopy(model)
     twin.eval().requires_grad_(False)
     p = torch.softmax(twin(torch.stack(prepared)), 1)
@@ -74,13 +76,118 @@ def typed_after_the_presets_sizes(weights, model, images, k, mean=None, std=None
     ]
 
 
-CORRECT = [in_numpy_on_a_copy, through_pillow, BySize(), typed_after_the_presets_sizes]
+def with_hooks(weights, model, images, k):
+    """Hooks, a queue and a dictionary; one image at a time."""
+    prepare, categories = weights.transforms(), dict(enumerate(weights.meta["categories"]))
+    found, modes = [], [(module, module.training) for module in model.modules()]
+    hook = model.register_forward_hook(lambda module, args, logits: found.append(logits[0].double()))
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            for image in images:
+                model(prepare(image).unsqueeze(0))
+    finally:
+        hook.remove()
+        for module, training in modes:
+            module.training = training
+    answers = []
+    for logits in found:
+        shares = (logits - logits.logsumexp(0)).exp().tolist()
+        answers.append(sorted(((categories[i], share) for i, share in enumerate(shares)), key=lambda pair: -pair[1])[:k])
+    return answers
+
+
+def with_sigmoids(weights, model, images, k):
+    twin = copy.deepcopy(model).eval()
+    outputs = twin(torch.stack([weights.transforms()(image) for image in images])).detach()
+    shares = 1 / (1 + (-outputs).exp())
+    answers = []
+    for row in shares:
+        best = row.topk(k)
+        answers.append(
+            [(weights.meta["categories"][i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        )
+    return answers
+
+
+def _changed(*keys, **changes):
+    return [partial(classified, **CHANGES[key]) for key in keys] + ([partial(classified, **changes)] if changes else [])
+
+
+def _padded(weights, image):
+    side = max(image.shape)
+    top, left = ((side - size) // 2 for size in image.shape[1:])
+    padded = torch.zeros(3, side, side, dtype=image.dtype)
+    padded[:, top : top + image.shape[1], left : left + image.shape[2]] = image
+    return weights.transforms()(padded)
+
+
+def _without_crop(weights, image):
+    (size,) = weights.transforms().crop_size
+    return weights.transforms(resize_size=size, crop_size=size)(image)
+
+
+def _from_one(categories):
+    return ["background", *categories]
+
+
+def _in_batch_statistics(model, batch):
+    with torch.no_grad():
+        return copy.deepcopy(model)(batch)
+
+
+def _alone_in_train_mode(model, batch):
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        module.train(not isinstance(module, torch.nn.Dropout))
+    with torch.no_grad():
+        return torch.cat([twin(image[None]) for image in batch])
+
+
+def _frozen_for_good(model, batch):
+    model.requires_grad_(False)
+    return extract(model, batch)
+
+
+def _in_train_mode_afterwards(model, batch):
+    logits = extract(model, batch)
+    model.train()
+    return logits
+
+
+def _first(shares, k):
+    columns = torch.arange(k).expand(len(shares), k)
+    return shares[:, :k], columns
+
+
+def _backwards(*task):
+    return in_numpy_on_a_copy(*task)[::-1]
+
+
+CORRECT = [in_numpy_on_a_copy, through_pillow, BySize(), typed_after_the_presets_sizes, with_hooks]
 REWRITTEN = {
     "ImageNet's mean and std": partial(typed_after_the_presets_sizes, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
     "not normalised": partial(typed_after_the_presets_sizes, mean=[0], std=[1]),
+    "other sizes than the preset's": partial(typed_after_the_presets_sizes, sizes=(256, 224)),
+    "not divided by 255": partial(typed_after_the_presets_sizes, scale=1),
     "least likely": partial(typed_after_the_presets_sizes, descending=False),
+    "sigmoid in place of softmax": with_sigmoids,
 }
-BROKEN = {}
+BROKEN = {
+    1: [
+        *_changed("ImageNet's mean and std", "not divided by 255", "squeezed to a square", "other sizes than the preset's"),
+        *(partial(classified, prepare=prepare) for prepare in (_padded, _without_crop)),
+    ],
+    2: _changed("categories in alphabetical order", names=_from_one),
+    3: [*_changed("least likely", "likeliest last", best=_first), _backwards],
+    4: [*_changed("softmax over the k listed", "logits for probabilities"), with_sigmoids],
+    5: [
+        *_changed("only BatchNorm in eval mode", outputs=_in_batch_statistics),
+        partial(classified, outputs=_alone_in_train_mode),
+    ],
+    6: [*_changed("left in eval mode", outputs=_frozen_for_good), partial(classified, outputs=_in_train_mode_afterwards)],
+}
 COMBINED = [
     ({first, second}, partial(classified, **CHANGES[first], **CHANGES[second]))
     for first, second in (
@@ -90,10 +197,7 @@ COMBINED = [
 ]
 
 EQUIVALENT = {
-    "try: ⏎ with torch.no_grad(): ⏎ probabilities = … for image in images])).softmax(dim=1) ⏎ finally: -> "
-    "with torch.no_grad(): ⏎ probabilities = … for image in images])).softmax(dim=1)": "a network that raises is out of scope",
-    "with torch.no_grad(): ->": "`.item()` leaves the graph behind",
-    "… images])).softmax(dim=1) -> … images])).softmax(dim=-1)": "of two axes, the last is the second",
+    "for row in logits.softmax(dim=1): -> for row in logits.softmax(dim=-1):": "of two axes, the last is the second",
     "answers.append([(categories[column], row[column].item()) for column in best.tolist()]) -> "
     "answers.append([(categories[column], row[column]) for column in best.tolist()])": "a tensor with one number will do",
     "… row[column].item()) for column in best.tolist()]) -> "
