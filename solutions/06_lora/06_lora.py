@@ -95,41 +95,49 @@ for label in (0, 1):
 # %% [markdown]
 # ## Exercise 6.1: two small matrices beside a frozen one
 #
-# Fine-tuning changes a weight `W` into `W + ΔW`. *LoRA* (low-rank adaptation) leaves `W` as it is and learns `ΔW` as a
-# product of two thin matrices:
+# Fine-tuning changes a weight `W` into `W + ΔW`. *LoRA* (low-rank adaptation) freezes `W` and learns `ΔW` as a product of
+# two thin matrices, so that its *rank* stays small. Those of all layers together are an *adapter*. A new layer has to
+# compute what the old one did, or training starts from a spoiled network.
 #
-# $$ y = W x + b + \frac{\alpha}{r} \, B A x $$
+# **Exercise 6.1** (25 min, ●●○). Write `LoRALinear`.
 #
-# The *rank* of a matrix is the number of its independent rows. `A` has $r$ rows and `B` has $r$ columns, so `B A` has
-# the size of `W` and a rank of at most $r$. The matrices of all layers together are an *adapter*.
+# *Core*
 #
-# Two details decide whether it works. An entry of `B A` is a sum of $r$ terms, and the factor $\alpha / r$ keeps the
-# update from growing with the rank. $\alpha$ is a number that you choose, often 16 or twice the rank. And a new layer
-# has to compute what the old one did, or training starts from a network that has been spoiled: `B A` is zero at first,
-# but not in such a way that neither factor gets a gradient.
+# 1. It computes `base(x) + alpha / rank * B A x`.
+# 2. A new layer computes what `base` computes, and yet a gradient reaches `A` or `B`.
+# 3. Only `A` and `B` train.
+# 4. Once both hold numbers, gradients reach both, and through `base` and update the input.
 #
-# The bias stays as it is. If it trained, `A` and `B` would not hold the whole change, and taking them away would not
-# bring the old layer back.
+# *Fine print*
 #
-# **Exercise 6.1** (25 min, ●●○). Write the class `LoRALinear`. `base` is an `nn.Linear`, with or without a bias.
-#
-# - `LoRALinear(base, rank, alpha)` is an `nn.Module` that computes `base(x) + alpha / rank * (B A) x`.
-# - `A` has the shape `(rank, in_features)`, `B` the shape `(out_features, rank)`. These two are trainable parameters,
-#   one tensor each, and nothing else is: all of `base` is frozen, and there are no further biases. What they are
-#   called, and whether they stand in an `nn.Linear`, is up to you.
-# - A new layer computes what `base` computes, and yet a gradient reaches `A` or `B`. Once both hold numbers, it reaches
-#   both, and the gradient of the input comes through `base` and the update. What is not zero at first starts as
-#   `nn.Linear` starts its weight, `nn.init.kaiming_uniform_(…, a=5**0.5)`: the learning rates below were found with
-#   that.
-# - The layer works with `base` itself, not with a copy, and does not change its weight: numbers written into
-#   `base.weight` later count.
-# - As for `nn.Linear`, the input may have any dimensions before the last: `(in_features,)`, `(n, in_features)`, `(n,
-#   words, in_features)`.
-# - `A` and `B` are made with the dtype and on the device of `base.weight`, and follow `.to(torch.float64)`.
+# 5. Inputs may have any dimensions before the last.
+# 6. It works with `base` itself, not with a copy, and never changes its weight.
+# 7. `A` and `B` have the dtype and device of `base.weight`, and follow `.to(...)`.
+# 8. What is not zero at first starts as the weight of an `nn.Linear` does.
 
 
 # %%
 class LoRALinear(nn.Module):
+    """base(x) + alpha / rank * B A x, with `base` frozen.
+
+    >>> layer = LoRALinear(nn.Linear(6, 4), rank=2, alpha=8)
+    >>> [tuple(p.shape) for p in layer.parameters() if p.requires_grad]
+    [(2, 6), (4, 2)]
+    >>> layer(torch.ones(3, 5, 6)).shape
+    torch.Size([3, 5, 4])
+
+    Args:
+        base: an nn.Linear, with or without a bias. The bias is frozen, too: taking A and B away
+            brings the old layer back. Numbers written into `base.weight` later count.
+        rank: A is (rank, in_features) and B is (out_features, rank), one tensor each, without
+            biases. What they are called, and whether they are in an nn.Linear, is up to you.
+        alpha: often 16 or twice the rank. An entry of B A is a sum of `rank` terms, and the
+            factor keeps it from growing with the rank.
+
+    nn.Linear starts its weight with `nn.init.kaiming_uniform_(weight, a=5**0.5)`. The learning
+    rates of this chapter were found with that.
+    """
+
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__()
         ### BEGIN SOLUTION

@@ -86,8 +86,8 @@ def ratio(result: Tensor, basis: Tensor) -> float | None:
     return number if there else None
 
 
-def factor_name(factor: float, inputs: dict) -> str:
-    """A factor in the words of the statement."""
+def factor_name(factor: float, inputs: dict, first: str | None = None) -> str:
+    """A factor in the words of the statement; where several fit, `first` if it is one of them."""
     rank, alpha = inputs["rank"], inputs["alpha"]
     known = {
         "alpha / rank": alpha / rank,
@@ -98,6 +98,7 @@ def factor_name(factor: float, inputs: dict) -> str:
         "alpha / sqrt(rank)": alpha / math.sqrt(rank),
         "2 alpha / rank": 2 * alpha / rank,
     }
+    known = {name: known[name] for name in sorted(known, key=lambda name: name != first)}
     return which(factor, known, otherwise="another number")
 
 
@@ -120,7 +121,7 @@ class Layer(nn.Module):
         for parameter in self.frozen():
             parameter.requires_grad_(False)
         for name, shape in self.shapes(rank).items():
-            start = nn.init.normal_ if name in self.random else nn.init.zeros_
+            start = self.drawn if name in self.random else nn.init.zeros_
             setattr(self, name, self.trained(start(self.empty(*shape))))
 
     def adapted(self, base):
@@ -138,6 +139,11 @@ class Layer(nn.Module):
 
     def empty(self, *shape):
         return self.base.weight.new_empty(shape)
+
+    def drawn(self, tensor):
+        """As `nn.Linear` draws its weight."""
+        bound = tensor.shape[-1] ** -0.5
+        return nn.init.uniform_(tensor, -bound, bound)
 
     def trained(self, tensor):
         return nn.Parameter(tensor)

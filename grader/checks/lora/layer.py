@@ -1,6 +1,8 @@
 """Exercise 6.1: a linear layer that stays as it is, and two small matrices beside it that train."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from grader.near import near, which
 from helpers.lora import Linear
 
-exercise = Exercise(__name__, "6.1", Linear, name="LoRALinear")
+exercise = Exercise(__name__, "6.1", Linear, name="LoRALinear", core=4)
 
 
 def _inputs(trial: Trial, bias: bool = True) -> dict:
@@ -24,13 +26,14 @@ def _inputs(trial: Trial, bias: bool = True) -> dict:
     return numbers | inputs | {"A": trial.normal(rank, inside), "B": trial.normal(outside, rank)}
 
 
-@exercise.experiment("fresh layer")
+@exercise.experiment("fresh layer", 2)
 class FreshLayer(adapters.FreshLayer):
     def draw(self, trial: Trial) -> dict:
         return _inputs(trial)
 
     def measure(self, subject, inputs):
-        layer = layer_of(subject, inputs)
+        with _filled_with_nan():
+            layer = layer_of(subject, inputs)
         y = _output(layer, inputs["x"], inputs)
         raw = {"y": y.detach(), "gradients": gradients((y * inputs["g"]).sum(), _adapter(layer, inputs))}
         if _fill(layer, inputs, times=0):
@@ -45,7 +48,7 @@ class FreshLayer(adapters.FreshLayer):
         }
 
 
-@exercise.experiment("the update")
+@exercise.experiment("the update", 1)
 class TheUpdate(Experiment):
     points = 2
 
@@ -53,26 +56,32 @@ class TheUpdate(Experiment):
         return _inputs(trial)
 
     def measure(self, subject, inputs):
-        layer = layer_of(subject, inputs)
-        if not _fill(layer, inputs):
-            return {}
-        filled = _matrix(layer, inputs)
-        _fill(layer, inputs, times=0)
-        return {"update": filled - _matrix(layer, inputs)}
+        updates = {"update": _update(subject, inputs), "of rank 1": _update(subject, inputs | _cut(inputs, rank=1))}
+        return {name: update for name, update in updates.items() if update is not None}
 
     def facts(self, raw, inputs):
-        product, factor = _product(raw["update"], inputs) if raw else (None, None)
+        if len(raw) < 2:
+            return dict.fromkeys(("the update is, but for a factor", "the factor", "with rank 1 it is"))
+        product, factor = _product(raw["update"], inputs)
         name = None if factor is None else adapters.factor_name(factor, inputs)
-        return {"the update is, but for a factor": product, "the factor": name}
+        thin = _cut(inputs, rank=1)
+        product_of_one, factor_of_one = _product(raw["of rank 1"], thin)
+        alike = product_of_one == product and factor_of_one is not None
+        alike = alike and name == adapters.factor_name(factor_of_one, inputs | thin, first=name)
+        return {
+            "the update is, but for a factor": product,
+            "the factor": name,
+            "with rank 1 it is": None if factor is None else "the same" if alike else "different",
+        }
 
     def notes(self, raw, inputs):
-        factor = _product(raw["update"], inputs)[1] if raw else None
+        factor = _product(raw["update"], inputs)[1] if "update" in raw else None
         if factor is None:
             return {}
         return {"the factor": f"{factor:.3g} with rank {inputs['rank']} and alpha {inputs['alpha']}"}
 
 
-@exercise.experiment("gradients")
+@exercise.experiment("gradients", 4)
 class Gradients(Experiment):
     points = 2
 
@@ -105,7 +114,7 @@ class Gradients(Experiment):
         }
 
 
-@exercise.experiment("what trains")
+@exercise.experiment("what trains", 3)
 class WhatTrains(Experiment):
     def draw(self, trial: Trial) -> dict:
         return _inputs(trial)
@@ -131,7 +140,7 @@ class WhatTrains(Experiment):
         return fitting or of_base or ("vectors" if tensor.ndim == 1 else "other tensors")
 
 
-@exercise.experiment("base itself")
+@exercise.experiment("base itself", 6)
 class BaseItself(Experiment):
     def draw(self, trial: Trial) -> dict:
         inputs = _inputs(trial)
@@ -142,7 +151,8 @@ class BaseItself(Experiment):
         layer = layer_of(subject, inputs)
         _fill(layer, inputs)
         with torch.no_grad():
-            _output(layer, inputs["x"], inputs)
+            for mode in (True, False):
+                _output(layer.train(mode), inputs["x"], inputs)
             used = weight.detach().clone()
             weight.copy_(inputs["new"])
             _fill(layer, inputs, times=0)
@@ -158,28 +168,47 @@ class BaseItself(Experiment):
         }
 
 
-@exercise.experiment("takes what base takes")
-class TakesWhatBaseTakes(Experiment):
+@exercise.experiment("any dimensions", 5)
+class AnyDimensions(Experiment):
+    def draw(self, trial: Trial) -> dict:
+        inputs = _inputs(trial)
+        width = inputs["base"].in_features
+        turned = trial.normal(2, width, 3).transpose(1, 2)  # not contiguous
+        return inputs | {"xs": [*(trial.normal(*shape, width) for shape in ((), (1,), (2, 3), (2, 1, 3, 2), (0,))), turned]}
+
+    def measure(self, subject, inputs):
+        layer = layer_of(subject, inputs)
+        _fill(layer, inputs)
+        return {
+            "rows": [_output(layer, x.reshape(-1, x.shape[-1]), inputs).detach() for x in inputs["xs"]],
+            "outputs": [attempt(lambda x=x: layer(x).detach().clone()) for x in inputs["xs"]],
+        }
+
+    def facts(self, raw, inputs):
+        alike = all(map(_as_in_rows, raw["outputs"], inputs["xs"], raw["rows"]))
+        return {"inputs of 1 to 5 dimensions": "each vector as in a matrix" if alike else "not each as in a matrix"}
+
+    def notes(self, raw, inputs):
+        error = next(filter(None, map(failed, raw["outputs"])), None)
+        return {"inputs of 1 to 5 dimensions": error} if error else {}
+
+
+@exercise.experiment("dtype and device", 7)
+class DtypeAndDevice(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
         inputs = _inputs(trial)
-        base, shapes = inputs["base"], ((), (1,), (2, 3), (2, 1, 3))
+        base = inputs["base"]
         return inputs | {
-            "xs": [trial.normal(*shape, base.in_features) for shape in shapes],
             "in float64": copy.deepcopy(base).double(),
             "elsewhere": nn.Linear(base.in_features, base.out_features, device="meta"),
         }
 
     def measure(self, subject, inputs):
-        layer = layer_of(subject, inputs)
+        layer, double = layer_of(subject, inputs), inputs["x"].double()
         _fill(layer, inputs)
-        double = inputs["x"].double()
-        raw = {
-            "rows": [_output(layer, x.reshape(-1, x.shape[-1]), inputs).detach() for x in inputs["xs"]],
-            "outputs": [attempt(lambda x=x: layer(x).detach().clone()) for x in inputs["xs"]],
-            "moved": attempt(lambda: str(layer.to(torch.float64)(double).dtype)),
-        }
+        raw = {"moved": attempt(lambda: str(layer.to(torch.float64)(double).dtype))}
         in_float64 = layer_of(subject, inputs | {"base": inputs["in float64"]})
         return raw | {
             "dtypes": [str(parameter.dtype) for parameter in _adapter(in_float64, inputs)],
@@ -188,14 +217,12 @@ class TakesWhatBaseTakes(Experiment):
         }
 
     def facts(self, raw, inputs):
-        alike = all(map(_as_in_rows, raw["outputs"], inputs["xs"], raw["rows"]))
         dtype, device = None, None
         if raw["dtypes"]:
             dtype = "float64" if set(raw["dtypes"]) == {"torch.float64"} else "another dtype"
             # A layer that cannot be made of a base without numbers may be right on a real device.
             device = "base's device" if failed(raw["devices"]) or set(raw["devices"]) == {"meta"} else "another device"
         return {
-            "inputs of 1, 2, 3 and 4 dimensions": "each vector as in a matrix" if alike else "not each as in a matrix",
             "after .to(torch.float64) it returns": _dtype(raw["moved"]),
             "made from a float64 base, A and B are of": dtype,
             "and it returns": _dtype(raw["made"]) if dtype == "float64" else None,
@@ -203,17 +230,35 @@ class TakesWhatBaseTakes(Experiment):
         }
 
     def notes(self, raw, inputs):
-        results = {
-            "inputs of 1, 2, 3 and 4 dimensions": next(filter(failed, raw["outputs"]), None),
-            "after .to(torch.float64) it returns": raw["moved"],
-            "and it returns": raw["made"],
-        }
+        results = {"after .to(torch.float64) it returns": raw["moved"], "and it returns": raw["made"]}
         return {fact: failed(result) for fact, result in results.items() if failed(result)}
 
     @staticmethod
     def _devices(subject, inputs: dict) -> list[str]:
         layer = layer_of(subject, inputs | {"base": inputs["elsewhere"]})
         return [parameter.device.type for parameter in _adapter(layer, inputs)]
+
+
+@exercise.experiment("the start", 8)
+class TheStart(Experiment):
+    """How A or B, whichever is not zero, is drawn: seen by its extremes and its spread, of some thousand numbers."""
+
+    def draw(self, trial: Trial) -> dict:
+        inside, outside, rank = 400 + trial.integer(0, 9), 300 + trial.integer(0, 9), 16
+        numbers = {"A": trial.normal(rank, inside), "B": trial.normal(outside, rank)}
+        return numbers | {"base": nn.Linear(inside, outside), "rank": rank, "alpha": 8}
+
+    def measure(self, subject, inputs):
+        with _filled_with_nan():
+            layer = layer_of(subject, inputs)
+        starts = [parameter.detach().clone() for parameter in _adapter(layer, inputs)]
+        uninitialised = any(start.isnan().any() for start in starts)
+        return {"starts": [] if uninitialised else starts, "uninitialised": uninitialised}
+
+    def facts(self, raw, inputs):
+        words = {_start(start) for start in raw["starts"] if start.any()}
+        word = words.pop() if len(words) == 1 else "in different ways" if words else None
+        return {"what is not zero at first is": "uninitialised memory" if raw["uninitialised"] else word}
 
 
 # --- what the experiments observe -----------------------------------------------------------------------------------
@@ -229,6 +274,50 @@ def _matrix(layer: nn.Module, inputs: dict) -> Tensor:
     a = inputs["A"]
     y = _output(layer, F.pad(torch.eye(a.shape[1], device=a.device), (0, 0, 0, 1)), inputs).detach()
     return (y[:-1] - y[-1]).T.clone()
+
+
+def _update(subject, inputs: dict) -> Tensor | None:
+    """What A and B add to the matrix in eval mode, if they can be filled."""
+    layer = layer_of(subject, inputs)
+    matrices = []
+    for times in (1, 0):
+        if not _fill(layer.train(), inputs, times):
+            return None
+        matrices.append(_matrix(layer.eval(), inputs))
+    return matrices[0] - matrices[1]
+
+
+def _cut(inputs: dict, rank: int) -> dict:
+    """The numbers for A and B, cut to another rank."""
+    return {"rank": rank, "A": inputs["A"][:rank], "B": inputs["B"][:, :rank]}
+
+
+@contextmanager
+def _filled_with_nan() -> Iterator[None]:
+    """Inside the `with`, torch fills with NaN what nobody has filled."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _start(numbers: Tensor) -> str:
+    """How the numbers of a matrix were drawn. nn.Linear draws from -b to b, b = columns ** -0.5, whichever way it lies."""
+    numbers = numbers.double()
+    low, high, spread = float(numbers.min()), float(numbers.max()), float(numbers.std())
+    if spread < 1e-6 * max(abs(low), abs(high)):
+        return "a constant"
+    fourth = float((((numbers - numbers.mean()) / spread) ** 4).mean())  # 1.8 of a uniform distribution, 3 of a normal one
+    if fourth > 2.5:
+        return "normal, with a standard deviation of 1" if 0.9 < spread < 1.1 else "normal, with another standard deviation"
+    if low >= 0:
+        return "never negative"
+    bounds = [side**-0.5 for side in numbers.shape]
+    if fourth < 2 and any(0.97 * bound < min(-low, high) and max(-low, high) < 1.001 * bound for bound in bounds):
+        return "as nn.Linear draws its weight"
+    return "drawn from another range"
 
 
 def _fits(tensor: Tensor, matrix: Tensor) -> bool:
@@ -285,6 +374,12 @@ def _added_into_base(layer, x):
 
 
 CHANGES = adapters.CHANGES | {
+    "rsLoRA's factor": {"scale": lambda layer, rank, alpha: alpha / rank**0.5},
+    "standard normal numbers": {"drawn": lambda layer, tensor: nn.init.normal_(tensor)},
+    "normal numbers": {"drawn": lambda layer, tensor: nn.init.normal_(tensor, std=0.02)},
+    "starts as a constant": {"drawn": lambda layer, tensor: nn.init.constant_(tensor, 0.01)},
+    "never negative": {"drawn": lambda layer, tensor: nn.init.uniform_(tensor)},
+    "uninitialised memory": {"drawn": lambda layer, tensor: tensor},
     "1 / rank alone": {"scale": lambda layer, rank, alpha: 1 / rank},
     "rank / alpha": {"scale": lambda layer, rank, alpha: rank / alpha},
     "base trains too": {"frozen": lambda layer: []},

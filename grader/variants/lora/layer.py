@@ -1,5 +1,7 @@
 """Exercise 6.1 in other styles."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -37,7 +39,7 @@ class OneWeight(nn.Module):
         base.requires_grad_(False)
         self.lin = base
         self.A = nn.Parameter(torch.zeros_like(base.weight[:1].expand(rank, -1)))
-        self.B = nn.Parameter(nn.init.orthogonal_(base.weight.new_empty(base.out_features, rank)))
+        self.B = nn.Parameter(nn.init.kaiming_uniform_(base.weight.new_empty(base.out_features, rank), a=5**0.5))
         self.register_buffer("s", torch.tensor(alpha) / rank)
 
     def forward(self, x):
@@ -56,7 +58,7 @@ class Subscripts(nn.Module):
             if frozen is not None:
                 frozen.requires_grad = False
         n_out, n_in = base.weight.shape
-        self.lora = nn.ParameterDict({"A": base.weight.new_empty(n_in, rank).normal_(std=0.02)})
+        self.lora = nn.ParameterDict({"A": base.weight.new_empty(n_in, rank).uniform_(-(n_in**-0.5), n_in**-0.5)})
         self.lora["B"] = base.weight.new_zeros(rank, n_out)
         self.times = alpha / rank
 
@@ -81,8 +83,8 @@ class Parametrized(nn.Module):
     def __init__(self, base, rank, alpha):
         super().__init__()
         base.requires_grad_(False)
-        a = torch.rand_like(base.weight)[:rank] - 0.5
-        b = torch.zeros_like(base.weight)[:, :rank].clone()
+        a = (2 * torch.rand_like(base.weight[0].expand(rank, -1)) - 1) / base.in_features**0.5
+        b = torch.zeros_like(base.weight[:, 0]).unsqueeze(1).repeat(1, rank)
         self.base = parametrize.register_parametrization(base, "weight", _Sum(a, b, alpha / rank))
 
     def forward(self, x):
@@ -99,7 +101,7 @@ class Hooked(nn.Module):
             torch.empty(*shape).to(base.weight) for shape in ((base.out_features, rank), (rank, base.in_features))
         )
         nn.init.constant_(self.matrices[0], 0)
-        nn.init.xavier_normal_(self.matrices[1])
+        nn.Linear.reset_parameters(SimpleNamespace(weight=self.matrices[1], bias=None))
         base.register_forward_hook(lambda _, args, y: y + self.after(args[0]) / rank * alpha)
 
     def after(self, x):
@@ -113,7 +115,7 @@ class Hooked(nn.Module):
 class FactorInTheStart(OneWeight):
     def __init__(self, base, rank, alpha):
         super().__init__(base, rank, alpha)
-        self.B.data *= alpha / rank
+        self.A.data *= alpha / rank
         self.s.fill_(1)
 
 
@@ -121,6 +123,12 @@ class OnlyAlpha(OneWeight):
     def __init__(self, base, rank, alpha):
         super().__init__(base, rank, alpha)
         self.s.fill_(alpha)
+
+
+class ByTheSquareRoot(OneWeight):
+    def __init__(self, base, rank, alpha):
+        super().__init__(base, rank, alpha)
+        self.s *= rank**0.5
 
 
 class Mean(Subscripts):
@@ -150,6 +158,153 @@ class PlainLinears(TwoLinears):
         return {}
 
 
+class MergedInEvalMode(TwoLinears):
+    """As in loralib: eval() adds the update to the weight, train() takes it out again."""
+
+    def train(self, mode=True):
+        change = (self.up.weight @ self.down.weight).detach() * self.scaling
+        if self.training and not mode:
+            self.base.weight.data += change
+        elif mode and not self.training:
+            self.base.weight.data -= change
+        return super().train(mode)
+
+    def forward(self, x):
+        return super().forward(x) if self.training else self.base(x)
+
+
+class NumbersOfBase(TwoLinears):
+    """A new nn.Linear that holds what base held when the layer was made."""
+
+    def __init__(self, base, rank, alpha):
+        own = nn.Linear(base.in_features, base.out_features, base.bias is not None, **self.options(base.weight))
+        own.load_state_dict(base.state_dict())
+        super().__init__(own, rank, alpha)
+
+
+class NewBias(TwoLinears):
+    def __init__(self, base, rank, alpha):
+        super().__init__(base, rank, alpha)
+        self.bias = nn.Parameter(base.weight.new_zeros(base.out_features))
+
+    def forward(self, x):
+        return super().forward(x) + self.bias
+
+
+class ScaleTrains(TwoLinears):
+    def __init__(self, base, rank, alpha):
+        super().__init__(base, rank, alpha)
+        self.scaling = nn.Parameter(base.weight.new_tensor(alpha / rank))
+
+
+class WholeNumbers(TwoLinears):
+    def __init__(self, base, rank, alpha):
+        super().__init__(base, rank, alpha)
+        self.scaling = alpha // rank
+
+
+class RankTwoAtLeast(TwoLinears):
+    def __init__(self, base, rank, alpha):
+        super().__init__(base, rank, alpha)
+        self.scaling = alpha / max(rank, 2)
+
+
+class OffInEvalMode(TwoLinears):
+    def forward(self, x):
+        return super().forward(x) if self.training else self.base(x)
+
+
+class NothingUntilTrained(TwoLinears):
+    """B is zero: so is the update, and its forward is skipped."""
+
+    def forward(self, x):
+        return super().forward(x) if self.up.weight.any() else self.base(x)
+
+
+class OutputsCorrected(TwoLinears):
+    """Both at random; what they add at first is subtracted again, as a bias is, from every output alike."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__(base, rank, alpha)
+        self.up.reset_parameters()
+        self.register_buffer("first", self.up(self.down(torch.ones_like(base.weight[0]))).detach())
+
+    def forward(self, x):
+        return super().forward(x) - self.scaling * self.first
+
+
+class InputDetached(TwoLinears):
+    def forward(self, x):
+        return self.base(x) + self.scaling * self.up(self.down(x.detach()))
+
+
+class FixedProjection(TwoLinears):
+    """A asks for a gradient and gets none."""
+
+    def forward(self, x):
+        return self.base(x) + self.scaling * self.up(F.linear(x, self.down.weight.detach()))
+
+
+class TwoDimensions(TwoLinears):
+    def forward(self, x):
+        return self.base(x) + self.scaling * torch.mm(torch.mm(x, self.down.weight.t()), self.up.weight.t())
+
+
+class AlwaysABatch(TwoLinears):
+    def forward(self, x):
+        return super().forward(x.unsqueeze(0) if x.dim() == 1 else x)
+
+
+class FlattenedBatch(TwoLinears):
+    def forward(self, x):
+        return super().forward(x.reshape(-1, x.shape[-1]))
+
+
+class StartsOtherwise(TwoLinears):
+    def start(self, weight):
+        return nn.init.xavier_uniform_(weight)
+
+    def __init__(self, base, rank, alpha):
+        super().__init__(base, rank, alpha)
+        self.start(self.down.weight)
+
+
+class StartsAsForReLU(StartsOtherwise):
+    def start(self, weight):
+        return nn.init.kaiming_uniform_(weight)
+
+
+class StartsPositive(StartsOtherwise):
+    def start(self, weight):
+        weight.data = torch.rand(weight.shape).to(weight)
+
+
+class StartsSmall(StartsOtherwise):
+    def start(self, weight):
+        return nn.init.normal_(weight, std=1e-3)
+
+
+class StartsAsOnes(StartsOtherwise):
+    def start(self, weight):
+        return nn.init.ones_(weight)
+
+
+class HalfPrecisionForgotten(TwoLinears):
+    def options(self, weight):
+        return {"device": weight.device, "dtype": torch.float32}
+
+
+class CastBackInForward(TwoLinears):
+    """float32 for A and B, whatever base is, as mixed precision has it."""
+
+    def options(self, weight):
+        return {"device": weight.device, "dtype": torch.float32}
+
+    def forward(self, x):
+        update = self.up(self.down(x.to(self.down.weight.dtype)))
+        return self.base(x) + self.scaling * update.to(x.dtype)
+
+
 CORRECT = [TwoLinears, OneWeight, Subscripts, Parametrized, Hooked]
 REWRITTEN = {
     "no scaling": FactorInTheStart,
@@ -159,8 +314,25 @@ REWRITTEN = {
     "base's bias trains": WeightOnly,
     "values instead of parameters": Detached,
     "float32 on the CPU": PlainLinears,
+    "rsLoRA's factor": ByTheSquareRoot,
+    "normal numbers": StartsSmall,
+    "never negative": StartsPositive,
+    "starts as a constant": StartsAsOnes,
 }
-BROKEN = {}
+BROKEN = {
+    1: [OnlyAlpha, WholeNumbers, RankTwoAtLeast, OffInEvalMode, UpsideDown],
+    2: [
+        OutputsCorrected,
+        NothingUntilTrained,
+        *(type("Wrong", (Layer,), CHANGES[f"both start at {how}"]) for how in ("zero", "random")),
+    ],
+    3: [WeightOnly, NewBias, ScaleTrains],
+    4: [InputDetached, FixedProjection, type("Wrong", (Layer,), CHANGES["base under no_grad"])],
+    5: [TwoDimensions, AlwaysABatch, FlattenedBatch],
+    6: [MergedInEvalMode, NumbersOfBase],
+    7: [HalfPrecisionForgotten, CastBackInForward, PlainLinears],
+    8: [StartsOtherwise, StartsAsForReLU, StartsPositive, StartsSmall, StartsAsOnes],
+}
 COMBINED = [
     ({first, second}, type("Both", (Layer,), CHANGES[first] | CHANGES[second]))
     for first, second in (("both start at zero", "base under no_grad"), ("base copied", "base's bias trains"))
