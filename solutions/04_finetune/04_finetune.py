@@ -211,30 +211,54 @@ except RuntimeError as error:
 # %% [markdown]
 # ## Exercise 4.2: a learning rate for each stage
 #
-# A new head has everything to learn; the first *stages* of a pre-trained network may have little to learn and much to
-# lose. *Discriminative learning rates* give each stage a rate of its own: that of the head, divided by a factor once
-# for every stage on the way down to it. Howard & Ruder (2018) took 2.6.
+# A new head has everything to learn, the first *stages* little to learn and much to lose: *discriminative learning
+# rates* fall from stage to stage. An optimizer holds its parameters in *groups*, dicts with settings. What is in no
+# group never moves, and a key that the optimizer does not know changes nothing.
 #
-# An optimizer holds its parameters in *groups*, each a dict with its own settings. What is in no group is never moved,
-# however large its gradient, and a key that the optimizer does not know changes nothing. Neither is an error.
+# **Exercise 4.2** (25 min, ●●○). Write `parameter_groups`.
 #
-# **Exercise 4.2** (25 min, ●●○). Write `parameter_groups(model, lr, factor, weight_decay, stages)`.
+# *Core*
 #
-# - `stages` is a tuple of names of modules, from stem to head, such as `("layer1", "layer2", "fc")` or, inside other
-#   modules, `("embed", "blocks.1", "blocks.10", "fc")`. A stage goes on until the next begins, in the order of
-#   `model.named_parameters()`. What comes before the first belongs to the first.
-# - Return a list of dicts that `torch.optim.AdamW` takes, each with `"params"`, `"lr"` and `"weight_decay"`. How many
-#   there are and in which order is up to you.
-# - Every trainable parameter is in exactly one of them, frozen ones in none. A weight that two modules share is one
-#   parameter, and belongs to the stage where `named_parameters()` lists it.
-# - The k-th stage from the end, the last being k = 0, has the learning rate `lr / factor**k`. A stage counts even if
-#   all of it is frozen: of `stem`, `layer1`, `layer2` and `fc` with `layer1` frozen, `stem` has k = 3.
-# - Parameters with at most one dimension have *weight decay* 0, whatever they are called: biases, all that
-#   normalisation has, single numbers. All others have `weight_decay`.
+# 1. The k-th stage from the end, from k = 0, has the rate `lr / factor**k`.
+# 2. A stage goes on until the next begins. What comes before the first belongs to the first.
+# 3. Parameters with at most one dimension have *weight decay* 0, all others `weight_decay`.
+# 4. Every trainable parameter is in one group, frozen ones in none. A stage counts even if all of it is frozen.
+#
+# *Fine print*
+#
+# 5. A weight that modules share belongs where `named_parameters()` lists it.
+# 6. `blocks.10` is no part of `blocks.1`.
+# 7. Each group has its own `lr` and `weight_decay`.
 
 
 # %%
-def parameter_groups(model, lr, factor, weight_decay, stages):
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    factor: float,
+    weight_decay: float,
+    stages: tuple[str, ...],
+) -> list[dict]:
+    """Groups for `torch.optim.AdamW`, with lower learning rates nearer to the stem.
+
+    >>> model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1, bias=False))
+    >>> groups = parameter_groups(model, 1.0, 2.0, 0.1, stages=("0", "1"))
+    >>> sorted((group["lr"], group["weight_decay"]) for group in groups)
+    [(0.5, 0.0), (0.5, 0.1), (1.0, 0.1)]
+
+    Args:
+        model: any model; some of its parameters may be frozen.
+        lr: the learning rate of the last stage.
+        factor: above 1; 2.6 in Howard & Ruder (2018).
+        weight_decay: of the parameters with two dimensions or more.
+        stages: names of modules from stem to head, none inside another, such as
+            ("layer1", "layer2", "fc") or ("embed", "blocks.1", "blocks.10", "fc").
+            Where a stage begins and ends, the order of `named_parameters()` decides.
+
+    Returns:
+        Dicts with "params", "lr" and "weight_decay". How many, and in which order, is
+        up to you.
+    """
     ### BEGIN SOLUTION
     groups = []
     stage = 0
@@ -717,43 +741,68 @@ print(
 # %% [markdown]
 # ## Exercise 4.5: stop in time, and go back to the best
 #
-# With few examples a network that trains long enough learns them by heart (*overfitting*), and its score on validation
-# examples falls again. *Early stopping* watches that score: it ends training when the score has not improved for a
-# while, and puts back the weights that had the best one. The second half goes wrong more often than the first, and
-# without an error: what was kept as the best may be something else.
+# With few examples a network that trains long enough learns them by heart (*overfitting*), and its validation score falls
+# again. *Early stopping* ends training when the score has not improved for a while, and goes back to the best state. What
+# was kept may be something else, and no error says so.
 #
-# **Exercise 4.5** (25 min, ●●○). Write a class `EarlyStopping(model, patience)` with two methods.
+# **Exercise 4.5** (25 min, ●●○). Write `EarlyStopping`.
 #
-# - `patience` is a whole number, at least 1. `model` is any `nn.Module`; others hold it and its parameters too.
-# - `step(score)` is called after each validation. A score is a number, larger is better; it may be negative (minus a
-#   loss), or NaN, which is never better. `step` returns True once the last `patience` scores brought none above the
-#   best before them, else False. A score equal to the best is not above it. What `step` returns after it has said True
-#   is not asked.
-# - `restore()` puts the model's parameters **and buffers** (all that `state_dict` holds) back to what they were at the
-#   best score, in place: the optimizer holds the model's `nn.Parameter` objects, and must still be able to train them.
-# - After `restore()` training may go on, and `restore()` may be called again: the best is still the best. It is called
-#   only after at least one score that is a number.
+# *Core*
+#
+# 1. `step` says stop once the last `patience` scores brought none above the best before them.
+# 2. Any score above the best is better, by however little; one that equals the best is not.
+# 3. `restore` puts parameters and buffers back to what they were at the best score.
+# 4. It does so in place: an optimizer built before goes on training the model.
+# 5. After `restore` the best is still the best, for `step` and for another `restore`.
+#
+# *Fine print*
+#
+# 6. NaN counts as a score and is never the best, not even as the first.
+# 7. Two objects do not disturb each other.
 
 
 # %%
 class EarlyStopping:
-    def __init__(self, model, patience):
+    """Keep the best state of a model, and say when to stop waiting for a better one.
+
+    >>> model = nn.Linear(1, 1)
+    >>> stopping = EarlyStopping(model, patience=2)
+    >>> [stopping.step(score) for score in (0.7, 0.9, 0.8, 0.9)]
+    [False, False, False, True]
+    >>> stopping.restore()  # the weights that had 0.9 first
+
+    Args:
+        model: any model. Others hold it and its parameters, too.
+        patience: a whole number, at least 1.
+    """
+
+    def __init__(self, model: nn.Module, patience: int) -> None:
         ### BEGIN SOLUTION
         self.model, self.patience = model, patience
         self.best, self.waited, self.state = float("-inf"), 0, None
         ### END SOLUTION
 
-    def step(self, score):
+    def step(self, score: float) -> bool:
+        """Take note of a score; larger is better. It may be below zero, or NaN.
+
+        Returns:
+            True means stop. What it returns after it has said True is not asked.
+        """
         ### BEGIN SOLUTION
         if score > self.best:  # False for NaN
             self.best, self.waited = score, 0
-            self.state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            state = self.model.state_dict()
+            self.state = {name: tensor.clone() for name, tensor in state.items()}
         else:
             self.waited += 1
         return self.waited >= self.patience
         ### END SOLUTION
 
-    def restore(self):
+    def restore(self) -> None:
+        """Put back the best state: all that `state_dict` holds.
+
+        It is called only after at least one score that is a number.
+        """
         ### BEGIN SOLUTION
         self.model.load_state_dict(self.state)
         ### END SOLUTION

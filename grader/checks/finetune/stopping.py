@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,15 @@ from grader.near import near, same
 from helpers import expect
 from helpers.finetune import EarlyStopping
 
-exercise = Exercise(__name__, "4.5", EarlyStopping)
+exercise = Exercise(__name__, "4.5", EarlyStopping, core=5)
 
+OTHER = "different"
 NAN = None  # how a draw spells it: a NaN in the inputs would not equal itself when they are compared afterwards
 
 State = dict[str, dict[str, Tensor]]  # {"parameters": by name, "buffers": by name}, as a snapshot of traces has them
 
 
-@exercise.experiment("stops after patience")
+@exercise.experiment("stops after patience", 1)
 class StopsAfterPatience(Experiment):
     points = 2
 
@@ -35,20 +37,24 @@ class StopsAfterPatience(Experiment):
             "falling": _scores(trial, rise + fall, above=-3.0),  # all of them negative, as minus a loss is
             "late": _scores(trial, late + [rank - 10 for rank in fall]),
             "zigzag": _scores(trial, zigzag),
-            "last best": [len(rise) - 1, 3 * patience, 0],
+            "short": _scores(trial, [0, 1, 2, 1.5, 1.4, 3, 1.2]),
+            "last best": [len(rise) - 1, 3 * patience, 0, 2],
         }
 
     def measure(self, subject, inputs):
-        return {"stops": [_stop(subject, inputs["patience"], inputs[name]) for name in ("falling", "late", "zigzag")]}
+        stops = [_stop(subject, inputs["patience"], inputs[name]) for name in ("falling", "late", "zigzag")]
+        return {"stops": [*stops, _stop(subject, 1, inputs["short"])]}
 
     def facts(self, raw, inputs):
-        falling, late, zigzag = (
-            _waited(stop, best, inputs["patience"]) for stop, best in zip(raw["stops"], inputs["last best"], strict=True)
+        waits = [inputs["patience"]] * 3 + [1]
+        falling, late, zigzag, short = (
+            _waited(stop, best, patience) for stop, best, patience in zip(raw["stops"], inputs["last best"], waits, strict=True)
         )
         return {
             "negative scores that rise, then fall: it stops": falling,
             "a new best just in time, three times, then none: it stops": late,
             "up and down below the best: it stops": zigzag,
+            "a patience of 1, scores that rise, then fall: it stops": short,
         }
 
 
@@ -62,22 +68,10 @@ class _BesideAControl(Experiment):
         return {name: _stop(subject, inputs["patience"], inputs[name]) for name in ("scores", "control")}
 
     def facts(self, raw, inputs):
-        return {self.fact: self.moment(raw["scores"], raw["control"], inputs["best"])}
-
-    def moment(self, stop: int | None, usual: int | None, best: int) -> str:
-        """When it stops, beside when it usually does; `best` is the position of the best of the ordinary scores."""
-        if usual is None:
-            return f"never, and never with {self.control} either"
-        if usual == 0:
-            return f"at the very first score, and with {self.control} as well"
-        if usual <= best:
-            return f"too early with {self.control} as well"
-        if stop is None:
-            return "never"
-        return f"{'when' if stop == usual else 'later than' if stop > usual else 'earlier than'} it does with {self.control}"
+        return {self.fact: _moment(raw["scores"], raw["control"], inputs["best"], self.control)}
 
 
-@exercise.experiment("ties")
+@exercise.experiment("ties", 2)
 class Ties(_BesideAControl):
     fact = "where scores equal the best, it stops"
     control = "scores below the best"
@@ -90,26 +84,33 @@ class Ties(_BesideAControl):
         return {"patience": patience, "scores": scores[: len(equal)], "control": scores[len(equal) :], "best": 1}
 
 
-@exercise.experiment("NaN first")
-class NanFirst(_BesideAControl):
-    fact = "NaN, then rising, then low scores: it stops"
-    control = "a low first score"
+@exercise.experiment("by a little", 2)
+class ByALittle(_BesideAControl):
+    fact = "where each score is above the best by 0.00001, then scores fall, it stops"
+    control = "scores that are further apart"
 
     def draw(self, trial: Trial) -> dict:
-        patience = trial.integer(3, 5)
-        scores = _scores(trial, [0, *range(2, patience + 4), *([1] * (2 * patience + 2))])
-        return {"patience": patience, "scores": [NAN, *scores[1:]], "control": scores, "best": patience + 2}
+        patience = trial.integer(2, 4)
+        rise = range(2 * patience + 2)
+        start, fall = 0.5 + 0.1 * float(trial.normal(1).abs()), [0.4 - 0.02 * k for k in range(2 * patience + 2)]
+        near_by, apart = ([start + step * k for k in rise] + fall for step in (1e-5, 0.02))
+        return {"patience": patience, "scores": near_by, "control": apart, "best": len(rise) - 1}
 
 
-@exercise.experiment("NaN later")
-class NanLater(_BesideAControl):
-    fact = "the best, then NaN, then falling scores: it stops"
-    control = "a lower score in place of NaN"
-
+@exercise.experiment("nothing but NaN", 6)
+class NothingButNan(Experiment):
     def draw(self, trial: Trial) -> dict:
-        patience = trial.integer(3, 5)
-        scores = _scores(trial, [0, 100, *range(50, 45 - 2 * patience, -1)])
-        return {"patience": patience, "scores": [*scores[:2], NAN, *scores[3:]], "control": scores, "best": 1}
+        return {"patience": trial.integer(2, 4), "falling": _scores(trial, [-k for k in range(10)])}
+
+    def measure(self, subject, inputs):
+        patience = inputs["patience"]
+        return {"nan": _stop(subject, patience, [NAN] * 10), "falling": _stop(subject, patience, inputs["falling"])}
+
+    def facts(self, raw, inputs):
+        # Of falling scores the first is the best, and waiting begins after it. Of NaNs it may as well begin with the first.
+        moments = [_moment(raw["nan"], raw["falling"], 0, "falling scores", sooner) for sooner in (0, 1)]
+        usual = "as it does with falling scores"
+        return {"where no score is a number, it stops": usual if usual in moments else moments[0]}
 
 
 class _Restoring(Experiment):
@@ -121,11 +122,11 @@ class _Restoring(Experiment):
         scores = _scores(trial, list(self.ranks))
         return {"model": _model(), "scores": scores, "states": _states(trial, len(scores) + 1)}
 
-    def train(self, subject, inputs: dict):
-        """Tell a stopper the scores, go on training, and ask it to restore."""
-        model, states = inputs["model"], inputs["states"]
+    def train(self, subject, inputs: dict, model: nn.Module | None = None, scores: list | None = None):
+        """Tell a stopper the scores, each after some training, train once more, and ask it to restore."""
+        model, scores, states = model or inputs["model"], scores or inputs["scores"], inputs["states"]
         stopper = _stopper(subject, model, 10)
-        for state, score in zip(states, inputs["scores"], strict=False):
+        for state, score in zip(states, scores, strict=False):
             traces.put_back(model, state)
             _say(stopper, score)
         traces.put_back(model, states[-1])
@@ -133,7 +134,41 @@ class _Restoring(Experiment):
         return stopper
 
 
-@exercise.experiment("restores the best")
+class _RestoringBesideNan(_Restoring):
+    """One of the scores is NaN. Whether `restore` brings back the best of numbers is the question of other experiments."""
+
+    place: int  # of NaN
+    best: int  # the position of the best score
+    fact: str
+
+    def measure(self, subject, inputs):
+        raw = {}
+        for name, scores in (("numbers", None), ("nan", self.with_nan(inputs["scores"]))):
+            model = copy.deepcopy(inputs["model"])
+            self.train(subject, inputs, model, scores)
+            raw[name] = traces.of(model)
+        return raw
+
+    def with_nan(self, scores: list[float]) -> list[float | None]:
+        return [*scores[: self.place], NAN, *scores[self.place + 1 :]]
+
+    def facts(self, raw, inputs):
+        names = {self.place: "those of NaN", self.best: "those of the best score"}
+        numbers, with_nan = (
+            next((n for p, n in names.items() if _whose("parameters", raw[name], {"it": inputs["states"][p]}) != OTHER), OTHER)
+            for name in ("numbers", "nan")
+        )
+        return {self.fact: with_nan if numbers == "those of the best score" else None}
+
+
+@exercise.experiment("NaN first", 6)
+class NanFirst(_RestoringBesideNan):
+    ranks = (0, 1, 3, 2)
+    place, best = 0, 2
+    fact = "parameters after NaN, three numbers and restore"
+
+
+@exercise.experiment("restores the best", 3)
 class RestoresTheBest(_Restoring):
     points = 2
     ranks = (2, 1, 4, 0, 3)  # first, last, lowest and best are four different ones
@@ -155,9 +190,7 @@ class RestoresTheBest(_Restoring):
         return {f"{kind} after restore": _whose(kind, raw["state"], known) for kind in ("parameters", "buffers")}
 
 
-@exercise.experiment("goes on training")
-class GoesOnTraining(_Restoring):
-    points = 2
+class _TrainingOn(_Restoring):
     ranks = (0, 2, 1)
 
     def measure(self, subject, inputs):
@@ -171,20 +204,97 @@ class GoesOnTraining(_Restoring):
             torch.stack(trainable).sum().backward()
         optimizer.step()
         trained = traces.of(model)
+        return {"restored": restored, "trained": trained} | self.afterwards(stopper, inputs)
+
+    def afterwards(self, stopper, inputs: dict) -> dict:
+        return {}
+
+
+@exercise.experiment("goes on training", 4)
+class GoesOnTraining(_TrainingOn):
+    points = 2
+
+    def facts(self, raw, inputs):
+        before, after = raw["restored"]["parameters"], raw["trained"]["parameters"]
+        moved = all(not same(before[name], after[name]) for name in before)
+        return {"a step of the optimizer built before trains the model": "yes" if moved else "no"}
+
+
+@exercise.experiment("the best is still the best", 5)
+class TheBestIsStillTheBest(_TrainingOn):
+    points = 2
+
+    def afterwards(self, stopper, inputs):
+        model, states, scores = inputs["model"], inputs["states"], inputs["scores"]
         stopper.restore()
-        return {"restored": restored, "trained": trained, "again": traces.of(model)}
+        again = traces.of(model)
+        traces.put_back(model, states[0])
+        _say(stopper, (scores[1] + scores[2]) / 2)  # below the best
+        stopper.restore()
+        return {"again": again, "below": traces.of(model)}
 
     def facts(self, raw, inputs):
         states = inputs["states"]
         scored = {"the best score": states[1], "the last score": states[2], "the first score": states[0]}
-        before, after = raw["restored"]["parameters"], raw["trained"]["parameters"]
-        moved = all(not same(before[name], after[name]) for name in before)
-        known = [scored | {"the moment restore was called": state} for state in (states[3], raw["trained"])]
+        first = _whose("parameters", raw["restored"], scored)
+        # Whether `restore` brings back the best at all is the question of another experiment.
+        if first != "those of the best score":
+            return {"after a step and another restore": None, "after a lower score and another restore": None}
+        known = scored | {"the moment restore was called": raw["trained"]}
+        lower = {"the best score": states[1], "the lower score": states[0]}
         return {
-            "parameters after restore": _whose("parameters", raw["restored"], known[0]),
-            "a step of the optimizer built before trains the model": "yes" if moved else "no",
-            "parameters after that step and another restore": _whose("parameters", raw["again"], known[1]),
+            "after a step and another restore": _whose("parameters", raw["again"], known),
+            "after a lower score and another restore": _whose("parameters", raw["below"], lower),
         }
+
+
+@exercise.experiment("NaN later", 6)
+class NanLater(_RestoringBesideNan):
+    ranks = (0, 3, 1, 2)
+    place, best = 2, 1
+    fact = "parameters after the best, NaN, a low score and restore"
+
+    def draw(self, trial: Trial) -> dict:
+        patience = trial.integer(3, 5)
+        falling = _scores(trial, [0, 100, *range(50, 45 - 2 * patience, -1)], above=-3.0)
+        return super().draw(trial) | {"patience": patience, "falling": falling}
+
+    def measure(self, subject, inputs):
+        falling, patience = inputs["falling"], inputs["patience"]
+        stops = [_stop(subject, patience, scores) for scores in (self.with_nan(falling), falling)]
+        return super().measure(subject, inputs) | {"stops": stops}
+
+    def facts(self, raw, inputs):
+        stops = {
+            "the best, then NaN, then falling scores: it stops": _moment(*raw["stops"], 1, "a lower score in place of NaN")
+        }
+        return stops | super().facts(raw, inputs)
+
+
+@exercise.experiment("two at once", 7)
+class TwoAtOnce(Experiment):
+    def draw(self, trial: Trial) -> dict:
+        models = nn.ModuleList([_model(), _model(), _model()])
+        return {"models": models, "states": _states(trial, 3), "scores": _scores(trial, [0, 1])}
+
+    def measure(self, subject, inputs):
+        (first, second, alone), (mine, others, last), raw = inputs["models"], inputs["states"], {}
+        for name, model in (("alone", alone), ("beside", first)):
+            stoppers = [_stopper(subject, own, 10) for own in (model, second)]
+            traces.put_back(model, mine)
+            _say(stoppers[0], inputs["scores"][0])
+            if name == "beside":
+                traces.put_back(second, others)
+                _say(stoppers[1], inputs["scores"][1])
+            traces.put_back(model, last)
+            stoppers[0].restore()
+            raw[name] = traces.of(model)
+        return raw
+
+    def facts(self, raw, inputs):
+        known = dict(zip(("its best score", "the other's best score"), inputs["states"], strict=False))
+        alone, beside = (_whose("parameters", state, known) for state in raw.values())
+        return {"parameters after a best score of another": beside if alone == "those of its best score" else None}
 
 
 def _scores(trial: Trial, ranks: list[int], above: float = 0.0) -> list[float]:
@@ -219,7 +329,7 @@ def _whose(kind: str, state: State, known: dict[str, State]) -> str:
     for name, candidate in known.items():
         if all(key in state[kind] and near(state[kind][key], value) for key, value in candidate[kind].items()):
             return f"those of {name}"
-    return "different"
+    return OTHER
 
 
 def _stopper(subject, model: nn.Module, patience: int):
@@ -254,6 +364,25 @@ def _waited(stop: int | None, best: int, patience: int) -> str:
         return "before the best score has come"
     extra = stop - best - patience
     return "patience scores after the best" + (f" {'plus' if extra > 0 else 'minus'} {abs(extra)}" if extra else "")
+
+
+def _moment(stop: int | None, usual: int | None, best: int, control: str, sooner: int = 0) -> str | None:
+    """When it stops, beside when it does with ordinary scores, the control; None if it does not even stop there.
+
+    Args:
+        stop, usual: the positions of the scores after which it stops, with the scores in question and with the control.
+        best: the position of the best score of the control.
+        control: what those scores are called.
+        sooner: how many scores before `usual` it should stop.
+    """
+    if usual is None or usual <= best:
+        return None
+    if stop is None:
+        return "never"
+    later = stop - usual + sooner
+    if later == 0:
+        return f"as it does with {control}"
+    return f"{'one score ' * (abs(later) == 1)}{'later' if later > 0 else 'earlier'} than with {control}"
 
 
 class _Stopping:
@@ -302,8 +431,33 @@ exercise.misconceptions_of(
         "whatever is not worse is better": {"better": lambda self, score: not score <= self.best},
         "new Parameter objects": {"restore": lambda self: self.model.load_state_dict(copy.deepcopy(self.kept), assign=True)},
         "the best starts at 0": {"best": 0.0},
+        "a least improvement of its own": {"better": lambda self, score: score > self.best + 1e-3},
     },
 )
+
+
+@exercise.misconception("NaN left uncounted")
+class NanLeftUncounted(_Stopping):
+    def step(self, score):
+        return super().step(score) if score == score else False
+
+
+@exercise.misconception("restore forgets the best")
+class RestoreForgetsTheBest(_Stopping):
+    def restore(self):
+        super().restore()
+        self.best, self.bad = -math.inf, 0
+
+
+@exercise.misconception("one checkpoint for all")
+class OneCheckpointForAll(_Stopping):
+    file: ClassVar[dict] = {}
+
+    def keep(self):
+        self.file["checkpoint.pt"] = copy.deepcopy(self.model.state_dict())
+
+    def restore(self):
+        self.model.load_state_dict(self.file["checkpoint.pt"])
 
 
 @exercise.misconception("the last state kept")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from grader.checks.finetune.stopping import BadScoresAddedUp, TheLastStateKept
+from grader.checks.finetune.stopping import BadScoresAddedUp, OneCheckpointForAll, RestoreForgetsTheBest, TheLastStateKept
 
 
 class History:
@@ -123,9 +123,130 @@ class NeverSetBackNorRestored(NeverSetBack):
         pass
 
 
+class ABadScoreTooFew(History):
+    def __init__(self, model, patience):
+        super().__init__(model, max(1, patience - 1))
+
+
+class PatienceAsWarmUp(History):
+    def step(self, score):
+        super().step(score)
+        return len(self.scores) > self.patience and self.scores[-1] <= max(self.scores[:-1])
+
+
+class LaterOfEqualOnes(History):
+    def step(self, score):
+        self.scores.append(-np.inf if np.isnan(score) else score)
+        best = len(self.scores) - 1 - int(np.argmax(self.scores[::-1]))  # the last of equal ones
+        if best == len(self.scores) - 1 and self.scores[best] > -np.inf:
+            self.tensors = [(t, t.detach().numpy().copy()) for t in (*self.model.parameters(), *self.model.buffers())]
+        return (len(self.scores) - 1 - best if self.scores[best] > -np.inf else len(self.scores)) >= self.patience
+
+
+class RoundedToFourDigits(AsGenerator):
+    def step(self, score):
+        return super().step(round(score, 4) if score == score else score)
+
+
+class ParametersAlone(History):
+    def restore(self):
+        names = {id(parameter) for parameter in self.model.parameters()}
+        self.tensors = [(tensor, values) for tensor, values in self.tensors if id(tensor) in names]
+        super().restore()
+
+
+class FloatsAlone(History):
+    @torch.no_grad()
+    def restore(self):
+        for tensor, values in self.tensors:
+            if tensor.is_floating_point():
+                tensor.copy_(torch.from_numpy(values))
+
+
+class ReferencesKept(History):
+    def step(self, score):
+        stop = super().step(score)
+        self.tensors = [(tensor, tensor.detach().numpy()) for tensor, _ in self.tensors]
+        return stop
+
+
+class OtherParameters(History):
+    def step(self, score):
+        stop = super().step(score)
+        if self.scores.index(max(self.scores)) == len(self.scores) - 1:
+            self.kept = copy.deepcopy(self.model)
+        return stop
+
+    def restore(self):
+        for name, module in copy.deepcopy(self.kept).named_modules():
+            now = self.model.get_submodule(name)
+            now._parameters, now._buffers = module._parameters, module._buffers
+
+
+class HandsOutItsOwnCopy(AsGenerator):
+    def restore(self):
+        for tensor, value in self.best:
+            tensor.data = value
+
+
+class RestoresOnce(AsGenerator):
+    def restore(self):
+        best, self.best = self.best, []
+        for tensor, value in best:
+            tensor.detach().copy_(value)
+
+
+class NanIsTheNewBest(AsGenerator):
+    def step(self, score):
+        return super().step(math.inf if score != score else score)
+
+
+class NanDoesNotCount(History):
+    def step(self, score):
+        return False if np.isnan(score) else super().step(score)
+
+
+class NanAsZero(History):
+    def step(self, score):
+        return super().step(np.nan_to_num(score))
+
+
+class NanCountsOnceThereIsANumber(History):
+    def step(self, score):
+        if np.isnan(score) and not self.scores:
+            return False
+        return super().step(score)
+
+
+class OneFile(History):
+    def __init__(self, model, patience, file=io.BytesIO()):  # noqa: B008 - that is the mistake
+        super().__init__(model, patience)
+        self.file = file
+
+    def step(self, score):
+        stop = super().step(score)
+        if self.scores and self.scores[-1] == max(self.scores):
+            self.file.seek(0)
+            self.file.truncate()
+            torch.save(self.model.state_dict(), self.file)
+        return stop
+
+    def restore(self):
+        self.file.seek(0)
+        self.model.load_state_dict(torch.load(self.file))
+
+
 CORRECT = [History, in_a_closure, Remembering, AsGenerator]
 REWRITTEN = {"bad scores added up": NeverSetBack}
-BROKEN = {}
+BROKEN = {
+    1: [NeverSetBack, ABadScoreTooFew, PatienceAsWarmUp],
+    2: [LaterOfEqualOnes, RoundedToFourDigits],
+    3: [ParametersAlone, FloatsAlone, ReferencesKept, TheLastStateKept],
+    4: [OtherParameters],
+    5: [HandsOutItsOwnCopy, RestoresOnce, RestoreForgetsTheBest],
+    6: [NanIsTheNewBest, NanDoesNotCount, NanAsZero, NanCountsOnceThereIsANumber],
+    7: [OneFile, OneCheckpointForAll],
+}
 COMBINED = [
     ({"the last state kept", "bad scores added up"}, LastAndTotal),
     ({"restore changes nothing", "bad scores added up"}, NeverSetBackNorRestored),
