@@ -37,6 +37,7 @@
 import copy
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -127,15 +128,16 @@ class LoRALinear(nn.Module):
     torch.Size([3, 5, 4])
 
     Args:
-        base: an nn.Linear, with or without a bias. The bias is frozen, too: taking A and B away
-            brings the old layer back. Numbers written into `base.weight` later count.
-        rank: A is (rank, in_features) and B is (out_features, rank), one tensor each, without
-            biases. What they are called, and whether they are in an nn.Linear, is up to you.
-        alpha: often 16 or twice the rank. An entry of B A is a sum of `rank` terms, and the
-            factor keeps it from growing with the rank.
+        base: an nn.Linear, with or without a bias. The bias is frozen, too: taking A and
+            B away brings the old layer back. Numbers written into `base.weight` later
+            count.
+        rank: A is (rank, in_features), B is (out_features, rank), one tensor each, no
+            biases. Their names are up to you, and whether they are in an nn.Linear.
+        alpha: often 16 or twice the rank. An entry of B A is a sum of `rank` terms, and
+            the factor keeps it from growing with the rank.
 
-    nn.Linear starts its weight with `nn.init.kaiming_uniform_(weight, a=5**0.5)`. The learning
-    rates of this chapter were found with that.
+    nn.Linear starts its weight with `nn.init.kaiming_uniform_(weight, a=5**0.5)`. The
+    learning rates of this chapter were found with that.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
@@ -144,9 +146,9 @@ class LoRALinear(nn.Module):
         self.base = base
         for parameter in base.parameters():
             parameter.requires_grad = False
-        device, dtype = base.weight.device, base.weight.dtype
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=dtype))
+        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)  # as nn.Linear starts its weight
         self.scaling = alpha / rank
         ### END SOLUTION
@@ -928,47 +930,68 @@ print(f"{'after remove':<16}                            letters kept {letters_ke
 # %% [markdown]
 # ## Exercise 6.6: save what was trained, and nothing else
 #
-# The pre-trained model is on your disk already, and so it is on everybody else's. What you made is a few thin matrices
-# and a head. A file of those alone is small, and one pre-trained model serves many of them.
+# One pre-trained model serves many small files, each with an adapter and a head. As these lack the frozen weights,
+# `load_state_dict` needs `strict=False`, and then misses every other difference without a word. So compare first, and
+# copy then.
 #
-# Such a file means nothing by itself: it is right beside the model that it was trained in. `load_state_dict` must be
-# told `strict=False`, since the frozen weights are missing. From then on it misses everything else without a word:
-# names with a `module.` in front, a head that is not there, a layer that was left out. So compare first, and copy then.
+# **Exercise 6.6** (25 min, ●●○). Write `AdapterFile`.
 #
-# **Exercise 6.6** (25 min, ●●○). Write a class `AdapterFile(path)` with `save(model)` and `load(model)`. `path` is a
-# `pathlib.Path` in a folder that exists; a file may be there already. What one object saves, another of the same path
-# loads.
+# *Core*
 #
-# - `save` writes every parameter of the model with `requires_grad` into a file at `path` in the *safetensors* format
-#   (`save_file`, `load_file`), under its name in `model.named_parameters()`, in its own dtype, and no other tensor. A
-#   weight that two modules share stands there once.
-# - If writing fails half-way, a full disk say, `save` raises, and the file that was at `path` before is still there,
-#   whole.
-# - `load` puts these tensors into the parameters of the same names in another copy of the same model, so that it
-#   computes what the saved one computed. The `Parameter` objects stay, since an optimizer may hold them, and so do
-#   their dtype and `requires_grad`. A parameter that is frozen now is loaded like any other: a copy that only serves
-#   has nothing to train.
-# - A tensor that the file has and the model lacks, one that the model trains and the file lacks, or one of another
-#   shape is a `ValueError` whose message has the tensor's name in it. Then the model is as it was, in every parameter.
+# 1. `save` writes the parameters with `requires_grad`, and nothing else, under their names in `named_parameters()`, as
+#    *safetensors*.
+# 2. `load` puts them into another copy of the model, which then computes what the saved one did.
+# 3. A name that only the file has, or that the model trains and the file lacks, is a `ValueError` with that name.
+# 4. So is a tensor of another shape.
+# 5. After a `ValueError` no parameter has changed.
 #
-# The models of the check have no buffers. A head with a BatchNorm has statistics too; `helpers.adapters` saves them
-# with it, and refuses another `alpha`, which no shape would give away.
+# *Fine print*
+#
+# 6. `load` keeps `Parameter` objects, dtypes, flags and modes, and loads frozen parameters too.
+# 7. Tensors keep their dtype, however they lie in memory; a weight that modules share is in the file once.
+# 8. A save that fails half-way raises, and leaves an earlier file whole.
 
 
 # %%
 class AdapterFile:
-    def __init__(self, path):
+    """A file with what was trained of a model.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> trained, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     AdapterFile(Path(folder) / "head.safetensors").save(trained)
+    ...     AdapterFile(Path(folder) / "head.safetensors").load(other)
+    >>> torch.equal(trained.weight, other.weight)
+    True
+
+    `save_file` and `load_file` write and read {name: tensor}. A model has no buffers
+    here; `helpers.adapters` saves those too, and refuses another alpha, which no shape
+    would give away.
+
+    Args:
+        path: of the file, in a folder that exists. A file may be there already.
+    """
+
+    def __init__(self, path: Path) -> None:
         self.path = path
 
-    def save(self, model):
+    def save(self, model: nn.Module) -> None:
+        """Write all that trains, in place of an earlier file."""
         ### BEGIN SOLUTION
-        trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        named = model.named_parameters()
+        trained = {name: p.detach().contiguous() for name, p in named if p.requires_grad}
         draft = self.path.with_name(self.path.name + ".part")
         save_file(trained, draft)
         draft.replace(self.path)  # a rename: the old file is there until the new one is whole
         ### END SOLUTION
 
-    def load(self, model):
+    def load(self, model: nn.Module) -> None:
+        """Put the file's numbers into the parameters of those names, in place.
+
+        Raises:
+            ValueError: see 3 and 4. Its message has one of the names that differ in it.
+        """
         ### BEGIN SOLUTION
         tensors = load_file(self.path)
         parameters = dict(model.named_parameters())
@@ -976,7 +999,7 @@ class AdapterFile:
             if name not in parameters:
                 raise ValueError(f"the model has no {name}")
             if tensor.shape != parameters[name].shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the file, {tuple(parameters[name].shape)} here")
+                raise ValueError(f"{name} has another shape in the file")
         for name, parameter in parameters.items():
             if parameter.requires_grad and name not in tensors:
                 raise ValueError(f"the file has no {name}, which the model trains")
@@ -1002,7 +1025,6 @@ AdapterFile = continue_with("6.6")
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 folder = Path(tempfile.mkdtemp())
 AdapterFile(folder / "word_order.safetensors").save(adapted)

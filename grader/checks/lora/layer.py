@@ -151,8 +151,8 @@ class BaseItself(Experiment):
         layer = layer_of(subject, inputs)
         _fill(layer, inputs)
         with torch.no_grad():
-            for mode in (True, False):
-                _output(layer.train(mode), inputs["x"], inputs)
+            for used in (layer.train(), layer.eval()):
+                _output(used, inputs["x"], inputs)
             used = weight.detach().clone()
             weight.copy_(inputs["new"])
             _fill(layer, inputs, times=0)
@@ -174,7 +174,7 @@ class AnyDimensions(Experiment):
         inputs = _inputs(trial)
         width = inputs["base"].in_features
         turned = trial.normal(2, width, 3).transpose(1, 2)  # not contiguous
-        return inputs | {"xs": [*(trial.normal(*shape, width) for shape in ((), (1,), (2, 3), (2, 1, 3, 2), (0,))), turned]}
+        return inputs | {"xs": [*(trial.normal(*shape, width) for shape in ((5,), (), (2, 3), (2, 1, 3, 2), (0,))), turned]}
 
     def measure(self, subject, inputs):
         layer = layer_of(subject, inputs)
@@ -185,8 +185,9 @@ class AnyDimensions(Experiment):
         }
 
     def facts(self, raw, inputs):
-        alike = all(map(_as_in_rows, raw["outputs"], inputs["xs"], raw["rows"]))
-        return {"inputs of 1 to 5 dimensions": "each vector as in a matrix" if alike else "not each as in a matrix"}
+        alike = list(map(_as_in_rows, raw["outputs"], inputs["xs"], raw["rows"]))
+        word = "each vector as in a matrix" if all(alike) else "not each as in a matrix"
+        return {"inputs of 1 to 5 dimensions": word if alike[0] else None}  # of a matrix twice: no input is alike
 
     def notes(self, raw, inputs):
         error = next(filter(None, map(failed, raw["outputs"])), None)
@@ -310,7 +311,7 @@ def _start(numbers: Tensor) -> str:
     if spread < 1e-6 * max(abs(low), abs(high)):
         return "a constant"
     fourth = float((((numbers - numbers.mean()) / spread) ** 4).mean())  # 1.8 of a uniform distribution, 3 of a normal one
-    if fourth > 2.5:
+    if 2.5 < fourth < 3.5:
         return "normal, with a standard deviation of 1" if 0.9 < spread < 1.1 else "normal, with another standard deviation"
     if low >= 0:
         return "never negative"
