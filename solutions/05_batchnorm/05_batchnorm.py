@@ -329,53 +329,61 @@ show(*draws_figure({"accuracy on white paper": {"before": before, "after 50 grey
 # %% [markdown]
 # ## Exercise 5.3: four things called frozen
 #
-# A BatchNorm has two trainable parameters, the *affine parameters*, two running statistics, and a choice of what to
-# divide by. "Frozen" has been said of each of them, in papers, in libraries, and in two versions of Keras for different
-# things. The first two can each be had alone. The third, in torch, brings the second with it. The fourth is the first
-# and the third together, so three answers tell all four apart:
+# A BatchNorm has *affine parameters* (weight and bias), two running statistics, and a choice of what to divide by.
+# "Frozen" has been said of each of them, in papers, in libraries, and in two versions of Keras for different things;
+# the fourth meaning is all of it. Before you fine-tune somebody's network, you want to know which one holds.
+# Documentation, flags and settings may tell. An experiment does.
 #
-# | frozen | in training |
-# |---|---|
-# | affine | weight and bias get no gradient |
-# | statistics | `running_mean` and `running_var` do not move |
-# | normalisation | the layer normalises with the stored statistics, not with those of the batch |
-# | all | train mode computes what eval mode computes, and nothing moves |
+# **Exercise 5.3** (25 min, ●●●). Write `what_is_frozen`: which of three things are frozen in training?
 #
-# Before you fine-tune somebody's network, you want to know which of them it is. Documentation, flags and settings may
-# tell. An experiment does.
+# *Core*
 #
-# **Exercise 5.3** (25 min, ●●●). Write `what_is_frozen(layer, x)`.
+# 1. "affine": neither weight nor bias gets a gradient.
+# 2. "statistics": neither `running_mean` nor `running_var` moves.
+# 3. "normalisation": the stored statistics normalise, not those of the batch.
+# 4. Training is what comes after `layer.train()`, whatever mode you find the layer in.
+# 5. What the layer does counts, whatever its attributes say.
 #
-# - Return `{"affine": ..., "statistics": ..., "normalisation": ...}`, three bools: what of this layer is frozen **in
-#   training**, that is, after `layer.train()`, whatever mode you find it in.
-# - `layer` is a BatchNorm, or a subclass that somebody wrote. It has the attributes `weight`, `bias`, `running_mean`,
-#   `running_var` and `eps`; a `copy.deepcopy` of it behaves as it does. How it was frozen, if it was, is not said:
-#   flags, settings, a hook, a `train` or a `forward` of its own. Its attributes may say one thing and its `forward` do
-#   another.
-# - In eval mode it normalises with the stored statistics, as every BatchNorm does.
-# - `x` is a batch, `(n, channels)` or `(n, channels, height, width)` with `n >= 6`. Its mean and variance are far from
-#   the stored ones.
-# - Gradients left over from earlier say nothing. If all is frozen, the output has no graph, and `backward()` would
-#   raise.
-# - Leave the layer as you found it: parameters, statistics and their counter, mode, gradients, `requires_grad`.
+# *Fine print*
+#
+# 6. Gradients left over from earlier say nothing.
+# 7. The layer stays as you found it: statistics and counter, mode, gradients, flags, hooks.
 
 
 # %%
-def what_is_frozen(layer, x):
+def what_is_frozen(layer: nn.Module, x: torch.Tensor) -> dict[str, bool]:
+    """Find out by experiment what of a BatchNorm is frozen in training.
+
+    >>> layer = nn.BatchNorm1d(2).requires_grad_(False)
+    >>> what_is_frozen(layer, torch.arange(12.0).view(6, 2))
+    {'affine': True, 'statistics': False, 'normalisation': False}
+
+    Args:
+        layer: a BatchNorm, or a subclass that somebody wrote, with `weight`, `bias`,
+            `running_mean`, `running_var` and `eps`. It may have been frozen by flags,
+            by settings, by a hook, by a `train` or a `forward` of its own. In eval
+            mode it normalises with the stored statistics. A `copy.deepcopy` of it
+            behaves as it does.
+        x: a batch, (n, channels) or (n, channels, height, width), n at least 6. Its
+            mean and variance are far from the stored ones.
+
+    Returns:
+        {"affine": ..., "statistics": ..., "normalisation": ...}. If all three are
+        True, the output has no graph, and backward() would raise.
+    """
     ### BEGIN SOLUTION
-    tested = copy.deepcopy(layer).train()
-    tested.zero_grad()
+    tested = copy.deepcopy(layer).train()  # a copy's parameters have no gradients yet
     stored = [tested.running_mean.clone(), tested.running_var.clone()]
-    half = len(x) // 2
     output = tested(x)
-    moving = not (torch.equal(tested.running_mean, stored[0]) and torch.equal(tested.running_var, stored[1]))
-    in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1]))
+    still = all(map(torch.equal, stored, [tested.running_mean, tested.running_var]))
+    half = len(x) // 2
+    in_less_company = tested(x[:half])
     if output.requires_grad:
         output.square().sum().backward()
     return {
         "affine": tested.weight.grad is None and tested.bias.grad is None,
-        "statistics": not moving,
-        "normalisation": torch.allclose(output[:half], in_other_company[:half], atol=1e-4),
+        "statistics": still,
+        "normalisation": torch.allclose(output[:half], in_less_company, atol=1e-4),
     }
     ### END SOLUTION
 

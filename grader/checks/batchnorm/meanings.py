@@ -1,7 +1,7 @@
 """Exercise 5.3: what of a BatchNorm is frozen, found out by experiment."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,10 @@ from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_re
 from helpers import expect
 from helpers.batchnorm import what_is_frozen
 
-exercise = Exercise(__name__, "5.3", what_is_frozen)
+exercise = Exercise(__name__, "5.3", what_is_frozen, core=5)
 
 _KEYS = "affine", "statistics", "normalisation"
+_RUNNING = "running_mean", "running_var"
 
 
 def _answer(value: object) -> dict[str, bool]:
@@ -55,18 +56,21 @@ class _OwnForward(nn.BatchNorm2d):
     Args:
         channels: of the input.
         stored: whether the stored statistics normalise, and so stay where they are.
-        still: whether they stay where they are.
+        still: the names of the statistics that stay where they are.
         detached: whether weight and bias get no gradient.
     """
 
-    def __init__(self, channels: int, stored: bool = False, still: bool = False, detached: bool = False) -> None:
+    def __init__(self, channels: int, stored: bool = False, still: str = "", detached: bool = False) -> None:
         super().__init__(channels)
         self.stored, self.still, self.detached = stored, still, detached
 
     def forward(self, x: Tensor) -> Tensor:
         affine = (self.weight.detach(), self.bias.detach()) if self.detached else (self.weight, self.bias)
-        with_batch, momentum = self.training and not self.stored, 0.0 if self.still else self.momentum
-        return F.batch_norm(x, self.running_mean, self.running_var, *affine, with_batch, momentum, self.eps)
+        running = self.running_mean, self.running_var
+        if self.training and not self.stored:
+            self.num_batches_tracked += 1
+            running = [values.clone() if name in self.still else values for name, values in zip(_RUNNING, running, strict=True)]
+        return F.batch_norm(x, *running, *affine, self.training and not self.stored, self.momentum, self.eps)
 
 
 class _Counting(nn.BatchNorm1d):
@@ -94,6 +98,9 @@ def _with_old_gradients(layer: nn.Module) -> nn.Module:
 class _Kinds(Experiment):
     """An experiment on layers of several kinds."""
 
+    kind: type[nn.Module] = nn.BatchNorm2d
+    size: tuple[int, ...] = (3, 2)
+
     def layers(self, new: Callable[..., nn.Module]) -> dict[str, nn.Module]:
         """The layers, each with its description; `new(kind, **options)` makes one that has been trained."""
         raise NotImplementedError
@@ -101,19 +108,51 @@ class _Kinds(Experiment):
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(2, 4)
 
-        def new(kind: type = nn.BatchNorm2d, **options: Any) -> nn.Module:
+        def new(kind: type = self.kind, **options: Any) -> nn.Module:
             return with_statistics(kind(channels, **options), trial)
 
-        return {"layers": self.layers(new), "x": 4 + 3 * trial.normal(2 * trial.integer(3, 4), channels, 3, 2)}
+        return {"layers": self.layers(new), "x": 4 + 3 * trial.normal(trial.integer(6, 9), channels, *self.size)}
 
     def measure(self, subject, inputs):
         return {what: _answer(subject(layer, inputs["x"].clone())) for what, layer in inputs["layers"].items()}
 
     def facts(self, raw, inputs):
-        return {what: " + ".join(key for key in _KEYS if answer[key]) or "nothing" for what, answer in raw.items()}
+        return {what: _words(answer) for what, answer in raw.items()}
 
 
-@exercise.experiment("four recipes")
+def _words(answer: dict[str, bool]) -> str:
+    return " + ".join(key for key in _KEYS if answer[key]) or "nothing"
+
+
+class _Part(_Kinds):
+    """Looks at one of the three answers alone."""
+
+    part: str
+
+    def facts(self, raw, inputs):
+        return {f"{what}, {self.part}": "frozen" if answer[self.part] else "not frozen" for what, answer in raw.items()}
+
+
+class _Pairs(_Kinds):
+    """Layers that do in training what plainer ones do: who misjudges these may misjudge those in the same way."""
+
+    def pairs(self, new: Callable[..., nn.Module]) -> dict[str, tuple[nn.Module, nn.Module, str]]:
+        """The layers, each with its description, the plainer one, and what is frozen of both."""
+        raise NotImplementedError
+
+    def layers(self, new):
+        pairs = self.pairs(new).items()
+        return {what: pair[0] for what, pair in pairs} | {f"plain: {what}": pair[1] for what, pair in pairs}
+
+    def facts(self, raw, inputs):
+        facts = {}
+        for what, (_, _, frozen) in self.pairs(lambda kind=self.kind, **options: kind(2, **options)).items():
+            as_plain = raw[what] == raw[f"plain: {what}"]
+            facts[what] = frozen if as_plain else _words(raw[what])
+        return facts
+
+
+@exercise.experiment("four recipes", 1, 2, 3, 4)
 class FourRecipes(_Kinds):
     points = 2
 
@@ -126,7 +165,26 @@ class FourRecipes(_Kinds):
         }
 
 
-@exercise.experiment("still and used")
+@exercise.experiment("weight or bias", 1)
+class WeightOrBias(_Part):
+    part = "affine"
+
+    def layers(self, new):
+        weight, bias = new(), new()
+        weight.weight.requires_grad_(False)
+        bias.bias.requires_grad_(False)
+        return {"its weight frozen, its bias not": weight, "its bias frozen, its weight not": bias}
+
+
+@exercise.experiment("mean or variance", 2)
+class MeanOrVariance(_Part):
+    part = "statistics"
+
+    def layers(self, new):
+        return {f"{name} alone stands still": new(_OwnForward, still=name) for name in _RUNNING}
+
+
+@exercise.experiment("still and used", 2, 3)
 class StillAndUsed(_Kinds):
     points = 2
 
@@ -134,38 +192,49 @@ class StillAndUsed(_Kinds):
         untracked = new()
         untracked.track_running_stats = False
         return {
-            "momentum 0": new(_OwnForward, still=True),
+            "momentum 0": new(momentum=0.0),
             "track_running_stats off": untracked,
-            "Keras before TensorFlow 2": new(_OwnForward, still=True).requires_grad_(False),
+            "Keras before TensorFlow 2": new(momentum=0.0).requires_grad_(False),
         }
 
 
-@exercise.experiment("whatever the attributes say")
-class WhateverTheAttributesSay(_Kinds):
+@exercise.experiment("whatever the attributes say", 5)
+class WhateverTheAttributesSay(_Pairs):
     points = 2
 
-    def layers(self, new):
+    def pairs(self, new):
         hooked = new()
         hooked.register_forward_pre_hook(_into_eval_mode)
+        still, used = "statistics", "statistics + normalisation"
         return {
-            "a forward that ignores the mode": new(_OwnForward, stored=True),
-            "a hook that calls eval()": hooked,
-            "weights that are detached in forward": new(_OwnForward, detached=True),
-            "a switch of its own, Keras since TensorFlow 2": new(_OwnForward, stored=True, detached=True),
+            "a forward that ignores the mode": (new(_OwnForward, stored=True), new(_Stuck), used),
+            "a forward that moves nothing": (new(_OwnForward, still=" ".join(_RUNNING)), new(momentum=0.0), still),
+            "a hook that calls eval()": (hooked, new(_Stuck), used),
+            "weights that are detached in forward": (new(_OwnForward, detached=True), new().requires_grad_(False), "affine"),
+            "a switch of its own, Keras since TensorFlow 2": (
+                new(_OwnForward, stored=True, detached=True),
+                new(_Stuck).requires_grad_(False),
+                f"affine + {used}",
+            ),
         }
 
 
-@exercise.experiment("found in eval mode")
-class FoundInEvalMode(_Kinds):
-    def layers(self, new):
+@exercise.experiment("found in eval mode", 4)
+class FoundInEvalMode(_Pairs):
+    kind, size = nn.BatchNorm1d, ()
+
+    def pairs(self, new):
+        frozen = "requires_grad_(False), and in eval mode"
         return {
-            "a BatchNorm in eval mode": new().eval(),
-            "requires_grad_(False), and in eval mode": new().requires_grad_(False).eval(),
+            "a BatchNorm in eval mode": (new().eval(), new(), "nothing"),
+            frozen: (new().requires_grad_(False).eval(), new().requires_grad_(False), "affine"),
         }
 
 
-@exercise.experiment("old gradients")
-class OldGradients(_Kinds):
+@exercise.experiment("old gradients", 6)
+class OldGradients(_Part):
+    kind, size, part = nn.BatchNorm1d, (4,), "affine"
+
     def layers(self, new):
         return {
             "requires_grad_(False) with old gradients": _with_old_gradients(new()).requires_grad_(False),
@@ -174,7 +243,7 @@ class OldGradients(_Kinds):
         }
 
 
-@exercise.experiment("left as found")
+@exercise.experiment("left as found", 7)
 class LeftAsFound(Experiment):
     points = 2
 
@@ -187,12 +256,23 @@ class LeftAsFound(Experiment):
 
     def measure(self, subject, inputs):
         for layer in inputs["layers"]:
-            _answer(subject(layer, inputs["x"].clone()))
-        return {"tried": all(layer.calls for layer in inputs["layers"]), "traces": traces.of(inputs["layers"])}
+            _answer(subject(layer, inputs["x"]))
+        return {
+            "tried": all(layer.calls for layer in inputs["layers"]),
+            "traces": traces.of(inputs["layers"]),
+            "settings": [_settings(layer) for layer in inputs["layers"]],
+        }
 
     def facts(self, raw, inputs):
+        same = raw["settings"] == [_settings(layer) for layer in inputs["layers"]]
         changes = traces.changes(inputs["layers"], raw["traces"], *traces.KINDS)
-        return {"a batch went through the layer": "yes" if raw["tried"] else "no"} | changes
+        facts = changes | {"hooks, settings and methods of its own": "as before" if same else "changed"}
+        return facts if raw["tried"] else dict.fromkeys(facts)  # nothing was tried, so nothing could be left behind
+
+
+def _settings(layer: nn.Module) -> list:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return [layer.eps, layer.momentum, layer.track_running_stats, *map(len, hooks), *sorted(vars(layer))]
 
 
 def solution(
@@ -201,22 +281,24 @@ def solution(
     *,
     mode: Callable[[nn.Module], bool] = lambda layer: True,
     keep: Callable[[Tensor], Tensor] = Tensor.clone,
+    watched: Sequence[str] = _RUNNING,
     graph: bool = True,
+    company: Callable[[Tensor], Tensor] = lambda rows: 9 - 2 * rows,
     read_off: Callable[[nn.Module, dict], dict] = lambda layer, answer: {},
 ) -> dict[str, bool]:
     """Right if left alone, for the layers above; each of the misconceptions changes a piece.
 
     A copy of the layer, in that mode, runs twice: the first half of x is in other company then. `keep` remembers the
-    statistics, `graph` says whether there is one, and `read_off` has the last word.
+    statistics that are `watched`, `graph` says whether there is one, `company` makes the other rows, and `read_off` has the last word.
     """
     tested = copy.deepcopy(layer)
     tested.train(mode(tested))
-    before = keep(tested.running_mean), keep(tested.running_var)
+    before = [keep(getattr(tested, name)) for name in watched]
     half = len(x) // 2
     with torch.set_grad_enabled(graph):
         output = tested(x)
-    moved = not (torch.equal(before[0], tested.running_mean) and torch.equal(before[1], tested.running_var))
-    in_company = tested(torch.cat([x[:half], 9 - 2 * x[half:]]))
+    moved = not all(torch.equal(values, getattr(tested, name)) for name, values in zip(watched, before, strict=True))
+    in_company = tested(torch.cat([x[:half], company(x[half:])]))
     answer = {
         "affine": not output.requires_grad,
         "statistics": not moved,
@@ -239,6 +321,10 @@ def _by_settings(layer: nn.Module, answer: dict) -> dict:
     return {"statistics": used or not layer.track_running_stats or layer.momentum == 0, "normalisation": used}
 
 
+def without_the_bias(layer: nn.Module, answer: dict) -> dict:
+    return {"affine": answer["affine"] or not layer.weight.requires_grad}
+
+
 def by_old_gradients_too(layer: nn.Module, answer: dict) -> dict:
     return {"affine": answer["affine"] and layer.weight.grad is None and layer.bias.grad is None}
 
@@ -251,8 +337,11 @@ exercise.misconceptions_of(
         "settings read off": {"read_off": _by_settings},
         "measured in eval mode": {"mode": lambda layer: False},
         "measured in the mode it was found in": {"mode": lambda layer: layer.training},
+        "the bias not looked at": {"read_off": without_the_bias},
+        "running_var not looked at": {"watched": ["running_mean"]},
         "no copies": {"keep": lambda statistics: statistics},
         "still taken for used": {"read_off": lambda layer, answer: {"normalisation": answer["statistics"]}},
+        "the same batch twice": {"company": lambda rows: rows},
         "no gradient under no_grad": {"graph": False},
         "an old gradient taken for a new one": {"read_off": by_old_gradients_too},
     },

@@ -6,8 +6,9 @@ from functools import partial
 
 import torch
 
-from grader.checks.batchnorm.meanings import by_flags, by_old_gradients_too, solution
+from grader.checks.batchnorm.meanings import by_flags, by_old_gradients_too, solution, without_the_bias
 from grader.checks.traces import kept
+from grader.near import near, same
 
 
 def in_place_and_put_back(layer, x):
@@ -75,9 +76,97 @@ def what_torch_goes_by(layer, x):
     return {"affine": not clone(x).requires_grad, "statistics": not moves, "normalisation": normalises_stored}
 
 
+def either_gradient(layer, x):
+    clone = copy.deepcopy(layer).train()
+    output = clone(x)
+    if output.requires_grad:
+        output.square().sum().backward()
+    return solution(layer, x) | {"affine": clone.weight.grad is None or clone.bias.grad is None}
+
+
+def any_parameter_frozen(layer, x):
+    answer = solution(layer, x)
+    return answer | {"affine": answer["affine"] or not layer.bias.requires_grad}
+
+
+def either_statistic(layer, x):
+    clone = copy.deepcopy(layer)
+    clone.train()(x)
+    pairs = ((clone.running_mean, layer.running_mean), (clone.running_var, layer.running_var))
+    return solution(layer, x) | {"statistics": any(torch.equal(now, before) for now, before in pairs)}
+
+
+def by_the_counter(layer, x):
+    clone = copy.deepcopy(layer).train()
+    clone(x)
+    return solution(layer, x) | {"statistics": bool(clone.num_batches_tracked == layer.num_batches_tracked)}
+
+
+def the_same_batch_twice(layer, x):
+    clone = copy.deepcopy(layer).train()
+    return solution(layer, x) | {"normalisation": torch.allclose(clone(x), clone(x), atol=1e-4)}
+
+
+def still_is_used(layer, x):
+    answer = solution(layer, x)
+    return answer | {"normalisation": answer["statistics"]}
+
+
+def training_set_by_hand(layer, x):
+    clone, frozen = copy.deepcopy(layer), {}
+    clone.training = True
+    output = clone(x)
+    frozen["affine"] = not output.requires_grad
+    frozen["statistics"] = all(map(same, list(clone.buffers())[:2], list(layer.buffers())[:2]))
+    clone.training = True
+    frozen["normalisation"] = near(clone(x[:3]), output[:3])
+    return frozen
+
+
+def by_the_type_of_forward(layer, x):
+    """It believes torch's own classes, and tries the others."""
+    if type(layer).forward is torch.nn.BatchNorm2d.forward and layer.track_running_stats and layer.momentum:
+        clone = copy.deepcopy(layer).train()
+        used = not clone.training
+        return solution(layer, x) | {"statistics": used, "normalisation": used}
+    return solution(layer, x)
+
+
+def leaving(change):
+    def what_is_frozen(layer, x):
+        answer = solution(layer, x)
+        change(layer, x)
+        return answer
+
+    return what_is_frozen
+
+
+def scaled_in_place(layer, x):
+    answer = solution(layer, x)
+    x[len(x) // 2 :] *= 2
+    return answer
+
+
 CORRECT = [in_place_and_put_back, asked_of_the_stored_statistics, GradientsBetweenRows(), against_eval_mode]
 REWRITTEN = {"settings read off": what_torch_goes_by}
-BROKEN = {}
+BROKEN = {
+    1: [either_gradient, any_parameter_frozen, partial(solution, read_off=without_the_bias)],
+    2: [either_statistic, by_the_counter, partial(solution, watched=["running_var"])],
+    3: [the_same_batch_twice, still_is_used],
+    4: [training_set_by_hand, partial(solution, mode=lambda layer: layer.training)],
+    5: [by_the_type_of_forward, what_torch_goes_by, partial(solution, read_off=by_flags)],
+    6: [partial(solution, read_off=by_old_gradients_too)],
+    7: [
+        scaled_in_place,
+        leaving(lambda layer, x: layer.train()),
+        leaving(lambda layer, x: layer.eval()),
+        leaving(lambda layer, x: layer.zero_grad()),
+        leaving(lambda layer, x: layer.requires_grad_(True)),
+        leaving(lambda layer, x: layer.num_batches_tracked.add_(1)),
+        leaving(lambda layer, x: setattr(layer, "momentum", 1.0)),
+        leaving(lambda layer, x: layer.register_forward_hook(lambda *_: None) and None),
+    ],
+}
 COMBINED = [
     (
         {"requires_grad read off", "measured in the mode it was found in"},
@@ -90,38 +179,14 @@ COMBINED = [
 ]
 
 EQUIVALENT = {
-    "tested.zero_grad() -> pass": "`copy.deepcopy` of a parameter leaves its gradient behind",
-    "tested.zero_grad() -> tested": "`copy.deepcopy` of a parameter leaves its gradient behind",
+    "… all(map(torch.equal, stored, [tested.running_mean, tested.running_var])) -> "
+    "… all(map(torch.equal, [tested.running_mean, tested.running_var], stored))": "equality has no order",
     "half = len(x) // 2 -> half = len(x) // 3": "a third of the batch shows it too",
-    "moving = not (torch.equal(tested.running_mean, stored[0]) and torch.equal(tested.running_var, … -> "
-    "moving = not (torch.equal(stored[0], tested.running_mean) and torch.equal(tested.running_var, …": "equality has no order",
-    "… stored[0]) and torch.equal(tested.running_var, stored[1])) -> "
-    "… stored[0]) and torch.equal(stored[1], tested.running_var))": "equality has no order",
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
-    "in_other_company = tested(torch.cat([x, 2 * x[half:] + 1]))": "any other company does",
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] - 1]))": "any other company does",
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:]]))": "any other company does",
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
-    "in_other_company = tested(torch.cat([x[:half], 2 / x[half:] + 1]))": "any other company does",
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
-    "in_other_company = tested(torch.cat([x[:half], x[half:] + 1]))": "any other company does",
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
-    "in_other_company = tested(torch.cat([x[:half], 3 * x[half:] + 1]))": "any other company does",
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
-    "in_other_company = tested(torch.cat([x[:half], 1 * x[half:] + 1]))": "any other company does",
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
-    "in_other_company = tested(torch.cat([x[:half], 2 * x + 1]))": "any other company does",
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 2]))": "any other company does",
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 1])) -> "
-    "in_other_company = tested(torch.cat([x[:half], 2 * x[half:] + 0]))": "any other company does",
     "output.square().sum().backward() -> output.sum().backward()": "whether there is a gradient is looked at, not which",
-    "… in_other_company[:half], atol=0.0001)} -> "
-    "… in_other_company[:half])}": "torch's own tolerance is above this rounding too",
-    "… 'normalisation': torch.allclose(output[:half], in_other_company[:half], atol=0.0001)} -> "
-    "… 'normalisation': torch.allclose(in_other_company[:half], output[:half], atol=0.0001)}": "order makes no difference",
-    "… in_other_company[:half], atol=0.0001)} -> "
-    "… in_other_company[:half], atol=0.0002)}": "twice the tolerance is still far below the difference",
+    "… torch.allclose(output[:half], in_less_company, atol=0.0001)} -> "
+    "… torch.allclose(output[:half], in_less_company)}": "torch's own tolerance is above this rounding too",
+    "… 'normalisation': torch.allclose(output[:half], in_less_company, atol=0.0001)} -> "
+    "… 'normalisation': torch.allclose(in_less_company, output[:half], atol=0.0001)}": "order makes no difference",
+    "… in_less_company, atol=0.0001)} -> "
+    "… in_less_company, atol=0.0002)}": "twice the tolerance is still far below the difference",
 }
