@@ -1,5 +1,6 @@
 """Exercise 4.2: parameter groups for an optimizer, with lower learning rates nearer to the stem."""
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -7,13 +8,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from grader.checks import traces
 from grader.checks.networks import linear, named, tied
 from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, wrong_return
 from grader.near import near
 from helpers import expect
 from helpers.finetune import parameter_groups
 
-exercise = Exercise(__name__, "4.2", parameter_groups)
+exercise = Exercise(__name__, "4.2", parameter_groups, core=4)
 
 
 class _Groups(Experiment):
@@ -37,24 +39,28 @@ class _Groups(Experiment):
         return _settings(_listed(subject(*inputs.values())), inputs)
 
 
-@exercise.experiment("lr per stage")
+@exercise.experiment("lr per stage", 1)
 class LrPerStage(_Groups):
     points = 2
 
     def network(self, trial, width):
-        blocks = named(**{"1": linear(width, 2), "10": linear(width, 2)})
-        return named(embed=linear(width), blocks=blocks, fc=linear(width)), ("embed", "blocks.1", "blocks.10", "fc")
+        blocks = named(**{"0": linear(width, 2), "1": linear(width, 2)})
+        return named(embed=linear(width), blocks=blocks, fc=linear(width)), ("embed", "blocks.0", "blocks.1", "fc")
 
     def facts(self, raw, inputs):
-        powers = _powers(raw, inputs, inputs["stages"])
-        own = "all" if raw["own"] else "not all"
-        return {
-            "powers of the factor that divide lr, from stem to head": powers,
-            "groups with `lr` and `weight_decay` of their own": own if powers == [3, 2, 1, 0] else None,
-        }
+        return {"powers of the factor that divide lr, from stem to head": _powers(raw, inputs, inputs["stages"])}
 
 
-@exercise.experiment("between the names")
+@exercise.experiment("one stage", 1)
+class OneStage(_Groups):
+    def network(self, trial, width):
+        return named(fc=linear(width, 3)), ("fc",)
+
+    def facts(self, raw, inputs):
+        return {"power of the factor that divides lr, with one stage": _powers(raw, inputs, inputs["stages"])}
+
+
+@exercise.experiment("between the names", 2)
 class BetweenTheNames(_Groups):
     points = 2
 
@@ -66,29 +72,29 @@ class BetweenTheNames(_Groups):
             layer2=linear(width),
             norm=nn.LayerNorm(width),
             fc=nn.Linear(width, 3),
+            scale=nn.LayerNorm(3),
         )
+        model.token = nn.Parameter(torch.zeros(1, width))  # in no module but the model itself
         return model, ("layer1", "layer2", "fc")
 
     def facts(self, raw, inputs):
+        stem = {"as the first stage": "layer1.0.weight", "as the last": "fc.weight"}
         around = {"as the stage before it": "layer2.0.weight", "as the stage after it": "fc.weight"}
+        before = _like(raw, ("conv1", "bn1"), stem)
+        below = inputs["lr"] / inputs["factor"] ** len(inputs["stages"])
+        if before == "different" and _alike(
+            [below, *(r for name, r in raw["lr"].items() if name.startswith(("conv1", "bn1")))]
+        ):
+            before = "one stage below the first"
         return {
-            "what comes before the first stage": _like(raw, ("conv1", "bn1"), {"as the first stage": "layer1.0.weight"}),
+            "what comes before the first stage": before,
+            "what stands in no module but the model": _like(raw, ("",), stem),
             "what comes between two stages": _like(raw, ("norm",), around),
+            "what comes after the last stage": _like(raw, ("scale",), {"as the last stage": "fc.weight"}),
         }
 
 
-@exercise.experiment("weight decay")
-class WeightDecay(_Groups):
-    points = 2
-
-    def network(self, trial, width):
-        downsample = named(**{"0": nn.Conv2d(width, 2 * width, 1, bias=False), "1": nn.BatchNorm2d(2 * width)})
-        block = named(conv1=nn.Conv2d(width, width, 3), bn1=nn.BatchNorm2d(width), downsample=downsample)
-        stem = named(conv1=nn.Conv2d(1, width, 3), bn1=nn.BatchNorm2d(width))
-        head = nn.Linear(2 * width, 3)
-        head.scale = nn.Parameter(torch.tensor(2.0))  # as in CLIP: a trained number that logits are multiplied by
-        return named(stem=stem, layer1=block, fc=head), ("stem", "layer1", "fc")
-
+class _Decays(_Groups):
     def facts(self, raw, inputs):
         kinds: dict[str, set] = {}
         for name, parameter in inputs["model"].named_parameters():
@@ -96,16 +102,65 @@ class WeightDecay(_Groups):
         return {f"weight decay of {kind}": _decay(decays, inputs["weight_decay"]) for kind, decays in kinds.items()}
 
     def kind(self, name: str, parameter: nn.Parameter) -> str:
+        """What a parameter is called in a fact."""
+        raise NotImplementedError
+
+
+@exercise.experiment("weight decay", 3)
+class WeightDecay(_Decays):
+    points = 2
+
+    def network(self, trial, width):
+        downsample = named(**{"0": nn.Conv2d(width, 2 * width, 1, bias=False), "1": nn.BatchNorm2d(2 * width)})
+        block = named(conv1=nn.Conv2d(width, width, 3), bn1=nn.BatchNorm2d(width), downsample=downsample)
+        stem = named(conv1=nn.Conv2d(1, width, 3), bn1=nn.BatchNorm2d(width))
+        return named(stem=stem, layer1=block, fc=nn.Linear(2 * width, 3)), ("stem", "layer1", "fc")
+
+    def kind(self, name, parameter):
         if parameter.ndim > 1:
             return "weights with two dimensions or more"
         if name.endswith(".bias"):
             return "biases"
-        if parameter.ndim == 0:
-            return "a parameter without dimensions"
         return f"weights of a BatchNorm called `{'bn1' if 'bn1' in name else 'downsample.1'}`"
 
 
-@exercise.experiment("frozen stage")
+@exercise.experiment("whatever they are called", 3)
+class WhateverTheyAreCalled(_Decays):
+    def network(self, trial, width):
+        block, head = nn.Linear(width, width), nn.Linear(width, 1)
+        block.gamma = nn.Parameter(torch.ones(width))  # as in ConvNeXt
+        block.position_bias = nn.Parameter(torch.zeros(width, 7))  # as in Swin
+        head.scale = nn.Parameter(torch.tensor(2.0))  # as in CLIP: logits are multiplied by it
+        return named(stem=linear(width), layer1=block, fc=head), ("stem", "layer1", "fc")
+
+    def kind(self, name, parameter):
+        kinds = {
+            "position_bias": "a table of biases",
+            "fc.weight": "a weight with one row",
+            "scale": "a parameter without dimensions",
+            "gamma": "a parameter with one dimension, of no norm",
+            "bias": "biases",
+        }
+        return next((kind for end, kind in kinds.items() if name.endswith(end)), "weights with two dimensions or more")
+
+
+@exercise.experiment("each in a group", 4)
+class EachInAGroup(_Groups):
+    def network(self, trial, width):
+        model, stages = BetweenTheNames().network(trial, width)
+        model.fc.bias.requires_grad_(False)
+        return model, stages
+
+    def facts(self, raw, inputs):
+        lost = [name for name, p in inputs["model"].named_parameters() if p.requires_grad and name not in raw["lr"]]
+        return {"trainable parameters in no group": "none" if not lost else "some"}
+
+    def notes(self, raw, inputs):
+        lost = [name for name, p in inputs["model"].named_parameters() if p.requires_grad and name not in raw["lr"]]
+        return {"trainable parameters in no group": ", ".join(lost[:4]) + (" and more" if len(lost) > 4 else "")}
+
+
+@exercise.experiment("frozen stage", 4)
 class FrozenStage(_Groups):
     points = 2
 
@@ -115,15 +170,27 @@ class FrozenStage(_Groups):
         model.stem[0].bias.requires_grad_(False)
         return model, ("stem", "layer1", "layer2", "fc")
 
+    def draw(self, trial):
+        inputs = super().draw(trial)
+        return inputs | {"all trains": copy.deepcopy(inputs["model"]).requires_grad_(True)}
+
+    def measure(self, subject, inputs):
+        model, *settings, all_trains = inputs.values()
+        frozen = _settings(_listed(subject(model, *settings)), inputs) | {"traces": traces.of(model)}
+        return frozen | {"all trains": _settings(_listed(subject(all_trains, *settings)), inputs | {"model": all_trains})}
+
     def facts(self, raw, inputs):
         frozen = [name for name, parameter in inputs["model"].named_parameters() if not parameter.requires_grad]
+        now, whole = (_powers(settings, inputs, ("stem", "layer2", "fc")) for settings in (raw, raw["all trains"]))
+        others = "as if nothing were frozen" if now == whole else "changed by what is frozen"
         return {
             "frozen parameters in a group": "none" if raw["lr"].keys().isdisjoint(frozen) else "some",
-            "powers of the factor that divide lr, in the stages that train": _powers(raw, inputs, ("stem", "layer2", "fc")),
+            "learning rates of the others": others,
+            **traces.changes(inputs["model"], raw["traces"], "flags"),
         }
 
 
-@exercise.experiment("shared weight")
+@exercise.experiment("shared weight", 5)
 class SharedWeight(_Groups):
     def network(self, trial, width):
         return tied(trial.integer(6, 9), width), ("embed", "body", "head")
@@ -140,6 +207,30 @@ class SharedWeight(_Groups):
             "times that the shared weight is in a group": raw["times"] if raw["times"] < 2 else "more than once",
             "its learning rate": _like(raw["settings"], ("embed.words",), places) if raw["settings"] else None,
         }
+
+
+@exercise.experiment("whole names", 6)
+class WholeNames(_Groups):
+    def network(self, trial, width):
+        model = named(embed=linear(width), blocks=linear(width, 12), fc=linear(width))
+        return model, ("embed", "blocks.1", "blocks.4", "blocks.10", "fc")
+
+    def facts(self, raw, inputs):
+        lr, alike = raw["lr"], ("blocks.10", "blocks.11")
+        first = lr.get("blocks.1.weight")
+        if first is None or _alike([first, lr.get("blocks.4.weight", 0.0)]):  # other experiments say what is wrong with these
+            return {"blocks from the tenth on that have the rate of `blocks.1`": None}
+        taken = [name for name in alike if _alike([first, lr.get(f"{name}.weight", 0.0)])]
+        return {"blocks from the tenth on that have the rate of `blocks.1`": traces.some(taken)}
+
+
+@exercise.experiment("own settings", 7)
+class OwnSettings(_Groups):
+    def network(self, trial, width):
+        return named(stem=linear(width, 2), fc=linear(width)), ("stem", "fc")
+
+    def facts(self, raw, inputs):
+        return {"groups with `lr` and `weight_decay` of their own": "all" if raw["own"] else "not all"}
 
 
 def _settings(groups: list[dict], inputs: dict) -> dict:
@@ -201,9 +292,9 @@ def _powers(raw: dict, inputs: dict, stages: tuple[str, ...]) -> Fact:
 def _power(lr: dict[str, float], inputs: dict, stage: str) -> Fact:
     """k, if all that is trainable in a stage has lr / factor**k."""
     inside = ((name, parameter) for name, parameter in inputs["model"].named_parameters() if name.startswith(stage + "."))
-    rates = [lr.get(name) for name, parameter in inside if parameter.requires_grad]
-    if None in rates:
-        return "in no group" if set(rates) == {None} else "in part in no group"
+    rates = [lr[name] for name, parameter in inside if parameter.requires_grad and name in lr]
+    if not rates:
+        return "in no group"
     if not _alike(rates):
         return "several"
     if rates[0] <= 0:
@@ -227,14 +318,15 @@ def _alike(numbers: list[float]) -> bool:
     return near(numbers, numbers[0], scale=max(map(abs, numbers)) or 1.0)
 
 
-def _decay(decays: set[float | None], weight_decay: float) -> str:
-    if None in decays:
-        return "in part in no group"
+def _decay(decays: set[float | None], weight_decay: float) -> str | None:
+    decays = decays - {None}  # what is in no group, another experiment says
+    if not decays:
+        return None
     known = {"0": 0.0, "weight_decay": weight_decay}
     return next((word for word, decay in known.items() if near(list(decays), decay, scale=weight_decay)), "neither for all")
 
 
-def _parameter_groups(
+def solution(
     *arguments,
     start=0,  # the stage of what comes before the first
     goes_on=True,  # whether a stage goes on until the next begins
@@ -257,15 +349,18 @@ def _parameter_groups(
 
 
 exercise.misconceptions_of(
-    _parameter_groups,
+    solution,
     {
         "forgotten stem": {"start": None},
+        "stem as a stage of its own": {"start": -1},
         "only what the stages hold": {"goes_on": False},
         "factor times depth": {"rate": lambda lr, factor, depth: lr / (factor * depth if depth else 1)},
         "beginning of a stage's name": {"end": ""},
+        "multiplied by the factor": {"rate": lambda lr, factor, depth: lr * factor**depth},
         "head divided too": {"rate": lambda lr, factor, depth: lr / factor ** (depth + 1)},
         "decay on everything": {"spared": lambda name, parameter: False},
-        "norms by the letters bn": {"spared": lambda name, parameter: "bn" in name or "bias" in name},
+        "biases alone spared": {"spared": lambda name, parameter: name.endswith(".bias")},
+        "norms by the letters bn": {"spared": lambda name, parameter: "bn" in name or name.endswith(".bias")},
         "frozen parameters put in": {"wanted": lambda parameter: True},
         "a parameter twice": {"once": False},
     },
@@ -275,22 +370,22 @@ exercise.misconceptions_of(
 @exercise.misconception("order turned round")
 def order_turned_round(model, lr, factor, weight_decay, stages):
     # The head gets what the stem should have, and the rates grow from there.
-    return _parameter_groups(model, lr / factor ** (len(stages) - 1), 1 / factor, weight_decay, stages)
+    return solution(model, lr / factor ** (len(stages) - 1), 1 / factor, weight_decay, stages)
 
 
 @exercise.misconception("lr_scale")
 def lr_scale(model, lr, factor, weight_decay, stages):
-    groups = _parameter_groups(model, 1.0, factor, weight_decay, stages)
+    groups = solution(model, 1.0, factor, weight_decay, stages)
     return [{**group, "lr": lr, "lr_scale": group["lr"]} for group in groups]
 
 
 @exercise.misconception("depth per parameter")
 def depth_per_parameter(model, lr, factor, weight_decay, stages):
     each = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return _parameter_groups(model, lr, factor, weight_decay, each, end="")
+    return solution(model, lr, factor, weight_decay, each, end="")
 
 
 @exercise.misconception("depth among trainable stages")
 def depth_among_trainable_stages(model, lr, factor, weight_decay, stages):
     trainable = [stage for stage in stages if any(p.requires_grad for p in model.get_submodule(stage).parameters())]
-    return _parameter_groups(model, lr, factor, weight_decay, trainable)
+    return solution(model, lr, factor, weight_decay, trainable)

@@ -1,13 +1,20 @@
 """Exercise 4.2 in other styles."""
 
 import bisect
+import itertools
 import math
+import re
 from collections import defaultdict
+from functools import partial
+from operator import truediv
 
 import torch
+from torch import nn
+
+from grader.checks.finetune.groups import solution
 
 
-def stage_by_stage(model, lr, factor, weight_decay, stages):
+def stage_by_stage(model, lr, factor, weight_decay, stages, rate=lambda lr, factor, k: lr / factor**k):
     members = {stage: [] for stage in stages}
     current = stages[0]
     for name, parameter in model.named_parameters():
@@ -20,8 +27,8 @@ def stage_by_stage(model, lr, factor, weight_decay, stages):
         trainable = [parameter for parameter in members[stage] if parameter.requires_grad]
         matrices = [parameter for parameter in trainable if parameter.dim() >= 2]
         vectors = [parameter for parameter in trainable if parameter.dim() < 2]
-        groups.append({"params": matrices, "lr": lr / factor**k, "weight_decay": weight_decay})
-        groups.append({"params": vectors, "lr": lr / factor**k, "weight_decay": 0})
+        groups.append({"params": matrices, "lr": rate(lr, factor, k), "weight_decay": weight_decay})
+        groups.append({"params": vectors, "lr": rate(lr, factor, k), "weight_decay": 0})
     return groups  # some may be empty, which AdamW takes
 
 
@@ -92,11 +99,163 @@ def one_lr_for_all(model, lr, factor, weight_decay, stages):
     return [{"params": model.parameters(), "lr": lr, "weight_decay": weight_decay}]
 
 
-CORRECT = [stage_by_stage, one_group_each, from_the_head_down, ByModules()]
-REWRITTEN = {"only what the stages hold": named_modules_alone}
-BROKEN = {}
+class Dated:
+    """An order of all parameters first, in a table of their own; settings are put together at the end."""
+
+    def __init__(self, take_twice=False, last_place=False):
+        self.take_twice, self.last_place = take_twice, last_place
+
+    def __call__(self, model, lr, factor, weight_decay, stages):
+        table, current = [], stages[0]
+        waiting = list(stages)
+        for name, parameter in model.named_parameters(remove_duplicate=not (self.take_twice or self.last_place)):
+            while begun := next((stage for stage in waiting if name[: len(stage) + 1] == f"{stage}."), None):
+                waiting.remove(begun)
+                current = begun
+            table.append((parameter, current))
+        if self.last_place:
+            table = list(dict(table).items())
+        falling = itertools.accumulate(itertools.repeat(factor, len(stages) - 1), truediv, initial=lr)
+        rates = dict(zip(reversed(stages), falling, strict=True))
+        return [
+            {"params": [parameter], "lr": rates[stage], "weight_decay": (0.0, weight_decay)[len(parameter.size()) >= 2]}
+            for parameter, stage in table
+            if parameter.requires_grad
+        ]
+
+
+def always_2_6(model, lr, factor, weight_decay, stages):
+    return stage_by_stage(model, lr, 2.6, weight_decay, stages)
+
+
+def evenly_down(model, lr, factor, weight_decay, stages):
+    return solution(model, lr, factor, weight_decay, stages, rate=lambda lr, factor, depth: lr * (1 - depth / len(stages)))
+
+
+def between_two_rates(model, lr, factor, weight_decay, stages):
+    lowest, n = lr / factor ** (len(stages) - 1), len(stages)
+    shares = [i / (n - 1) for i in range(n)]
+    rates = [lowest ** (1 - share) * lr**share for share in shares]
+    return solution(model, lr, factor, weight_decay, stages, rate=lambda lr, factor, depth: rates[n - 1 - depth])
+
+
+def until_its_module_begins(model, lr, factor, weight_decay, stages):
+    """From the head down: what stands between two stages goes with the one after it."""
+    groups, stage = [], len(stages) - 1
+    for name, parameter in reversed(list(model.named_parameters())):
+        stage = next((i for i, begin in enumerate(stages) if name.startswith(f"{begin}.")), stage)
+        if parameter.requires_grad:
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups.append({"params": [parameter], "lr": lr / factor ** (len(stages) - 1 - stage), "weight_decay": decay})
+    return groups
+
+
+def the_rest_with_the_head(model, lr, factor, weight_decay, stages):
+    groups = named_modules_alone(model, lr, factor, weight_decay, stages)
+    held = {group["params"] for group in groups}
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in held]
+    for decay in (0.0, weight_decay):
+        some = [parameter for parameter in rest if (parameter.ndim > 1) == (decay > 0)]
+        groups.append({"params": some, "lr": lr, "weight_decay": decay})
+    return groups
+
+
+def begins_anew_after_the_last(model, lr, factor, weight_decay, stages):
+    groups = stage_by_stage(model, lr, factor, weight_decay, stages)
+    inside = set(model.get_submodule(stages[-1]).parameters())
+    after = [p for group in groups[:2] for p in group["params"] if p not in inside]
+    for group in groups[:2]:
+        group["params"] = [parameter for parameter in group["params"] if parameter in inside]
+    return [*groups, *({"params": p, "lr": lr * factor, "weight_decay": weight_decay if p.ndim > 1 else 0.0} for p in after)]
+
+
+def biases_and_norms_by_type(model, lr, factor, weight_decay, stages):
+    norms = {p for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm) for p in m.parameters()}
+
+    def spared(name, parameter):
+        return name.endswith("bias") or parameter in norms
+
+    return solution(model, lr, factor, weight_decay, stages, spared=spared)
+
+
+def one_row_is_a_vector(model, lr, factor, weight_decay, stages):
+    return solution(model, lr, factor, weight_decay, stages, spared=lambda name, p: p.squeeze().ndim < 2)
+
+
+def vectors_but_not_numbers(model, lr, factor, weight_decay, stages):
+    return solution(model, lr, factor, weight_decay, stages, spared=lambda name, parameter: parameter.ndim == 1)
+
+
+def biases_forgotten(model, lr, factor, weight_decay, stages):
+    def wanted(parameter):
+        return parameter.requires_grad and parameter not in biases
+
+    biases = {parameter for name, parameter in model.named_parameters() if name.endswith(".bias")}
+    return solution(model, lr, factor, weight_decay, stages, wanted=wanted)
+
+
+def half_frozen_is_frozen(model, lr, factor, weight_decay, stages):
+    names = [stage for stage in stages if not all(p.requires_grad for p in model.get_submodule(stage).parameters())]
+    frozen = {parameter for name in names for parameter in model.get_submodule(name).parameters()}
+    return solution(model, lr, factor, weight_decay, stages, wanted=lambda parameter: parameter not in frozen)
+
+
+def frozen_ones_too(model, lr, factor, weight_decay, stages):
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    groups = stage_by_stage(model.requires_grad_(True), lr, factor, weight_decay, stages)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    return groups
+
+
+def last_that_begins_so(model, lr, factor, weight_decay, stages):
+    groups, stage = [], 0
+    for name, parameter in model.named_parameters():
+        for i, begin in enumerate(stages):
+            stage = i if name.startswith(begin) else stage
+        if parameter.requires_grad:
+            rate = lr * factor ** (stage + 1 - len(stages))
+            groups.append({"params": [parameter], "lr": rate, "weight_decay": weight_decay * (parameter.ndim > 1)})
+    return groups
+
+
+def somewhere_in_the_name(model, lr, factor, weight_decay, stages):
+    groups, stage = {}, 0
+    for name, parameter in model.named_parameters():
+        stage = max((i for i, begin in enumerate(stages) if re.match(begin, name)), default=stage)
+        if parameter.requires_grad:
+            groups.setdefault((stage, parameter.ndim > 1), []).append(parameter)
+    settings = ((lr / factor ** (len(stages) - 1 - i), weight_decay if decays else 0.0) for i, decays in groups)
+    return [{"params": p, "lr": r, "weight_decay": d} for p, (r, d) in zip(groups.values(), settings, strict=True)]
+
+
+def the_head_by_default(model, lr, factor, weight_decay, stages):
+    groups = stage_by_stage(model, lr, factor, weight_decay, stages)
+    return [{key: value for key, value in group.items() if key != "lr" or value != lr} for group in groups]
+
+
+def decay_by_default(model, lr, factor, weight_decay, stages):
+    groups = stage_by_stage(model, lr, factor, weight_decay, stages)
+    return [{key: value for key, value in group.items() if key != "weight_decay" or value == 0} for group in groups]
+
+
+CORRECT = [stage_by_stage, one_group_each, from_the_head_down, ByModules(), Dated()]
+REWRITTEN = {
+    "only what the stages hold": named_modules_alone,
+    "factor times depth": partial(stage_by_stage, rate=lambda lr, factor, k: lr / (factor * k or 1)),
+    "multiplied by the factor": partial(stage_by_stage, rate=lambda lr, factor, k: lr * math.prod([factor] * k)),
+}
+BROKEN = {
+    1: [always_2_6, evenly_down, between_two_rates],
+    2: [until_its_module_begins, the_rest_with_the_head, begins_anew_after_the_last],
+    3: [biases_and_norms_by_type, one_row_is_a_vector, vectors_but_not_numbers],
+    4: [biases_forgotten, half_frozen_is_frozen, frozen_ones_too],
+    5: [Dated(take_twice=True), Dated(last_place=True)],
+    6: [last_that_begins_so, somewhere_in_the_name],
+    7: [the_head_by_default, decay_by_default],
+}
 COMBINED = [
     ({"only what the stages hold", "decay on everything"}, modules_alone_with_decay),
-    ({"decay on everything"}, one_lr_for_all),
+    ({"decay on everything", "frozen parameters put in"}, one_lr_for_all),
 ]
 EQUIVALENT = {}
