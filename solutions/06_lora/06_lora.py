@@ -128,9 +128,9 @@ class LoRALinear(nn.Module):
     torch.Size([3, 5, 4])
 
     Args:
-        base: an nn.Linear, with or without a bias. The bias is frozen, too: taking A and
-            B away brings the old layer back. Numbers written into `base.weight` later
-            count.
+        base: an nn.Linear, with or without a bias. The bias is frozen, too: taking A
+            and B away brings the old layer back. Numbers written into `base.weight`
+            later count.
         rank: A is (rank, in_features), B is (out_features, rank), one tensor each, no
             biases. Their names are up to you, and whether they are in an nn.Linear.
         alpha: often 16 or twice the rank. An entry of B A is a sum of `rank` terms, and
@@ -286,16 +286,17 @@ def cost(layers: list[nn.Module], rank: int, optimizer: str) -> dict[str, int]:
     {'full': 5000, 'adapter': 1200, 'gradient_bytes': 4800, 'optimizer_bytes': 4800}
 
     Args:
-        layers: nn.Linear and nn.Conv2d, frozen or not, in any floating-point dtype. A weight
-            counts as a matrix (rows, columns): that of a convolution as (out_channels,
-            in_channels / groups * kernel height * kernel width).
-        rank: A is (rank, columns), B is (rows, rank), and neither has a bias. From 1 to the
-            smaller side of every weight.
-        optimizer: "sgd", "momentum" or "adamw". (AdamW also counts its steps. Leave that out.)
+        layers: nn.Linear and nn.Conv2d, frozen or not, in any floating-point dtype. A
+            weight counts as a matrix (rows, columns): that of a convolution as
+            (out_channels, in_channels / groups * kernel height * kernel width).
+        rank: A is (rank, columns), B is (rows, rank), and neither has a bias. From 1 to
+            the smaller side of every weight.
+        optimizer: "sgd", "momentum" or "adamw". (AdamW also counts its steps. Leave that
+            out.)
 
     Returns:
-        "full", "adapter", "gradient_bytes" and "optimizer_bytes". A and B have the dtype of
-        their layer's weight, and so have their gradients and what the optimizer keeps.
+        "full", "adapter", "gradient_bytes" and "optimizer_bytes". A and B have the dtype
+        of their layer's weight; so have their gradients and what the optimizer keeps.
     """
     ### BEGIN SOLUTION
     kept = {"sgd": 0, "momentum": 1, "adamw": 2}[optimizer]
