@@ -1,12 +1,19 @@
-"""What exercise 6.6 is made of: models of which a part trains, and a right solution in pieces."""
+"""What exercise 6.6 is made of: models of which a part trains, files, and a right solution in pieces."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from grader.experiment import Trial
+from grader.checks.refusals import raised
+from grader.experiment import Trial, WrongReturn
+from helpers import expect
 
 
 class Adapted(nn.Module):
@@ -51,9 +58,18 @@ class Shared(nn.Module):
         self.head.weight = self.embed.weight
 
 
+class Strided(nn.Module):
+    """Trained weights that do not lie in memory in the order of their axes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, width, 3).to(memory_format=torch.channels_last)
+        self.mix = nn.Parameter(torch.randn(width, 3).T)
+
+
 def sizes(trial: Trial) -> tuple[int, list[int]]:
     """The width of a network, and the rank of its adapters, once for each block."""
-    return trial.integer(5, 8), [trial.integer(2, 4)] * 2
+    return trial.integer(5, 8), [trial.integer(2, 4)] * 3
 
 
 def another_copy(model: nn.Module) -> nn.Module:
@@ -64,6 +80,43 @@ def another_copy(model: nn.Module) -> nn.Module:
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape))
     return model
+
+
+@contextmanager
+def path_in_a_folder() -> Iterator[Path]:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a file still mapped cannot be removed on Windows
+        yield Path(folder) / "digits.adapter"
+
+
+def file_of(subject, path: Path):
+    file = subject(path)
+    missing = [name for name in ("save", "load") if not callable(getattr(file, name, None))]
+    if missing:
+        raise WrongReturn(
+            f"AdapterFile must have methods save and load, got {expect.describe(file)} without {' and '.join(missing)}."
+        )
+    return file
+
+
+def saved_and_loaded(subject, saved: nn.Module, loading: nn.Module, path: Path | None = None) -> str:
+    """What is raised, if anything is, where one model is saved and another one loads that."""
+    if path is None:
+        with path_in_a_folder() as path:
+            return saved_and_loaded(subject, saved, loading, path)
+    error, _ = raised(lambda: file_of(subject, path).save(saved))
+    return error if error != "nothing" else raised(lambda: file_of(subject, path).load(loading))[0]
+
+
+def content_of(path: Path) -> tuple[str, dict[str, str] | None]:
+    """What kind of file there is, and the dtypes of the tensors in it, by name."""
+    if not path.is_file():
+        return "there is none at `path`", None
+    try:
+        with safe_open(path, "pt") as file:
+            dtypes = {name: str(file.get_tensor(name).dtype) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return "in another format", None
+    return "in the safetensors format" + ("" if dtypes else ", with nothing in it"), dtypes
 
 
 class Solution:
@@ -127,4 +180,4 @@ def no_names(self, model, tensors):
 
 
 def cloned(self, tensor):
-    return tensor.clone()
+    return tensor.clone(memory_format=torch.contiguous_format)

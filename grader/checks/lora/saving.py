@@ -1,31 +1,68 @@
 """Exercise 6.6: save what was trained, and nothing else, and load it into another copy of the same model."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from grader.checks import traces
-from grader.checks.lora.adapter_files import Network, Shared, Solution, another_copy, cloned, every_name, no_names, sizes
+from grader.checks.lora.adapter_files import (
+    Network,
+    Shared,
+    Solution,
+    Strided,
+    another_copy,
+    cloned,
+    content_of,
+    every_name,
+    file_of,
+    no_names,
+    path_in_a_folder,
+    saved_and_loaded,
+    sizes,
+)
 from grader.checks.lora.full_disk import full_disk
 from grader.checks.refusals import raised
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn
+from grader.experiment import Exercise, Experiment, Trial
 from grader.near import near, which
-from helpers import expect
 from helpers.adapters import AdapterFile
 
-exercise = Exercise(__name__, "6.6", AdapterFile)
+exercise = Exercise(__name__, "6.6", AdapterFile, core=5)
 
 SAVED, AS_BEFORE = "those saved", "as they were before"
+LAST = "blocks.2."
 
 
-@exercise.experiment("comes back")
+@exercise.experiment("only what trains", 1)
+class OnlyWhatTrains(Experiment):
+    points = 2
+
+    def draw(self, trial: Trial) -> dict:
+        model = Network(*sizes(trial))
+        model.stem.bias.requires_grad_(True)  # what trains is not for names to tell
+        model.blocks[0].A.requires_grad_(False)
+        return {"model": model}
+
+    def measure(self, subject, inputs):
+        with path_in_a_folder() as path:
+            file_of(subject, path).save(inputs["model"])
+            kind, dtypes = content_of(path)
+        return {"kind": kind, "names": None if dtypes is None else list(dtypes)}
+
+    def facts(self, raw, inputs):
+        flags = {name: parameter.requires_grad for name, parameter in inputs["model"].named_parameters()}
+        facts = {"the file": raw["kind"]}
+        tensors = "trained parameters that it lacks", "frozen parameters in it", "names in it that the model has not"
+        if not raw["names"]:
+            return facts | dict.fromkeys(tensors)
+        lacking = [name for name, trains in flags.items() if trains and name not in raw["names"]]
+        frozen = [name for name in raw["names"] if not flags.get(name, True)]
+        unknown = [name for name in raw["names"] if name not in flags]
+        return facts | dict(zip(tensors, map(traces.some, (lacking, frozen, unknown)), strict=True))
+
+
+@exercise.experiment("comes back", 1, 2)
 class ComesBack(Experiment):
     points = 2
 
@@ -35,128 +72,139 @@ class ComesBack(Experiment):
         return models | {"x": trial.normal(5, trained.head.in_features)}
 
     def measure(self, subject, inputs):
-        with _path() as path:
-            _file(subject, path).save(inputs["earlier"])  # a file that is there already
-            _file(subject, path).save(inputs["trained"])
-            _file(subject, path).load(inputs["another"])
+        with path_in_a_folder() as path:
+            file_of(subject, path).save(inputs["earlier"])  # a file that is there already
+            file_of(subject, path).save(inputs["trained"])
+            error, message = raised(lambda: file_of(subject, path).load(inputs["another"]), ValueError)
         with torch.no_grad():
-            return {"parameters": _parameters(inputs["another"]), "outputs": inputs["another"](inputs["x"])}
+            outputs = inputs["another"](inputs["x"])
+        return {"error": error, "message": message, "parameters": _parameters(inputs["another"]), "outputs": outputs}
 
     def facts(self, raw, inputs):
+        facts = {"load": f"raises {raw['error']}"} | self._loaded(raw, inputs)
+        return facts if raw["error"] == "nothing" else dict.fromkeys(facts) | {"load": facts["load"]}
+
+    def notes(self, raw, inputs):
+        return {"load": " ".join(raw["message"].split())[:200]}
+
+    @staticmethod
+    def _loaded(raw, inputs):
         saved, earlier, before = (_parameters(inputs[key]) for key in ("trained", "earlier", "another"))
         known = {SAVED: saved, AS_BEFORE: before, "those saved earlier": earlier}
-        last = saved | {f"blocks.0.{name}": saved[f"blocks.1.{name}"] for name in "AB"}
+        known_too = {"those saved of the last layer": saved | {f"blocks.0.{name}": saved[f"{LAST}{name}"] for name in "AB"}}
         with torch.no_grad():
             outputs = inputs["trained"](inputs["x"])
         return {
-            "A and B of the first layer after load": _whose(
-                raw["parameters"], known | {"those saved of the last layer": last}, "blocks.0."
-            ),
-            "A and B of the last layer after load": _whose(raw["parameters"], known, "blocks.1."),
+            "A and B of the first layer after load": _whose(raw["parameters"], known | known_too, "blocks.0."),
+            "A and B of the last layer after load": _whose(raw["parameters"], known, LAST),
             "weight and bias of the head after load": _whose(raw["parameters"], known, "head."),
             "outputs after load": "those of the trained model" if near(raw["outputs"], outputs) else "different",
         }
 
 
-@exercise.experiment("only what trains")
-class OnlyWhatTrains(Experiment):
-    points = 2
+class _IfItComesBack(Experiment):
+    """`look` and `seen` are its `measure` and `facts`, if a plain model comes back: what is wrong otherwise shows there."""
+
+    names: ClassVar[tuple[str, ...]]  # of the facts
 
     def draw(self, trial: Trial) -> dict:
-        trained = Shared(trial.integer(5, 8), trial.integer(2, 4))
-        return {"trained": trained, "another": another_copy(trained)}
+        trained = Network(*sizes(trial))
+        return {"trained": trained, "another": another_copy(trained), "control": another_copy(trained)}
 
     def measure(self, subject, inputs):
-        with _path() as path:
-            _file(subject, path).save(inputs["trained"])
-            kind, dtypes = _content(path)
-            error, _ = raised(lambda: _file(subject, path).load(inputs["another"]), ValueError)
-        return {"kind": kind, "dtypes": dtypes, "error": error, "traces": traces.of(inputs["another"])}
+        control = inputs["control"]
+        error = saved_and_loaded(subject, inputs["trained"], control)
+        raw = {"error": error, "control": _parameters(control)}
+        return raw | self.look(subject, inputs) if error == "nothing" else raw
 
     def facts(self, raw, inputs):
-        tensors = ("trained tensors that it lacks", "other tensors in it", "a weight that two modules share", "dtypes")
-        facts = {"the file": raw["kind"]} | dict.fromkeys(tensors)
-        if (dtypes := raw["dtypes"]) is not None:
-            own = dict(inputs["trained"].named_parameters(remove_duplicate=False))
-            shared = {"embed.weight", "head.weight"}
-            trained = {name for name, parameter in own.items() if parameter.requires_grad} - shared
-            as_own = all(dtype == str(own[name].dtype) for name, dtype in dtypes.items() if name in own)
-            facts |= {
-                "trained tensors that it lacks": traces.some(trained - dtypes.keys()),
-                "other tensors in it": traces.some(dtypes.keys() - trained - shared),
-                "a weight that two modules share": ("missing", "once", "twice")[len(shared & dtypes.keys())],
-                "dtypes": "those of the model" if as_own else "different",
-            }
-        back = "not all of it" if traces.changed(inputs["trained"], raw["traces"], "parameters") else "bit for bit"
-        if raw["error"] != "nothing":
-            back = f"no: raises {raw['error']}"
-        return facts | {"another copy gets it back": back}
+        own = inputs["trained"].named_parameters()
+        saved = {name: parameter for name, parameter in own if parameter.requires_grad}
+        works = raw["error"] == "nothing" and all(near(raw["control"][name], saved[name]) for name in saved)
+        return dict(zip(self.names, self.seen(raw, inputs), strict=True)) if works else dict.fromkeys(self.names)
 
 
-class _DoesNotFit(Experiment):
+class _DoesNotFit(_IfItComesBack):
     """Files of models that train other tensors than the model into which they are loaded."""
 
     points = 2
     cases: ClassVar[dict[str, tuple[str, str, list[str]]]]  # fact -> saved model, loading model, tensors that differ
 
-    def measure(self, subject, inputs):
+    def draw(self, trial: Trial) -> dict:
+        width, ranks = sizes(trial)
+        models = {name: Network(width, ranks) for name in ("with bias", "more", "turned", "one column", "other head")}
+        models |= {"without": Network(width, ranks, bias=False), "rank 1": Network(width, [*ranks[:-1], 1])}
+        models["turned"].blocks[2].A = nn.Parameter(torch.randn(width, ranks[0]))
+        models["one column"].blocks[2].B = nn.Parameter(torch.randn(width, 1))
+        models["other head"].head = nn.Linear(width, 4)
+        return super().draw(trial) | models
+
+    def look(self, subject, inputs):
         raw = {}
         for case, (saved, loading, _) in self.cases.items():
             model = copy.deepcopy(inputs[loading])
-            with _path() as path:
-                _file(subject, path).save(inputs[saved])
-                file = _file(subject, path)
+            with path_in_a_folder() as path:
+                file_of(subject, path).save(inputs[saved])
+                file = file_of(subject, path)
                 error, message = raised(lambda: file.load(model))  # noqa: B023
             raw[case] = {"error": error, "message": message, "traces": traces.of(model)}
         return raw
 
-    def facts(self, raw, inputs):
-        facts, changed = {}, []
-        for case, (saved, loading, names) in self.cases.items():
-            facts[case] = _outcome(raw[case], _parameters(inputs[saved]), names)
-            if raw[case]["error"] != "nothing":
-                changed.append(traces.changed(inputs[loading], raw[case]["traces"], "parameters"))
-        return facts | {"parameters that had changed before the error": traces.some(filter(None, changed)) if changed else None}
+    def seen(self, raw, inputs):
+        cases = self.cases.items()
+        return tuple(_outcome(raw[case], _parameters(inputs[saved]), names) for case, (saved, _, names) in cases)
 
     def notes(self, raw, inputs):
-        return {case: " ".join(raw[case]["message"].split())[:200] for case in self.cases}
+        return {case: " ".join(raw[case]["message"].split())[:200] for case in self.cases if case in raw}
 
 
-@exercise.experiment("names that differ")
+NAMES = {
+    "the file has `head.bias`, the model has not": ("with bias", "without", ["head.bias"]),
+    "the model trains `head.bias`, the file lacks it": ("without", "with bias", ["head.bias"]),
+}
+SHAPES = {
+    "rank 1 in the file, more in the model, in the last layer": ("rank 1", "more", [f"{LAST}A", f"{LAST}B"]),
+    "A of the last layer with its two axes swapped": ("turned", "more", [f"{LAST}A"]),
+    "one column in B of the last layer, more in the model": ("one column", "more", [f"{LAST}B"]),
+    "4 classes in the file, 3 in the model": ("other head", "more", ["head.weight", "head.bias"]),
+}
+
+
+@exercise.experiment("names that differ", 3)
 class NamesThatDiffer(_DoesNotFit):
-    cases: ClassVar = {
-        "the file has `head.bias`, the model has not": ("with bias", "without", ["head.bias"]),
-        "the model trains `head.bias`, the file lacks it": ("without", "with bias", ["head.bias"]),
-    }
-
-    def draw(self, trial: Trial) -> dict:
-        width, ranks = sizes(trial)
-        return {"with bias": Network(width, ranks), "without": Network(width, ranks, bias=False)}
+    cases, names = NAMES, tuple(NAMES)
 
 
-@exercise.experiment("shapes that differ")
+@exercise.experiment("shapes that differ", 4)
 class ShapesThatDiffer(_DoesNotFit):
-    cases: ClassVar = {
-        "rank 1 in the file, more in the model, in the last layer": ("rank 1", "more", ["blocks.1.A", "blocks.1.B"]),
-    }
-
-    def draw(self, trial: Trial) -> dict:
-        width, ranks = sizes(trial)
-        return {"rank 1": Network(width, [ranks[0], 1]), "more": Network(width, ranks)}
+    cases, names = SHAPES, tuple(SHAPES)
 
 
-@exercise.experiment("goes on training")
-class GoesOnTraining(Experiment):
-    def draw(self, trial: Trial) -> dict:
-        trained = Network(*sizes(trial))
-        return {"trained": trained, "another": another_copy(trained)}
+@exercise.experiment("as it was", 5)
+class AsItWas(_DoesNotFit):
+    cases: ClassVar = NAMES | SHAPES
+    names = "parameters that changed, if a name differs", "parameters that changed, if a shape differs"
 
-    def measure(self, subject, inputs):
+    def seen(self, raw, inputs):
+        return self._changed(raw, inputs, NAMES), self._changed(raw, inputs, SHAPES)
+
+    @staticmethod
+    def _changed(raw: dict, inputs: dict, cases: dict) -> str | None:
+        models = {case: inputs[loading] for case, (_, loading, _) in cases.items() if raw[case]["error"] == "ValueError"}
+        changed = [traces.changed(model, raw[case]["traces"], "parameters") for case, model in models.items()]
+        return traces.some(filter(None, changed)) if models else None
+
+
+@exercise.experiment("goes on training", 6)
+class GoesOnTraining(_IfItComesBack):
+    names = "A and B of the last layer after load", "the optimizer's next step moves"
+
+    def look(self, subject, inputs):
         model = inputs["another"]
         optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.5)
-        with _path() as path:
-            _file(subject, path).save(inputs["trained"])
-            _file(subject, path).load(model)
+        with path_in_a_folder() as path:
+            file_of(subject, path).save(inputs["trained"])
+            file_of(subject, path).load(model)
         loaded = _parameters(model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if trainable:
@@ -164,91 +212,117 @@ class GoesOnTraining(Experiment):
         optimizer.step()
         return {"loaded": loaded, "stepped": _parameters(model)}
 
-    def facts(self, raw, inputs):
+    def seen(self, raw, inputs):
         known = {SAVED: _parameters(inputs["trained"]), AS_BEFORE: _parameters(inputs["another"])}
         moved = {name for name, tensor in raw["loaded"].items() if not torch.equal(raw["stepped"][name], tensor)}
         trains = {name for name, parameter in inputs["another"].named_parameters() if parameter.requires_grad}
         reach = "all that trains" if moved == trains else "some of it" if moved else "nothing of the model"
-        return {
-            "A and B of the last layer after load": _whose(raw["loaded"], known, "blocks.1."),
-            "the optimizer's next step moves": reach,
-        }
+        return _whose(raw["loaded"], known, LAST), reach
 
 
-@exercise.experiment("the model's own")
-class TheModelsOwn(Experiment):
+@exercise.experiment("the model's own", 6)
+class TheModelsOwn(_IfItComesBack):
+    names = (
+        "load",
+        "A and B of the last layer after load",
+        "dtype of the float64 copy after load",
+        "parameters of the frozen copy that train after load",
+        "modes that changed",
+    )
+
     def draw(self, trial: Trial) -> dict:
-        trained = Network(*sizes(trial))
-        return {"trained": trained, "another": another_copy(trained).double().requires_grad_(False)}
+        models = super().draw(trial)
+        models["another"].double().requires_grad_(False).blocks[1].eval()
+        return models
 
-    def measure(self, subject, inputs):
-        with _path() as path:
-            _file(subject, path).save(inputs["trained"])
-            error, _ = raised(lambda: _file(subject, path).load(inputs["another"]), ValueError)
-        return {"error": error, "traces": traces.of(inputs["another"])}
+    def look(self, subject, inputs):
+        with path_in_a_folder() as path:
+            file_of(subject, path).save(inputs["trained"])
+            error, _ = raised(lambda: file_of(subject, path).load(inputs["another"]), ValueError)
+        return {"refused": error, "traces": traces.of(inputs["another"])}
 
-    def facts(self, raw, inputs):
+    def seen(self, raw, inputs):
         known = {SAVED: _parameters(inputs["trained"]), AS_BEFORE: _parameters(inputs["another"])}
         parameters = raw["traces"]["parameters"]
         double = all(parameter.dtype == torch.float64 for parameter in parameters.values())
-        return {
-            "load": f"raises {raw['error']}",
-            "A and B of the last layer after load": _whose(parameters, known, "blocks.1."),
-            "dtype of the float64 copy after load": "float64" if double else "another, or several",
-            "parameters of the frozen copy that train after load": traces.some(filter(None, raw["traces"]["flags"].values())),
-        }
+        return (
+            f"raises {raw['refused']}",
+            _whose(parameters, known, LAST),
+            "float64" if double else "another, or several",
+            traces.some(filter(None, raw["traces"]["flags"].values())),
+            traces.some(traces.changed(inputs["another"], raw["traces"], "modes")),
+        )
 
 
-@exercise.experiment("failed save")
-class FailedSave(Experiment):
+@exercise.experiment("as it is stored", 7)
+class AsItIsStored(_IfItComesBack):
+    points = 2
+    names = (
+        "with a weight that two modules share: save and load",
+        "with a weight that two modules share: names of it in the file",
+        "dtypes in the file",
+        "all dtypes and the shared weight come back",
+        "with weights that are not contiguous: save and load",
+        "weights that are not contiguous come back",
+    )
+
     def draw(self, trial: Trial) -> dict:
-        first = Network(*sizes(trial))
-        return {"first": first, "second": another_copy(first), "another": another_copy(first)}
+        width = trial.integer(5, 8)
+        models = {"shared": Shared(width, trial.integer(2, 4)), "strided": Strided(width)}
+        copies = {f"{name}, another": another_copy(model) for name, model in models.items()}
+        return super().draw(trial) | models | copies
 
-    def measure(self, subject, inputs):
-        with _path() as path:
-            _file(subject, path).save(inputs["first"])
-            _file(subject, path).load(copy.deepcopy(inputs["another"]))  # if this raises, it is not about a full disk
+    def look(self, subject, inputs):
+        raw = {}
+        for name in ("shared", "strided"):
+            with path_in_a_folder() as path:
+                error = saved_and_loaded(subject, inputs[name], inputs[f"{name}, another"], path)
+                content = content_of(path)[1]
+            raw[name] = {"error": error, "content": content, "traces": traces.of(inputs[f"{name}, another"])}
+        return raw
+
+    def seen(self, raw, inputs):
+        own = dict(inputs["shared"].named_parameters(remove_duplicate=False))
+        dtypes, shared, kinds = raw["shared"]["content"], None, None
+        if dtypes and all(own[name].requires_grad for name in dtypes if name in own):
+            shared = ("none", "one", "two")[len({"embed.weight", "head.weight"} & dtypes.keys())]
+            as_own = all(dtype == str(own[name].dtype) for name, dtype in dtypes.items() if name in own)
+            same = set(dtypes.values())
+            kinds = "those of the model" if as_own else f"all {same.pop()}" if len(same) == 1 else "different"
+        facts = []
+        for name, more in (("shared", (shared, kinds)), ("strided", ())):
+            error, changed = raw[name]["error"], traces.changed(inputs[name], raw[name]["traces"], "parameters")
+            back = None if error != "nothing" else "not all of them" if changed else "bit for bit"
+            facts += ["works" if error == "nothing" else f"raises {error}", *more, back]
+        return tuple(facts)
+
+
+@exercise.experiment("failed save", 8)
+class FailedSave(_IfItComesBack):
+    names = "what the caller gets", "the file afterwards"
+
+    def draw(self, trial: Trial) -> dict:
+        models = super().draw(trial)
+        return models | {"second": another_copy(models["trained"])}
+
+    def look(self, subject, inputs):
+        with path_in_a_folder() as path:
+            file_of(subject, path).save(inputs["trained"])
             there = path.exists()
-            file = _file(subject, path)
+            file = file_of(subject, path)
             with full_disk() as failed:
                 error, _ = raised(lambda: file.save(inputs["second"]))
-            unreadable, _ = raised(lambda: _file(subject, path).load(inputs["another"]))
-            return {
-                "could not be made to fail": there and not failed,
-                "error": error,
-                "still there": path.exists(),
-                "readable": unreadable == "nothing",
-                "parameters": _parameters(inputs["another"]),
-            }
+            unreadable, _ = raised(lambda: file_of(subject, path).load(inputs["another"]))
+            raw = {"could not be made to fail": there and not failed, "raised": error, "still there": path.exists()}
+        return raw | {"readable": unreadable == "nothing", "parameters": _parameters(inputs["another"])}
 
-    def facts(self, raw, inputs):
-        if raw["could not be made to fail"]:
-            return {"what the caller gets": "an error", "the file afterwards": "the old one"}
-        known = {"the old one": _parameters(inputs["first"]), "the new one": _parameters(inputs["second"])}
+    def seen(self, raw, inputs):
+        known = {"the old one": _parameters(inputs["trained"]), "the new one": _parameters(inputs["second"])}
         file = "there is none"
         if raw["still there"]:
-            file = _whose(raw["parameters"], known, "blocks.1.", "not what was saved") if raw["readable"] else "damaged"
-        return {
-            "what the caller gets": "nothing" if raw["error"] == "nothing" else "an error",
-            "the file afterwards": file,
-        }
-
-
-@contextmanager
-def _path() -> Iterator[Path]:
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a file still mapped cannot be removed on Windows
-        yield Path(folder) / "digits.adapter"
-
-
-def _file(subject, path: Path):
-    file = subject(path)
-    missing = [name for name in ("save", "load") if not callable(getattr(file, name, None))]
-    if missing:
-        raise WrongReturn(
-            f"AdapterFile must have methods save and load, got {expect.describe(file)} without {' and '.join(missing)}."
-        )
-    return file
+            file = _whose(raw["parameters"], known, LAST, "not what was saved") if raw["readable"] else "damaged"
+        told = "nothing" if raw["raised"] == "nothing" else "an error"
+        return ("an error", "the old one") if raw["could not be made to fail"] else (told, file)
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -266,18 +340,6 @@ def _whose(parameters: dict[str, Tensor], known: dict[str, dict[str, Tensor]], p
     return which(numbers(parameters), {label: numbers(of_model) for label, of_model in known.items()}, otherwise)
 
 
-def _content(path: Path) -> tuple[str, dict[str, str] | None]:
-    """What kind of file there is, and the dtypes of the tensors in it, by name."""
-    if not path.is_file():
-        return "there is none at `path`", None
-    try:
-        with safe_open(path, "pt") as file:
-            dtypes = {name: str(file.get_tensor(name).dtype) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError):
-        return "in another format", None
-    return "in the safetensors format", dtypes
-
-
 def _outcome(raw: dict, saved: dict[str, Tensor], names: list[str]) -> str:
     """What was raised, and whether it names one of these tensors; or what was loaded of a file that does not fit."""
     if raw["error"] == "ValueError":
@@ -288,15 +350,18 @@ def _outcome(raw: dict, saved: dict[str, Tensor], names: list[str]) -> str:
     equal = [torch.equal(loaded[name], saved[name]) for name in ("blocks.0.A", "blocks.0.B", "head.weight")]
     if not any(equal):
         return "raises nothing, and loads nothing"
-    rows, row = loaded["blocks.1.A"], saved["blocks.1.A"]
-    if row.shape == rows.shape:
-        return f"raises nothing, and loads {'what fits' if all(equal) else 'some of what fits'}"
-    filled = torch.equal(rows, row.expand_as(rows))
-    return f"raises nothing, and {'fills all rows with the one' if filled else 'loads what fits'}"
+    rows, row = loaded[f"{LAST}A"], saved[f"{LAST}A"]
+    if len(row) == 1 and torch.equal(rows, row.expand_as(rows)):
+        return "raises nothing, and fills all rows with the one"
+    return f"raises nothing, and loads {'what fits' if all(equal) else 'some of what fits'}"
 
 
 def adapters_alone(self, model):
     return {name: parameter for name, parameter in Solution.chosen(self, model).items() if name.endswith((".A", ".B"))}
+
+
+def saved_of_the_state_dict(self, model):
+    self.write({name: tensor for name, tensor in model.state_dict().items() if tensor.requires_grad}, self.path)
 
 
 def in_new_parameters(self, model, tensors):
@@ -316,6 +381,7 @@ exercise.misconceptions_of(
     {
         "the whole model saved": {"own": every_name, "chosen": every_name, "written": cloned},
         "the head forgotten": {"chosen": adapters_alone},
+        "requires_grad of a state_dict": {"save": saved_of_the_state_dict},
         "load_state_dict with strict=False, and nothing else": {
             "load": lambda self, model: model.load_state_dict(self.read(), strict=False)
         },
@@ -330,6 +396,7 @@ exercise.misconceptions_of(
         "new Parameter objects": {"put": in_new_parameters},
         "the file's dtype taken over": {"put": as_in_the_file},
         "only into what trains": {"own": lambda self, model: {n: p for n, p in model.named_parameters() if p.requires_grad}},
+        "memory as it lies": {"written": lambda self, tensor: tensor},
         "everything in float32": {"written": lambda self, tensor: tensor.float().contiguous()},
         "a pickle in place of safetensors": {
             "write": lambda self, tensors, path: torch.save(tensors, path),

@@ -1,5 +1,6 @@
 """Exercise 6.6 in other styles."""
 
+import contextlib
 import copy
 import os
 import shutil
@@ -14,7 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import vector_to_parameters
 
-from grader.checks.lora.adapter_files import Solution
+from grader.checks.lora.adapter_files import Solution, cloned, every_name, no_names
+from grader.checks.lora.saving import (
+    ChangedBeforeTheError,
+    NamesWithoutTheirLayer,
+    ShapesComparedWhileCopying,
+    adapters_alone,
+    as_in_the_file,
+    in_new_parameters,
+    saved_of_the_state_dict,
+)
 
 
 class ByLoadStateDict:
@@ -25,7 +35,7 @@ class ByLoadStateDict:
 
     def save(self, model):
         keep = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        data = safetensors.torch.save({name: tensor for name, tensor in model.state_dict().items() if name in keep})
+        data = safetensors.torch.save({name: t.contiguous() for name, t in model.state_dict().items() if name in keep})
         with tempfile.NamedTemporaryFile("wb", dir=self.path.parent, delete=False) as file:
             file.write(data)
         Path(file.name).replace(self.path)
@@ -52,7 +62,7 @@ def in_a_closure(path):
         backup = shutil.copy(path, path.with_suffix(".old")) if path.exists() else None
         try:
             named = {id(p): (name, p) for name, p in reversed(list(model.state_dict(keep_vars=True).items()))}
-            save_file({name: p.detach() for name, p in named.values() if p.requires_grad}, path)
+            save_file({name: p.detach().contiguous() for name, p in named.values() if p.requires_grad}, path)
         except BaseException:
             path.unlink(missing_ok=True)
             if backup:
@@ -90,7 +100,8 @@ class AsVector:
         folder = tempfile.mkdtemp(dir=self.path.parent)
         try:
             draft = os.path.join(folder, "draft")  # noqa: PTH118
-            save_file({k: v.data for k, v in self._named(model).items() if v.requires_grad}, draft, metadata={"format": "pt"})
+            tensors = {k: v.data.contiguous() for k, v in self._named(model).items() if v.requires_grad}
+            save_file(tensors, draft, metadata={"format": "pt"})
             shutil.move(draft, self.path)
         finally:
             shutil.rmtree(folder)
@@ -115,7 +126,10 @@ class PutBack:
 
     def save(self, model):
         draft = self.path.parent / "draft"
-        draft.write_bytes(safetensors.torch.save({n: p.data for n, p in model.named_parameters() if p.requires_grad}))
+        tensors = {
+            n: p.data.clone(memory_format=torch.contiguous_format) for n, p in model.named_parameters() if p.requires_grad
+        }
+        draft.write_bytes(safetensors.torch.save(tensors))
         draft.rename(self.path)
 
     def load(self, model):
@@ -142,16 +156,16 @@ class CopyComplains(ByLoadStateDict):
         if own.keys() != tensors.keys():
             raise ValueError(own.keys() ^ tensors.keys())
         for name, parameter in own.items():
-            if tensors[name].numel() != parameter.numel():
+            if tensors[name].size() != parameter.size():
                 raise ValueError(f"{name} does not fit")
-            parameter.data.copy_(tensors[name].view_as(parameter))
+            parameter.data.copy_(tensors[name])
 
 
 class EveryName(ByLoadStateDict):
     def save(self, model):
         trains = {id(p) for p in model.parameters() if p.requires_grad}
         state = {n: t for n, t in model.state_dict(keep_vars=True).items() if id(t) in trains}
-        data = safetensors.torch.save({name: tensor.detach() + 0 for name, tensor in state.items()})
+        data = safetensors.torch.save({name: tensor.detach().contiguous() + 0 for name, tensor in state.items()})
         self.path.with_suffix(".y").write_bytes(data)
         self.path.with_suffix(".y").replace(self.path)
 
@@ -169,12 +183,206 @@ class InFloat32OverTheOldFile(Solution):
         return self.path
 
 
+class GuardedByNames(ByLoadStateDict):
+    """Names are compared; a broadcast does the rest."""
+
+    def load(self, model):
+        file = safetensors.torch.load_file(self.path)
+        places = {name: place for name, place in model.named_parameters() if name in file or place.requires_grad}
+        if set(places) ^ set(file):
+            raise ValueError(f"{sorted(set(places) ^ set(file))}")
+        for name in file:
+            with torch.no_grad():
+                places[name].zero_().add_(file[name])
+
+
+def _changed(name, **attributes):
+    """The right solution with other pieces."""
+    return type(name, (Solution,), attributes)
+
+
+def _pickled(self, tensors, path):
+    torch.save(tensors, path)
+
+
+def _by_their_names(self, model):
+    return {name: parameter for name, parameter in self.own(model).items() if "base" not in name and "stem" not in name}
+
+
+def _one_of(name):
+    """Compares shapes in part."""
+
+    def misshapen(self, model, tensors):
+        own = self.own(model)
+        return {key for key, tensor in tensors.items() if key in own and getattr(Shape, name)(tensor, own[key])}
+
+    return misshapen
+
+
+class Shape:
+    def elements(self, other):
+        return self.numel() != other.numel()
+
+    def rows(self, other):
+        return len(self) != len(other)
+
+    def axes(self, other):
+        return self.ndim != other.ndim
+
+
+def _viewed(self, model, tensors):
+    own = self.own(model)
+    Solution.put(self, model, {name: tensor.reshape(own[name].shape) for name, tensor in tensors.items() if name in own})
+
+
+def _repeated(self, model, tensors):
+    """Fills each parameter with as many of the numbers as there are, again and again."""
+    own = self.own(model)
+    for name, tensor in tensors.items():
+        numbers = tensor.flatten().repeat(own[name].numel() // tensor.numel() + 1)
+        own[name].data.copy_(numbers[: own[name].numel()].view(own[name].shape))
+
+
+def _into_a_copy(self, model, tensors):
+    Solution.put(self, copy.deepcopy(model), tensors)
+
+
+def _in_the_order_of_the_file(self, model, tensors):
+    """One after the other, if the shapes allow it."""
+    left = [tensor for _, tensor in sorted(tensors.items(), reverse=True)]
+    for name, parameter in self.own(model).items():
+        if name in tensors:
+            fitting = next(k for k, tensor in enumerate(left) if tensor.shape == parameter.shape)
+            parameter.data.copy_(left.pop(fitting))
+
+
+def _all_but_the_head(self, model, tensors):
+    Solution.put(self, model, {name: tensor for name, tensor in tensors.items() if not name.startswith("head")})
+
+
+def _flags_too(self, model, tensors):
+    Solution.put(self, model, tensors)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in tensors)
+
+
+def _in_eval_mode(self, model, tensors):
+    Solution.put(self, model, tensors)
+    model.eval()
+
+
+class _OtherError(Solution):
+    """The right comparison, and another error."""
+
+    def compared(self, wrong):
+        raise NotImplementedError
+
+    def load(self, model):
+        tensors = self.read()
+        names = self.surplus(model, tensors) | self.lacking(model, tensors)
+        self.compared(names, self.misshapen(model, tensors))
+        self.put(model, tensors)
+
+
+class KeyErrors(_OtherError):
+    def compared(self, names, shapes):
+        if names:
+            raise KeyError(names.pop())
+        if shapes:
+            raise ValueError(f"{shapes}")
+
+
+class NamesNotTold(_OtherError):
+    def compared(self, names, shapes):
+        if names:
+            raise ValueError("names differ")
+        if shapes:
+            raise ValueError(f"{shapes}")
+
+
+class RuntimeErrors(_OtherError):
+    def compared(self, names, shapes):
+        if names:
+            raise ValueError(f"{names}")
+        if shapes:
+            raise RuntimeError(f"{shapes}")
+
+
+class ShapesNotTold(_OtherError):
+    def compared(self, names, shapes):
+        if names or shapes:
+            raise ValueError(f"{names}, and {len(shapes)} of another shape")
+
+
+class OldFileFirst(Solution):
+    def write(self, tensors, path):
+        self.path.unlink(missing_ok=True)
+        super().write(tensors, path)
+
+
+class FailsSilently(Solution):
+    def save(self, model):
+        with contextlib.suppress(Exception):
+            super().save(model)
+
+
+class UnderBothNames(Solution):
+    own, written = every_name, cloned
+
+
+class SharedLeftOut(Solution):
+    def chosen(self, model):
+        several = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+        return {name: p for name, p in super().chosen(model).items() if several.count(id(p)) == 1}
+
+
 CORRECT = [ByLoadStateDict, in_a_closure, AsVector, PutBack]
 REWRITTEN = {
     "shapes compared while copying": CopyComplains,
+    "shapes not compared": GuardedByNames,
     "a shared weight saved twice": EveryName,
 }
-BROKEN = {}
+BROKEN = {
+    1: [
+        *(
+            _changed("Chosen", chosen=chosen, own=own, written=cloned)
+            for chosen, own in ((adapters_alone, Solution.own), (_by_their_names, Solution.own), (every_name, every_name))
+        ),
+        _changed("Empty", save=saved_of_the_state_dict),
+        _changed(
+            "Pickle", write=_pickled, read=lambda self: torch.load(self.path)
+        ),
+        NamesWithoutTheirLayer,
+    ],
+    2: [_changed("Put", put=put) for put in (_into_a_copy, _in_the_order_of_the_file, _all_but_the_head)],
+    3: [
+        *(KeyErrors, NamesNotTold, _changed("NotCompared", surplus=no_names, lacking=no_names)),
+        *(_changed("OneWay", **{direction: no_names}) for direction in ("surplus", "lacking")),
+    ],
+    4: [
+        *(
+            RuntimeErrors,
+            ShapesNotTold,
+            _changed("Broadcast", misshapen=no_names),
+            _changed("Repeated", misshapen=no_names, put=_repeated),
+        ),
+        _changed("Elements", misshapen=_one_of("elements"), put=_viewed),
+        *(_changed("InPart", misshapen=_one_of(what), put=_repeated) for what in ("rows", "axes")),
+    ],
+    5: [ChangedBeforeTheError, ShapesComparedWhileCopying, CopyComplains],
+    6: [
+        *(_changed("Put", put=put) for put in (in_new_parameters, as_in_the_file, _flags_too, _in_eval_mode)),
+        _changed("WhatTrains", own=lambda self, model: {n: p for n, p in model.named_parameters() if p.requires_grad}),
+    ],
+    7: [
+        *(
+            _changed("Written", written=written)
+            for written in (lambda self, tensor: tensor, lambda self, tensor: tensor.float())
+        ),
+        *(UnderBothNames, SharedLeftOut),
+    ],
+    8: [OldFileFirst, FailsSilently, _changed("InPlace", draft=lambda self: self.path)],
+}
 COMBINED = [
     ({"new Parameter objects", "the file's dtype taken over"}, AssignedAsTheyAre),
     ({"everything in float32", "written over the old file"}, InFloat32OverTheOldFile),
@@ -185,8 +393,4 @@ EQUIVALENT = {
     "trained = {name: p.contiguous() for name, …": "the file is the same with or without a graph",
     "draft = self.path.with_name(self.path.name + '.part') -> "
     "draft = self.path.with_name('.part')": "a draft of another name in the same folder",
-    "… ValueError(f'{name} has shape {tuple(tensor.shape)} in the file, {tuple(parameters[name].shape)} … -> "
-    "… ValueError(f'{name} has shape {tensor.shape} in the file, {tuple(parameters[name].shape)} …": "same shape, other words",
-    "… {tuple(tensor.shape)} in the file, {tuple(parameters[name].shape)} here') -> "
-    "… {tuple(tensor.shape)} in the file, {parameters[name].shape} here')": "same shape, other words",
 }
