@@ -777,30 +777,50 @@ guess_texts = predict(tf_idf=None, features=None)  # guessing at random gets 0.1
 # %% [markdown]
 # ## Exercise 2.6: from texts to numbers
 #
-# An encoder sees *tokens*: pieces of words, each with a number. Texts of a batch differ in length, so the shorter ones are
-# filled up with *padding*, and an *attention mask* says which tokens are real. Hugging Face's tokenizers do all of it in
-# one call: `AutoTokenizer.from_pretrained(name)` loads the tokenizer that belongs to a model,
-# `tokenizer(texts, padding=True, truncation=True, return_tensors="pt")` gives what `AutoModel.from_pretrained(name)` takes.
-# The tokenizer belongs to the weights as the transforms did. To know what its call does, write it once.
+# An encoder sees *tokens*: pieces of words (*WordPiece*), each with a number. Shorter texts of a batch are filled up with
+# *padding*, and an *attention mask* says which tokens are real. A tokenizer does all of it, and belongs to the weights as
+# the transforms did.
 #
-# **Exercise 2.6** (25 min, ●●○). Write `tokenize(vocabulary, texts, max_length)`.
+# **Exercise 2.6** (25 min, ●●○). Write `tokenize`.
 #
-# - `vocabulary` is a dict piece → number, with `[PAD]`, `[UNK]`, `[CLS]` and `[SEP]` in it, each under any number; 0 may be
-#   the number of a word. `texts` is a list of n ≥ 1 texts, `max_length` is at least 2.
-# - A text is put in small letters and split at white space, of any kind and amount.
-# - A word becomes the longest piece it begins with, then the longest piece its rest begins with, and so on. Pieces after a
-#   word's first are looked up with `##` before them. A piece once taken is never given back.
-# - If the rest begins with no piece, the whole word is one `[UNK]`.
-# - `[CLS]` comes first, `[SEP]` last. A text of more than `max_length` tokens, these two included, loses tokens at its end,
-#   in the middle of a word if need be, but never its `[SEP]`.
-# - Shorter texts are filled up at the end with `[PAD]`, to the longest text of this batch, not to `max_length`.
-# - Return `{"input_ids", "attention_mask"}`, each `(n, tokens)` of int64; the mask is 1 on tokens and 0 on padding.
+# *Core*
 #
-# The pieces are called *WordPiece*, after the method.
+# 1. Texts are put in small letters and split at white space, of any kind and amount.
+# 2. A word becomes the longest piece it begins with, then the longest its rest begins with, looked up with `##` before it.
+# 3. If no piece fits the rest, the whole word is one `[UNK]`: no piece is given back.
+# 4. A text is `[CLS]`, its pieces, `[SEP]`. More than `max_length` tokens lose pieces at the end.
+# 5. Shorter texts get `[PAD]` at their end, up to the longest of the batch; the mask is 1 on tokens and 0 on padding.
+#
+# *Fine print*
+#
+# 6. Punctuation, digits and accents are letters like all others.
 
 
 # %%
-def tokenize(vocabulary, texts, max_length):
+def tokenize(
+    vocabulary: dict[str, int],
+    texts: list[str],
+    max_length: int,
+) -> dict[str, Tensor]:
+    """One batch of numbered pieces, and its mask.
+
+    >>> pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "pad", "##ding"]
+    >>> vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    >>> batch = tokenize(vocabulary, ["A padding", "a"], max_length=8)
+    >>> batch["input_ids"].tolist()
+    [[2, 4, 5, 6, 3], [2, 4, 3, 0, 0]]
+    >>> batch["attention_mask"].tolist()
+    [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+
+    Args:
+        vocabulary: piece to number, [PAD], [UNK], [CLS] and [SEP] among them,
+            each under any number: 0 may be a word's.
+        texts: n texts, n at least 1; a text may be empty.
+        max_length: at least 2.
+
+    Returns:
+        {"input_ids": ..., "attention_mask": ...}, each (n, tokens) of int64.
+    """
     ### BEGIN SOLUTION
     def cut(word):
         pieces = []
@@ -835,7 +855,9 @@ tokenize = continue_with("2.6")
 # %% [markdown]
 # ### Beside the real one
 #
-# `text_backbone` has done both calls for `all-MiniLM-L6-v2`, from a package in place of the Hub. The real tokenizer also splits
+# Hugging Face has a tokenizer for every model: `AutoTokenizer.from_pretrained(name)` loads it, and
+# `tokenizer(texts, padding=True, truncation=True, return_tensors="pt")` gives what `AutoModel.from_pretrained(name)` takes.
+# `text_backbone` has loaded both for `all-MiniLM-L6-v2`, from a package in place of the Hub. The real tokenizer also splits
 # off punctuation and accents before it looks for pieces. With blanks put around punctuation, yours should give the same numbers.
 
 # %% tags=["demo"]

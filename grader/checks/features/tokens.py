@@ -1,7 +1,9 @@
 """Exercise 2.6: texts to one batch of word pieces and a mask."""
 
+import re
 from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, wrong_return
 from helpers.text import tokenize
 
-exercise = Exercise(__name__, "2.6", tokenize)
+exercise = Exercise(__name__, "2.6", tokenize, core=5)
 
 
 def _blocks(trial: Trial, n: int) -> list[str]:
@@ -49,6 +51,10 @@ def _inside(tokens: list[str]) -> list[str]:
     return [token for token in tokens[:end] if token not in ("[CLS]", "[PAD]")]
 
 
+def _filled(tokens: list[str]) -> list[str]:
+    return [token for token in tokens if token != "[PAD]"]
+
+
 def _bare(tokens: list[str]) -> list[str]:
     return [token.removeprefix("##") for token in tokens]
 
@@ -70,7 +76,7 @@ class _OneText(Experiment):
         return [_inside(_read(inputs["vocabulary"], row)) for row in raw["rows"]]
 
 
-@exercise.experiment("longest piece first")
+@exercise.experiment("longest piece first", 2)
 class LongestPieceFirst(_OneText):
     points = 2
 
@@ -92,22 +98,52 @@ class LongestPieceFirst(_OneText):
         return {"pieces of words": next((name for name, cut in inputs["cuts"].items() if cut == words), "something else")}
 
 
-@exercise.experiment("unknown words")
+@exercise.experiment("pieces of any length", 2)
+class PiecesOfAnyLength(_OneText):
+    def draw(self, trial: Trial) -> dict:
+        (a, b), (c, d), (e, f), (g, h), *_ = _blocks(trial, 4)
+        long = a + b + c + d + e + f + g + h + 8 * a
+        pieces = [b, a, f"##{a}", f"##{b}", f"##{c}", long, f"##{long}", c + d + e]
+        return {
+            "vocabulary": _numbered(trial, *pieces),
+            "texts": [f"{a} {b} {a}", f"{a + b + a + c}", f"{long} {a + long} {c + d + e + b + long + a}"],
+            "cuts": {
+                "words of one letter": [a, b, a],
+                "pieces of one letter": [a, b, a, c],
+                "pieces of sixteen letters": [long, a, long, c + d + e, b, long, a],
+            },
+        }
+
+    def facts(self, raw, inputs):
+        # Whether pieces inside a word have their ## is another question.
+        cuts = zip(inputs["cuts"].items(), self.words(raw, inputs), strict=True)
+        return {name: "found" if cut == _bare(words) else "something else" for (name, cut), words in cuts}
+
+
+@exercise.experiment("unknown words", 3)
 class UnknownWords(_OneText):
     def draw(self, trial: Trial) -> dict:
         a, b, c, d, e, (unknown, _) = _blocks(trial, 6)
         return {
             "vocabulary": _numbered(trial, e, a, d, a + b, f"##{b + c}", f"##{e}"),
             "texts": [f"{e} {word} {e}" for word in (d + unknown + e, d + unknown, unknown, a + b + c)],
+            "several": f"{unknown} {d + unknown} {e} {unknown} {unknown}",
             "known": e,
         }
 
+    def measure(self, subject, inputs):
+        several = _run(subject, inputs["vocabulary"], [inputs["several"]], 32)["ids"][0]
+        return super().measure(subject, inputs) | {"several": several}
+
     def facts(self, raw, inputs):
         kinds = [self.kind(words, inputs["known"]) for words in self.words(raw, inputs)]
+        several = _inside(_read(inputs["vocabulary"], raw["several"]))
+        each = "one [UNK] each" if several == ["[UNK]", "[UNK]", inputs["known"], "[UNK]", "[UNK]"] else "something else"
         return {
             "a known piece before letters that no piece has": kinds[0] if kinds[0] == kinds[1] else "something else",
             "letters that no piece has, alone": kinds[2],
             "a longest piece before a rest that no piece begins, where a shorter piece would have done": kinds[3],
+            "unknown words beside each other": each if kinds[0] == "one [UNK]" else None,
         }
 
     def kind(self, words: list[str], known: str) -> str:
@@ -119,7 +155,30 @@ class UnknownWords(_OneText):
         return "pieces and [UNK]" if unknown else "pieces"
 
 
-@exercise.experiment("small letters")
+@exercise.experiment("## inside a word alone", 2)
+class MarkInsideAWordAlone(_OneText):
+    def draw(self, trial: Trial) -> dict:
+        a, b, c, d, e = _blocks(trial, 5)
+        return {
+            "vocabulary": _numbered(trial, e, a, b, f"##{c}", f"##{d}", d),
+            "texts": [f"{e} {word} {e}" for word in (a + d, a + b, c, c + d)],
+            "right": [a, f"##{d}"],
+            "only a word": b,
+            "only a rest": c,
+        }
+
+    def facts(self, raw, inputs):
+        rest, word, *begins = self.words(raw, inputs)
+        only_word, only_rest = inputs["only a word"], inputs["only a rest"]
+        if rest[1:-1] != inputs["right"]:  # then it does not look pieces up as it should in any word
+            return {"a rest that is a word only": None, "a word that is a rest only": None}
+        return {
+            "a rest that is a word only": "taken" if only_word in _bare(word) else "not taken",
+            "a word that is a rest only": "taken" if any(only_rest in _bare(words) for words in begins) else "not taken",
+        }
+
+
+@exercise.experiment("small letters", 1)
 class SmallLetters(_OneText):
     def draw(self, trial: Trial) -> dict:
         a, b, c = _blocks(trial, 3)
@@ -131,19 +190,36 @@ class SmallLetters(_OneText):
         return {"words in capitals become": "what they are in small letters" if small == capitals else "something else"}
 
 
-@exercise.experiment("any white space")
+@exercise.experiment("any white space", 1)
 class AnyWhiteSpace(_OneText):
     def draw(self, trial: Trial) -> dict:
         a, b, c, d = _blocks(trial, 4)
-        texts = [f"{a} {b} {c} {d}", f" {a}\t{b}\n{c}   {d}\n"]
+        texts = [f"{a} {b} {c} {d}", f" {a}\t{b}\n{c}   {d}\n", f"\r\n{a}\r{b}\f{c} \v {d}"]
         return {"vocabulary": _numbered(trial, a, b, c, d), "texts": texts}
 
     def facts(self, raw, inputs):
-        spaced, mixed = self.words(raw, inputs)
-        return {"tabs, line ends and many spaces part words": "as one space does" if spaced == mixed else "otherwise"}
+        spaced, mixed, rare = self.words(raw, inputs)
+        return {
+            "tabs, line ends and many spaces part words": "as one space does" if spaced == mixed else "otherwise",
+            "so do returns, form feeds and vertical tabs": "as one space does" if spaced == rare else "otherwise",
+        }
 
 
-@exercise.experiment("fits max_length")
+@exercise.experiment("white space alone", 6)
+class WhiteSpaceAlone(_OneText):
+    marks: ClassVar = {"a dot": ".", "a hyphen": "-", "an apostrophe": "'", "a digit": "7", "an accent": "\u00e9"}
+
+    def draw(self, trial: Trial) -> dict:
+        a, b, c = _blocks(trial, 3)
+        words = [a + mark + b for mark in self.marks.values()]
+        return {"vocabulary": _numbered(trial, c, *words), "texts": [f"{word} {c}" for word in words]}
+
+    def facts(self, raw, inputs):
+        kept = [words == text.split() for words, text in zip(self.words(raw, inputs), inputs["texts"], strict=True)]
+        return {"what parts words or leaves them": [mark for mark, same in zip(self.marks, kept, strict=True) if not same]}
+
+
+@exercise.experiment("fits max_length", 4)
 class FitsMaxLength(Experiment):
     points = 2
 
@@ -164,13 +240,18 @@ class FitsMaxLength(Experiment):
         }
 
     def measure(self, subject, inputs):
-        return {"ids": _run(subject, inputs["vocabulary"], inputs["texts"], inputs["max_length"])["ids"]}
+        vocabulary, texts = inputs["vocabulary"], inputs["texts"]
+        return {
+            "ids": _run(subject, vocabulary, texts, inputs["max_length"])["ids"],
+            "smallest": [_run(subject, vocabulary, texts, most)["ids"] for most in (2, 3)],
+            "empty": _run(subject, vocabulary, [" "], inputs["max_length"])["ids"][0],
+        }
 
     def facts(self, raw, inputs):
         most = inputs["max_length"]
         rows = [_bare(_read(inputs["vocabulary"], row)) for row in raw["ids"]]
         long, *fitting = [_bare(pieces) for pieces in inputs["pieces"]]
-        cut = [token for token in rows[0] if token != "[PAD]"]
+        cut = _filled(rows[0])
         kept = [token for token in cut if token not in ("[CLS]", "[SEP]")]
         whole = all(_place(["[CLS]", *pieces, "[SEP]"], row) is not None for pieces, row in zip(fitting, rows[1:], strict=True))
         sizes = {most: "max_length", most + 2: "max_length + 2", len(long) + 2: "all it has"}
@@ -180,7 +261,15 @@ class FitsMaxLength(Experiment):
             "the last of them": "[SEP]" if cut[-1:] == ["[SEP]"] else "another",
             "its pieces that are kept": "the first" if kept == long[: len(kept)] else "different",
             "texts that fit": "[CLS], all pieces, [SEP]" if whole else "something else",
+            "texts of any length, cut to 2 and to 3 tokens": self.smallest(raw, inputs),
+            "an empty text, alone": ", ".join(_filled(_read(inputs["vocabulary"], raw["empty"]))),
         }
+
+    def smallest(self, raw: dict, inputs: dict) -> str:
+        two, three = ([_filled(_read(inputs["vocabulary"], row)) for row in ids] for ids in raw["smallest"])
+        first = [["[CLS]", pieces[0], "[SEP]"] for pieces in inputs["pieces"]]
+        same = all(row == ["[CLS]", "[SEP]"] for row in two) and [_bare(row) for row in three] == first
+        return "[CLS], as many pieces, [SEP]" if same else "something else"
 
 
 class _RaggedBatch(Experiment):
@@ -200,22 +289,34 @@ class _RaggedBatch(Experiment):
     def measure(self, subject, inputs):
         return _run(subject, inputs["vocabulary"], inputs["texts"], inputs["max_length"])
 
+    def read(self, ids: Tensor, inputs: dict) -> list[list[str]]:
+        return [_read(inputs["vocabulary"], row) for row in ids]
+
     def places(self, raw: dict, inputs: dict) -> list[tuple[list[str], int, int | None]]:
         """Of each text: the row, the number of tokens, and where they begin in the row."""
         wanted = [["[CLS]", *text.split(), "[SEP]"] for text in inputs["texts"]]
-        rows = [_read(inputs["vocabulary"], row) for row in raw["ids"]]
+        rows = self.read(raw["ids"], inputs)
         return [(row, len(tokens), _place(tokens, row)) for row, tokens in zip(rows, wanted, strict=True)]
 
 
-@exercise.experiment("padded to the longest")
+@exercise.experiment("padded to the longest", 5)
 class PaddedToTheLongest(_RaggedBatch):
+    def measure(self, subject, inputs):
+        longer = inputs | {"texts": [*inputs["texts"], " ".join(5 * inputs["texts"])]}
+        return super().measure(subject, inputs) | {"cut": super().measure(subject, longer)["ids"]}
+
     def facts(self, raw, inputs):
         longest = max(n for _, n, _ in self.places(raw, inputs))
         sizes = {longest: "as many as the longest text has", inputs["max_length"]: "max_length"}
-        return {"tokens of a row": sizes.get(raw["ids"].shape[1], "another number")}
+        rows = self.read(raw["cut"], inputs)
+        after = max(len(row) - row[::-1].index("[SEP]") if "[SEP]" in row else len(row) for row in rows)
+        return {
+            "tokens of a row": sizes.get(raw["ids"].shape[1], "another number"),
+            "where a text was cut": "as many as it has then" if raw["cut"].shape[1] == after else "more",
+        }
 
 
-@exercise.experiment("filled with pad")
+@exercise.experiment("filled with pad", 5)
 class FilledWithPad(_RaggedBatch):
     def facts(self, raw, inputs):
         places, width = self.places(raw, inputs), raw["ids"].shape[1]
@@ -232,7 +333,7 @@ class FilledWithPad(_RaggedBatch):
         }
 
 
-@exercise.experiment("mask of tokens")
+@exercise.experiment("mask of tokens", 5)
 class MaskOfTokens(_RaggedBatch):
     points = 2
 
@@ -333,6 +434,7 @@ CHANGES = {
     "a longest piece taken back": {"cut": _taking_back},
     "capitals kept": {"words": str.split},
     "split at single spaces": {"words": lambda text: text.lower().split(" ")},
+    "punctuation split off": {"words": lambda text: re.findall(r"\w+|[^\w\s]", text.lower())},
 }
 exercise.misconceptions_of(tokenized, CHANGES)
 

@@ -19,6 +19,7 @@ exercise = Exercise(__name__, "2.5", classify, core=5)
 
 _CATEGORIES = ("accordion", "beaver", "gondola", "kite", "lighthouse", "pretzel", "teapot", "zebra")
 _ALL = len(_CATEGORIES)
+NUMBERS = "the numbers of all categories of an image"  # one fact in two experiments: a name has to explain both
 _RED_AND_BLUE = (220, 40, 60), (30, 70, 210)
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -129,19 +130,21 @@ class OwnCrop(Experiment):
         # The preset keeps the central 20 x 20 pixels; of an image that was squeezed to a square, it would keep 20 x 40.
         calls = {
             "as drawn": images,
-            "outside": [_bright(image, 15, math.inf) for image in images],
+            "before": [_bright(image, -math.inf, -15) for image in images],
+            "behind": [_bright(image, 15, math.inf) for image in images],
             "inside": [_bright(image, 5, 9) for image in images],
         }
         return {what: _answer(subject, inputs["weights"], inputs["model"], some) for what, some in calls.items()}
 
     def facts(self, raw, inputs):
-        drawn, outside, inside = map(_by_category, raw.values())
+        drawn, before, behind, inside = map(_by_category, raw.values())
         facts = {}
         for number, shape in enumerate(self.shapes):
             values = list(drawn[number].values())
             seen = not near(values, values[0])
-            for where, changed in (("that the crop leaves out", outside), ("at the edge of what it keeps", inside)):
-                word = "do not count" if _close(drawn[number], changed[number]) else "count"
+            for where, calls in (("that the crop leaves out", (before, behind)), ("at the edge of what it keeps", (inside,))):
+                count = {not _close(drawn[number], changed[number]) for changed in calls}
+                word = "count on one side" if len(count) == 2 else "count" if count == {True} else "do not count"
                 facts[f"pixels of {shape} {where}"] = word if seen else None
         return facts
 
@@ -214,13 +217,13 @@ class Probabilities(_FewAndAll):
             _close({name: image.get(name, math.inf) for name in few}, few) for image, few in zip(images, listed, strict=True)
         )
         return {
-            "the numbers of all categories of an image": _nature(raw["all"]["numbers"], images),
+            NUMBERS: _nature(raw["all"]["numbers"], images),
             "a category's number when fewer are listed": "the same" if same else "another",
         }
 
     def notes(self, raw, inputs):
         numbers = raw["all"]["numbers"]
-        return {"the numbers of all categories of an image": f"from {numbers.min():.2g} to {numbers.max():.2g}"}
+        return {NUMBERS: f"from {numbers.min():.2g} to {numbers.max():.2g}"}
 
 
 @exercise.experiment("softmax of the outputs", 4)
@@ -239,11 +242,15 @@ class SoftmaxOfTheOutputs(Experiment):
         numbers = raw["numbers"].sort(dim=1).values
         shares = {"the softmax of the outputs": outputs.softmax(0), "the sigmoid of each output": outputs.sigmoid()}
         known = {name: share.clamp_min(1e-12).log() for name, share in shares.items()}
-        found = {which(row.clamp_min(1e-12).log(), known) for row in numbers}
-        return {"the numbers for known outputs": found.pop() if len(found) == 1 else "different"}
+        known |= {"the outputs themselves": outputs, "the logarithm of their softmax": outputs.log_softmax(0)}
+        found = set()
+        for row in numbers:
+            comparable = row.clamp_min(1e-12).log() if (row >= 0).all() else row
+            found.add(which(comparable, known | {"all alike": row.mean().expand(_ALL).log()}, "something else"))
+        return {NUMBERS: found.pop() if len(found) == 1 else "something else"}
 
     def notes(self, raw, inputs):
-        return {"the numbers for known outputs": f"from {raw['numbers'].min():.2g} to {raw['numbers'].max():.2g}"}
+        return {NUMBERS: f"from {raw['numbers'].min():.2g} to {raw['numbers'].max():.2g}"}
 
 
 @exercise.experiment("by itself", 5)
@@ -367,10 +374,12 @@ def _places(rows: Tensor, expected: Tensor) -> list[int] | None:
 
 
 def _bright(image: Tensor, start: float, stop: float) -> Tensor:
-    """A copy whose pixels farther from the centre than `start` and at most `stop`, along either axis, are bright."""
+    """A copy whose pixels from `start` to `stop` are bright, counted from the centre, along either axis."""
     rows, columns = (torch.arange(size) - (size - 1) / 2 for size in image.shape[1:])
-    distance = torch.maximum(rows.abs()[:, None], columns.abs())
-    return image.where((distance <= start) | (distance > stop), torch.tensor(255, dtype=torch.uint8))
+    bright = ((start < rows) & (rows < stop))[:, None] | ((start < columns) & (columns < stop))
+    if math.isfinite(start + stop):  # then only what lies before `stop` along the other axis, too
+        bright &= (rows.abs() < stop)[:, None] & (columns.abs() < stop)
+    return image.where(~bright, torch.tensor(255, dtype=torch.uint8))
 
 
 def _prepare(weights, image: Tensor, **changes) -> Tensor:

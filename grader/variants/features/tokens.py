@@ -1,6 +1,7 @@
 """Exercise 2.6 in other styles."""
 
 import re
+import unicodedata
 from functools import partial
 
 import numpy as np
@@ -150,7 +151,117 @@ REWRITTEN = {
     "padding taken to be number 0": filled_with_zeros,
     "shortest piece first": partial(by_regular_expressions, longest_first=False),
 }
-BROKEN = {}
+
+
+def _changed(*keys, **changes):
+    return [partial(tokenized, **CHANGES[key]) for key in keys] + ([partial(tokenized, **changes)] if changes else [])
+
+
+def _greedy(vocabulary, word, lengths=lambda rest: range(len(rest), 0, -1), known=lambda vocabulary, mark, piece: mark + piece):
+    """The pieces of a word; `known` is a piece of the vocabulary or nothing."""
+    pieces = []
+    while word:
+        mark = "##" if pieces else ""
+        found = ((n, known(vocabulary, mark, word[:n])) for n in lengths(word))
+        n, piece = next(((n, piece) for n, piece in found if piece in vocabulary), (0, None))
+        if piece is None:
+            return ["[UNK]"]
+        pieces.append(piece)
+        word = word[n:]
+    return pieces
+
+
+def _with_or_without(vocabulary, mark, piece):
+    return mark + piece if mark + piece in vocabulary else piece
+
+
+def _marked_at_the_beginning_too(vocabulary, mark, piece):
+    return mark + piece if mark + piece in vocabulary else "##" + piece
+
+
+def _unknown_letter_by_letter(vocabulary, word):
+    pieces = _greedy(vocabulary, word)
+    return pieces * len(word) if pieces == ["[UNK]"] else pieces
+
+
+class _Neighbours:
+    """Unknown words beside each other become one."""
+
+    def __call__(self, vocabulary, texts, max_length):
+        known = {**vocabulary}
+        shortened = []
+        for text in texts:
+            words = [(word, _greedy(known, word) == ["[UNK]"]) for word in text.lower().split()]
+            pairs = zip(words, [("", False), *words], strict=False)
+            shortened.append(" ".join(word for (word, unknown), (_, before) in pairs if not (unknown and before)))
+        return into_arrays(vocabulary, shortened, max_length)
+
+
+def padded_before_the_cut(vocabulary, texts, max_length):
+    whole, cut = (into_arrays(vocabulary, texts, most)["input_ids"] for most in (10**6, max_length))
+    ids = F.pad(cut, (0, whole.shape[1] - cut.shape[1]), value=vocabulary["[PAD]"])
+    return {"input_ids": ids, "attention_mask": (ids != vocabulary["[PAD]"]).long()}
+
+
+def to_eights(vocabulary, texts, max_length):
+    ids = into_arrays(vocabulary, texts, max_length)["input_ids"]
+    ids = F.pad(ids, (0, -ids.shape[1] % 8), value=vocabulary["[PAD]"])
+    return {"input_ids": ids, "attention_mask": ids.ne(vocabulary["[PAD]"]).long()}
+
+
+def without_the_ends_in_the_mask(vocabulary, texts, max_length):
+    batch = into_arrays(vocabulary, texts, max_length)
+    ends = (batch["input_ids"] == vocabulary["[CLS]"]) | (batch["input_ids"] == vocabulary["[SEP]"])
+    return batch | {"attention_mask": batch["attention_mask"] * ~ends}
+
+
+def _last_pieces(pieces, max_length):
+    return ["[CLS]", *pieces[max(0, len(pieces) - max_length + 2) :], "[SEP]"]
+
+
+def _one_too_few(pieces, max_length):
+    return ["[CLS]", *pieces[: max(0, max_length - 3)], "[SEP]"]
+
+
+def _without_accents(text):
+    letters = unicodedata.normalize("NFD", text.lower())
+    return "".join(letter for letter in letters if unicodedata.category(letter) != "Mn").split()
+
+
+BROKEN = {
+    1: [
+        *_changed("capitals kept", "split at single spaces"),
+        *_changed(words=lambda text: [word for word in re.split(r"[ \t\n]+", text.lower()) if word]),
+        *_changed(words=lambda text: [word[0].lower() + word[1:] for word in text.split()]),
+    ],
+    2: [
+        *_changed("## forgotten"),
+        *_changed(cut=partial(_greedy, lengths=lambda rest: range(len(rest), 1, -1))),
+        *_changed(cut=partial(_greedy, lengths=lambda rest: range(min(10, len(rest)), 0, -1))),
+        *_changed(cut=partial(_greedy, known=_with_or_without)),
+        *_changed(cut=partial(_greedy, known=_marked_at_the_beginning_too)),
+    ],
+    3: [
+        *_changed("pieces beside [UNK]", "unknown words left out", "a longest piece taken back"),
+        *_changed(cut=_unknown_letter_by_letter),
+        _Neighbours(),
+    ],
+    4: [
+        *_changed("[SEP] cut off", "[CLS] and [SEP] not counted", fit=_last_pieces),
+        *_changed(fit=_one_too_few),
+    ],
+    5: [
+        *_changed("mask all ones", "mask upside down", "padded with number 0", "padding before the text"),
+        padded_before_the_cut,
+        to_eights,
+        without_the_ends_in_the_mask,
+    ],
+    6: [
+        *_changed("punctuation split off", words=_without_accents),
+        *_changed(words=lambda text: re.findall(r"[a-z]+", text.lower())),
+        *_changed(words=lambda text: [word.strip(".,'") for word in text.lower().replace("-", " ").replace(".", "").split()]),
+    ],
+}
 COMBINED = [
     ({first, second}, partial(tokenized, **CHANGES[first], **CHANGES[second]))
     for first, second in (("[SEP] cut off", "mask all ones"), ("## forgotten", "padded with number 0"))
