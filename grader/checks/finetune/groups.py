@@ -30,7 +30,7 @@ class _Groups(Experiment):
         return {
             "model": model,
             "lr": trial.integer(1, 9) / 1000,
-            "factor": 2.2 + trial.integer(0, 10) / 20,  # where no multiple of it is one of its powers
+            "factor": 2.21 + trial.integer(0, 10) / 20,  # never 2.6, and no multiple of it is one of its powers
             "weight_decay": trial.integer(2, 9) / 100,
             "stages": stages,
         }

