@@ -119,7 +119,8 @@ def to_program(model: nn.Module, example: Inputs, axes: Mapping[int, str] | None
 def to_onnx(model: nn.Module, example: Inputs, path: str | Path, axes: Mapping[int, str] | None = None) -> Path:
     """Write the model as one ONNX file with a dynamic batch, through `to_program` and torch's dynamo exporter.
 
-    Inputs are named as in `forward`, outputs "output" or "output_0", "output_1", ..., the batch dimension "batch".
+    A single input is called "input" and a single output "output", whatever `forward` calls them. Several inputs are named
+    as in `forward`, several outputs "output_0", "output_1", ...; the batch dimension is "batch".
     The file appears when it is whole. A model above 2 GB, the limit of the format, has its weights in `path`.data beside it.
 
     Args:
@@ -138,7 +139,7 @@ def to_onnx(model: nn.Module, example: Inputs, path: str | Path, axes: Mapping[i
     program, path = to_program(model, example, axes), Path(path)
     names = {0: "batch", **(axes or {})}
     shapes = tuple({axis: name for axis, name in names.items() if axis < x.ndim} for x in tensors_of("example", example))
-    outputs = len(program.graph_signature.user_outputs)
+    inputs, outputs = list(program.graph_signature.user_inputs), len(program.graph_signature.user_outputs)
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx") as folder:
@@ -150,7 +151,7 @@ def to_onnx(model: nn.Module, example: Inputs, path: str | Path, axes: Mapping[i
                     Path(folder) / path.name,
                     dynamo=True,
                     verbose=False,
-                    input_names=list(program.graph_signature.user_inputs),
+                    input_names=["input"] if len(inputs) == 1 else inputs,
                     output_names=["output"] if outputs == 1 else [f"output_{index}" for index in range(outputs)],
                     dynamic_shapes=_as_arguments(model, shapes),
                     external_data=size > ONE_FILE,

@@ -277,7 +277,7 @@ def test_a_dynamic_dimension_needs_a_size_above_1_in_the_example():
 def test_onnx_is_one_file_with_names_and_a_dynamic_batch_and_nothing_is_printed(net, images, tmp_path, capfd):
     import onnx
 
-    path = to_onnx(net, images[:1], tmp_path / "new" / "net.onnx")
+    path = to_onnx(net, images[:1], tmp_path / "new" / "net.onnx")  # whose forward calls them images
     assert [file.name for file in path.parent.iterdir()] == ["net.onnx"]
     graph = onnx.load(path).graph
     assert [(value.name, value.type.tensor_type.shape.dim[0].dim_param) for value in graph.input] == [("input", "batch")]

@@ -38,12 +38,14 @@ import copy
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from grader import check, continue_with, hint, progress, quiz
+from helpers.modes import eval_mode
 
 # %% [markdown]
 # ## The model
@@ -102,11 +104,6 @@ print(f"accuracy {evaluate(model, test):.3f}   weights alone: {(folder / 'weight
 # 8. An exact export has a batch size, too.
 
 # %%
-from collections.abc import Callable
-
-from helpers.modes import eval_mode
-
-
 def largest_error(
     model: nn.Module,
     exported: Callable[[torch.Tensor], torch.Tensor],
@@ -208,51 +205,50 @@ with torch.no_grad():
 # %% [markdown]
 # ## Exercise 8.2: compile it, or record it
 #
-# *TorchScript* is a small language inside PyTorch. A file in it runs without the class that the model is made of, and
-# without Python. There are two ways into it. `torch.jit.script` reads the source of `forward` and compiles it, with its
-# branches and loops, but it knows only a part of Python: that is a *script*. `torch.jit.trace` runs the model once on
-# an example and records the tensor operations that happened: a *trace*. It takes nearly any Python, and keeps none of
-# it: an `if` becomes the side that the example took, a loop as many steps as the example needed.
+# *TorchScript* runs without the class that a model is made of, and without Python. There are two ways into it. A
+# *script* is compiled from the source of `forward`, branches and loops included, but its compiler knows only a part of
+# Python. A *trace* records the tensor operations of one run. It takes nearly any Python and keeps none of it: of an `if`
+# the side that the example took, of a loop as many steps as it needed, of train mode a dropout that is on for ever.
 #
-# Both start from the mode that the model is in. A script still has a mode of its own. A trace has none left: what
-# dropout did in train mode, it does for ever.
+# **Exercise 8.2** (20 min, ●●○). Write `to_torchscript`.
 #
-# TorchScript is a legacy today, deprecated since PyTorch 2.5; PyTorch 2.14 warns at each call, and for Python 3.14 it
-# says that TorchScript is not supported. Models had to be written for its compiler, which never caught up with Python,
-# and its trace freezes branches in silence. In its place stand `torch.export`, which the next exercise has, for what
-# leaves Python, and `torch.compile` for speed within it. TorchScript stays worth knowing: there are many such files,
-# and no other way shows so plainly what a recorded run loses.
+# *Core*
 #
-# **Exercise 8.2** (20 min, ●●○). Write `to_torchscript(model, example)`.
+# 1. Saved and loaded, the result computes what the model computes in eval mode.
+# 2. What script can compile is scripted: right for any batch size, and on both sides of an `if`.
+# 3. What script cannot compile, whatever its error is, is traced with `example`.
 #
-# - `model` is an `nn.Module` that takes one tensor `(n, ...)`, with n the batch; `example` is such a tensor.
-# - Return a `torch.jit.ScriptModule` that, saved and loaded, computes what `model` computes in eval mode, whatever mode
-#   `model` is in.
-# - Script the model. Then it is right for any batch size, and on both sides of an `if` that depends on the numbers in
-#   `x`.
-# - What script cannot compile is traced with `example`. Script has errors of several kinds for such a model; not all of
-#   them are a `RuntimeError`. (A trace may freeze a branch, and your function need not notice. `largest_error` does, on
-#   inputs that take both sides; `helpers.export.to_torchscript` refuses such a trace.)
-# - Afterwards every module of `model` is in the mode that it was in before. Some may have been in train mode and some
-#   in eval mode.
-# - If tracing fails too, let the error through. The modes are as before, then too.
+# *Fine print*
 #
-# The check exports several models, and takes a second or two.
+# 4. If the trace fails too, there is an error.
+# 5. Each module is in its own mode again, also after an error.
 
 
 # %%
-def to_torchscript(model, example):
+def to_torchscript(model: nn.Module, example: torch.Tensor) -> torch.jit.ScriptModule:
+    """The model as TorchScript: compiled if that is possible, recorded if not.
+
+    >>> module = to_torchscript(nn.Linear(3, 2), torch.randn(4, 3))
+    >>> isinstance(module, torch.jit.ScriptModule), module(torch.randn(1, 3)).shape
+    (True, torch.Size([1, 2]))
+
+    Args:
+        model: takes one tensor (n, ...), n the batch; in any mode.
+        example: such a tensor.
+
+    Returns:
+        A module that `torch.jit.save` writes. A trace may have frozen a branch; your
+        function need not notice (`helpers.export.to_torchscript` does).
+
+    Raises:
+        Exception: of any type, if the model can be neither scripted nor traced.
+    """
     ### BEGIN SOLUTION
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with eval_mode(model):
         try:
             return torch.jit.script(model)
         except Exception:  # the compiler has errors of several kinds
             return torch.jit.trace(model, example)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     ### END SOLUTION
 
 
@@ -314,6 +310,12 @@ except Exception as error:
 # error. The warning of a Python boolean is all there was, while tracing; outside of this cell it goes to stderr. The
 # script kept the `if`. A script loses nothing in silence: it refuses what its compiler does not know, such as arguments
 # collected with `*`, most of Python's libraries, and much of what transformers are made of.
+#
+# TorchScript is a legacy today, deprecated since PyTorch 2.5; PyTorch 2.14 warns at each call, and for Python 3.14 it
+# says that TorchScript is not supported. Models had to be written for its compiler, which never caught up with Python,
+# and its trace freezes branches in silence. In its place stand `torch.export`, which the next exercise has, for what
+# leaves Python, and `torch.compile` for speed within it. TorchScript stays worth knowing: there are many such files,
+# and no other way shows so plainly what a recorded run loses.
 
 # %% tags=["demo"]
 scripted = to_torchscript(model, test.inputs[:2])
@@ -323,49 +325,46 @@ print("parity of the file:", largest_error(model, torch.jit.load(folder / "model
 # %% [markdown]
 # ## Exercise 8.3: a graph for any number of rows
 #
-# `torch.export` runs the model on tensors without numbers and writes down every operation, with the shapes that go in
-# and come out. The result is an *exported program*: a graph and its weights. Where the numbers themselves would decide
-# what happens next, there is nothing to write down. A trace keeps the side that the example took; `torch.export`
-# refuses.
+# `torch.export` runs the model on tensors without numbers and writes every operation down: an *exported program*, a graph
+# with its weights. Where numbers would decide what comes next, it refuses. Sizes are constants, unless `dynamic_shapes`
+# says that they may vary: a tuple with an entry for each argument of `forward`, a dict from a dimension to a
+# `torch.export.Dim("name")`. This is how to get a *dynamic batch*. A size of 1 stays a constant, even so: arithmetic has
+# special rules for it.
 #
-# Sizes are constants unless you say otherwise: from an example of 4 rows comes a program for 4 rows. The argument
-# `dynamic_shapes` says which dimensions may vary, the *dynamic batch* above all: it is a tuple with an entry for each
-# argument of `forward`, a dict from a dimension to `torch.export.Dim("a name")`. One thing about it surprises:
-# `torch.export` takes a size of 0 or 1 for a constant, even where you said that it may vary, since arithmetic with
-# shapes has special rules for these two. And one row is just what people tend to pass as an example.
+# **Exercise 8.3** (20 min, ●●○). Write `to_program`.
 #
-# A program shares its weights with the model until it is saved: train on, and the program changes too. Save it at once,
-# or export a copy.
+# *Core*
 #
-# **Exercise 8.3** (20 min, ●●○). Write `to_program(model, example)`.
+# 1. Saved and loaded, the program computes what the model computes in eval mode.
+# 2. Its batch size is dynamic: 1, 4 and 8 rows will do, and any larger number.
+# 3. So it is if `example` has a single row.
 #
-# - `model` is an `nn.Module` that takes one tensor `(n, ...)`, with n the batch; `example` is such a tensor. It may be
-#   of floats or of integers, such as tokens. If you need more rows, repeat one that is there: an invented number may be
-#   no token.
-# - Return a `torch.export.ExportedProgram` that, saved and loaded, computes what `model` computes in eval mode,
-#   whatever mode `model` is in. Run it with `program.module()(x)`.
-# - The batch size is dynamic: 1, 4 and 8 rows are fine, and so is any larger number.
-# - That is so for an `example` of a single row, too.
-# - Afterwards every module of `model` is in the mode that it was in before. Some may have been in train mode and some
-#   in eval mode.
-# - What `torch.export` refuses, such as an `if` that depends on the numbers in `x`, is an error: let it through. The
-#   modes are as before, then too.
+# *Fine print*
 #
-# The check exports several models, and takes a second or two.
+# 4. What `torch.export` refuses stays an error.
+# 5. Each module is in its own mode again, also after an error.
 
 
 # %%
-def to_program(model, example):
+def to_program(model: nn.Module, example: torch.Tensor) -> torch.export.ExportedProgram:
+    """The model as a graph of torch operators, for any number of rows.
+
+    >>> program = to_program(nn.Linear(3, 2), torch.randn(1, 3))
+    >>> program.module()(torch.randn(5, 3)).shape
+    torch.Size([5, 2])
+
+    Args:
+        model: takes one tensor (n, ...), n the batch; in any mode.
+        example: such a tensor, n at least 1; of floats, or of integers as tokens
+            are. Its dtype and its other sizes are those of all inputs; the numbers
+            in it do not matter.
+    """
     ### BEGIN SOLUTION
     if len(example) == 1:
         example = torch.cat([example, example])  # a size of 1 would become a constant
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with eval_mode(model):
+        batch = torch.export.Dim("batch")
+        return torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
     ### END SOLUTION
 
 
@@ -392,6 +391,9 @@ loaded = torch.export.load(folder / "model.pt2").module()
 print("parity of the file:", largest_error(model, loaded, images, (1, 4, 8)))
 
 # %% [markdown]
+# A program shares its weights with the model until it is saved: train on, and the program changes too. Save it at once,
+# or export a copy.
+#
 # Two files of one program, and one is three times as large. A program keeps its example, and `save` writes all of the
 # memory that the example is a slice of: here 800 test images of 4 KB. Export with a row of your training data, and you
 # may send all of it along. A `clone()` of the rows holds nothing else; made-up rows hold nobody's data.
@@ -467,42 +469,45 @@ for name, exported in ({"(the model in eval mode)": model} | in_train_mode).item
 # %% [markdown]
 # ## Exercise 8.4: a file for other programs
 #
-# *ONNX* is a file format for networks: a graph of standard operators, and the weights. *ONNX Runtime* and other
-# programs run it, in many languages, and none of them needs PyTorch. What they have of your model is this file and
-# nothing else: no class, no `eval()`, no folder that you forgot to copy.
+# *ONNX* is a file format for networks. *ONNX Runtime* and other programs run it, in many languages, without PyTorch; what
+# they have of your model is this file. `torch.onnx.export` goes through `torch.export`. Three of its defaults do not suit
+# a file that you hand on: all sizes are constants, most weights go to a second file, and the output is named after the
+# operation that made it.
 #
-# Since torch 2.9, `torch.onnx.export` goes through `torch.export` by default (`dynamo=True`). Three of its defaults
-# suit a quick look better than a file that you hand on: all sizes are constants, all but the smallest weights go to a
-# second file beside the first, and the output is named after the operation that made it. (Above 2 GB the second file is
-# no choice: the format ends there. Tutorials with `dynamic_axes` or `dynamo=False` use the older exporter, which goes
-# through TorchScript.)
+# **Exercise 8.4** (25 min, ●●●). Write `to_onnx`.
 #
-# An export to ONNX takes seconds, two for this network and five for a resnet18. Export once, and keep the file.
+# *Core*
 #
-# **Exercise 8.4** (25 min, ●●●). Write `to_onnx(model, example, path)`.
+# 1. ONNX Runtime computes from the file what the model computes in eval mode, its *logits*, to 1e-5 of the largest.
+# 2. Its batch size is dynamic, also if `example` has a single row.
+# 3. It is all that is needed: a copy in another folder opens there.
+# 4. Its input is called `input`, whatever `forward` calls it, and its output `output`.
 #
-# - `model` is an `nn.Module` that takes one tensor `(n, ...)`, with n the batch; `example` is such a tensor, of one row
-#   or more.
-# - Write an ONNX file at `path`, a `pathlib.Path` in a folder that exists. ONNX Runtime computes from it what `model`
-#   computes in eval mode, whatever mode `model` is in: its *logits*, with nothing added, to 1e-5 of the largest.
-# - The batch size is dynamic: 1, 4 and 8 rows are all fine.
-# - The file is all that is needed: a copy of it in another folder opens there.
-# - Its input is called `input`, whatever `forward` calls it, and its output `output`.
-# - Afterwards every module of `model` is in the mode that it was in before. Some may have been in train mode and some
-#   in eval mode.
+# *Fine print*
 #
-# The exporter prints what it does; `verbose=False` keeps it quiet. The check exports three times and takes some
-# seconds.
+# 5. Each module is in its own mode again.
 
 
 # %%
-def to_onnx(model, example, path):
+def to_onnx(model: nn.Module, example: torch.Tensor, path: Path) -> None:
+    """Write the model as one ONNX file for any number of rows.
+
+    >>> import onnxruntime, pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "model.onnx")
+    >>> _ = to_onnx(nn.Linear(3, 2), torch.randn(1, 3), path)
+    >>> session = onnxruntime.InferenceSession(path)
+    >>> session.run(["output"], {"input": torch.randn(5, 3).numpy()})[0].shape
+    (5, 2)
+
+    Args:
+        model: takes one tensor (n, ...), n the batch; in any mode.
+        example: such a tensor, n at least 1.
+        path: of the file, in a folder that exists.
+    """
     ### BEGIN SOLUTION
     if len(example) == 1:
         example = torch.cat([example, example])  # a size of 1 may become a constant
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with eval_mode(model):
         torch.onnx.export(
             model,
             (example,),
@@ -514,12 +519,11 @@ def to_onnx(model, example, path):
             external_data=False,  # the weights in the same file
             verbose=False,
         )
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return path
     ### END SOLUTION
 
+
+# %% [markdown]
+# The exporter prints what it does; `verbose=False` keeps it quiet. The check exports four times and takes some seconds.
 
 # %%
 check("8.4", to_onnx)
@@ -538,7 +542,8 @@ import sys
 
 import numpy as np
 
-path = to_onnx(model, test.inputs[:2], folder / "model.onnx") or folder / "model.onnx"
+path = folder / "model.onnx"
+to_onnx(model, test.inputs[:2], path)
 np.save(folder / "images.npy", images.numpy())
 code = """
 import sys, time

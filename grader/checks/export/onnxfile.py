@@ -1,5 +1,6 @@
 """Exercise 8.4: a model as one ONNX file that ONNX Runtime runs, for any batch size."""
 
+import copy
 import importlib.util
 import shutil
 import tempfile
@@ -17,10 +18,18 @@ from grader.checks.export import parity
 from grader.experiment import Exercise, Trial, WrongReturn
 from helpers.export import to_onnx
 
-exercise = Exercise(__name__, "8.4", to_onnx)
+exercise = Exercise(__name__, "8.4", to_onnx, core=4)
 
 INPUT, OUTPUT = "input", "output"
 NEEDED = "onnx", "onnxscript", "onnxruntime"
+ROUNDED = "the model's, with weights in half precision"
+
+
+class _Images(nn.Linear):
+    """A linear layer whose argument has a name of its own."""
+
+    def forward(self, images: Tensor) -> Tensor:  # (n, width) -> (n, classes)
+        return super().forward(images)
 
 
 class _ToOnnx(parity.Exporting):
@@ -28,48 +37,78 @@ class _ToOnnx(parity.Exporting):
 
     points = 2
 
-    def outputs(self, subject, inputs: dict) -> parity.Outputs:
+    def outputs(self, subject, inputs: dict) -> dict[str, parity.Outputs]:
+        """What the file computes, and what it computes in a second run."""
         with _folder() as folder:
             run, _ = _opened(_exported(subject, inputs, folder))
-            return parity.outputs(run, inputs["batches"])
+            return {"outputs": parity.outputs(run, inputs["batches"]), "again": parity.outputs(run, inputs["batches"])}
 
     def whose(self, raw: dict, inputs: dict) -> str | None:
-        softmax = {"the softmax of the model's": lambda logits: logits.softmax(1)}
-        return parity.whose(raw["outputs"], inputs["model"], inputs["batches"], **softmax)
+        known = {"the softmax of the model's": lambda logits: logits.softmax(1)}
+        return parity.whose(raw["outputs"], inputs["model"], inputs["batches"], raw["again"], known)
 
 
-@exercise.experiment("any batch size")
+@exercise.experiment("any batch size", 1, 2)
 class AnyBatchSize(_ToOnnx):
+    """With whole numbers, so that nothing is rounded in float32, and much if the weights are in 16 bits."""
+
+    widths = 5, 7
+
+    def draw(self, trial: Trial) -> dict:
+        inputs = super().draw(trial)
+
+        def without_sum(x: Tensor) -> Tensor:
+            """Whole numbers whose sum is 0 in each row: what the weights have in common cancels out."""
+            x = (2 * x).round()
+            return torch.cat([x[:, :-1], -x[:, :-1].sum(1, keepdim=True)], 1)
+
+        return inputs | {"example": without_sum(inputs["example"]), "batches": list(map(without_sum, inputs["batches"]))}
+
     def draw_models(self, trial, width):
-        return {"model": nn.Sequential(nn.Linear(width, 3)).eval()}
+        linear = nn.Linear(width, 3)
+        weight = 2049 + 2 * torch.stack([trial.permutation(width) for _ in range(3)]).float()  # odd: no 16 bits hold it
+        linear.load_state_dict({"weight": weight, "bias": trial.permutation(3).float()})
+        return {"model": nn.Sequential(linear).eval()}
 
     def measure(self, subject, inputs):
-        return {"outputs": self.outputs(subject, inputs)}
+        return self.outputs(subject, inputs)
+
+    def whose(self, raw, inputs):
+        whose = super().whose(raw, inputs)
+        if whose == "different" and super().whose(raw, inputs | {"model": rounded(inputs["model"])}) == parity.MODEL:
+            return ROUNDED
+        return whose
 
     def facts(self, raw, inputs):
         return {parity.BATCHES: parity.sizes(raw["outputs"]), "outputs": self.whose(raw, inputs)}
 
 
-@exercise.experiment("one file")
+@exercise.experiment("one file", 2, 3, 4)
 class OneFile(_ToOnnx):
     widths = 36, 48  # small tensors stay in the file in any case: up to 256 bytes, in onnx_ir
 
+    def draw(self, trial: Trial) -> dict:
+        inputs = super().draw(trial)
+        return inputs | {"example": inputs["example"][:1]}
+
     def draw_models(self, trial, width):
-        return {"model": nn.Sequential(nn.Linear(width, 12)).eval()}
+        return {"model": _Images(width, 12).eval()}
 
     def measure(self, subject, inputs):
         with _folder() as folder, _folder() as elsewhere:
             path = _exported(subject, inputs, folder)
-            _, names = _opened(path)
+            run, names = _opened(path)
+            raw = {"names": names, "outputs": parity.outputs(run, inputs["batches"]), "alone": "opens"}
             try:
                 _opened(shutil.copy(path, elsewhere))
             except Exception:  # ONNX Runtime has classes of its own
-                return {"names": names, "alone": "does not open"}
-            return {"names": names, "alone": "opens"}
+                raw["alone"] = "does not open"
+            return raw
 
     def facts(self, raw, inputs):
         given, answer = raw["names"]
         return {
+            f"from an example of one row: {parity.BATCHES}": parity.sizes(raw["outputs"]),
             "a copy of the file in another folder": raw["alone"],
             "name of the input": INPUT if given == INPUT else "another",
             "name of the output": OUTPUT if answer == OUTPUT else "another",
@@ -79,22 +118,41 @@ class OneFile(_ToOnnx):
         return dict(zip(("name of the input", "name of the output"), raw["names"], strict=True))
 
 
-@exercise.experiment("eval mode")
-class EvalMode(_ToOnnx):
-    def draw(self, trial: Trial) -> dict:
-        inputs = super().draw(trial)
-        return inputs | {"example": inputs["example"][:1]}
+class _OfModes(_ToOnnx):
+    """Draws a model in train mode, a part of which is in eval mode."""
 
     def draw_models(self, trial, width):
         model = nn.Sequential(parity.body(trial, width), nn.Linear(width, 3))
         model[0][0].eval()  # a BatchNorm that is frozen
-        return {"model": model}
+        return {"model": rounded(model, evaluated=False)}  # once more changes nothing
 
+
+@exercise.experiment("eval mode", 1)
+class EvalMode(_OfModes):
     def measure(self, subject, inputs):
-        return {"outputs": self.outputs(subject, inputs), "traces": traces.of(inputs["model"])}
+        return self.outputs(subject, inputs)
 
     def facts(self, raw, inputs):
-        return {"outputs": self.whose(raw, inputs)} | traces.changes(inputs["model"], raw["traces"], "modes")
+        return {"outputs of a model in train mode": self.whose(raw, inputs)}
+
+
+@exercise.experiment("modes", 5)
+class Modes(_OfModes):
+    points = 1
+
+    def measure(self, subject, inputs):
+        with _folder() as folder:
+            _exported(subject, inputs, folder)
+        return {"traces": traces.of(inputs["model"])}
+
+    def facts(self, raw, inputs):
+        return traces.changes(inputs["model"], raw["traces"], "modes")
+
+
+def rounded(model: nn.Module, evaluated: bool = True) -> nn.Module:
+    """A copy of the model, in eval mode if it is to be, whose weights were in half precision in between."""
+    twin = copy.deepcopy(model).half().float()
+    return twin.eval() if evaluated else twin
 
 
 @contextmanager
@@ -144,19 +202,20 @@ def _opened(path: str | Path) -> tuple[Callable[[Tensor], Tensor], tuple[str, st
     return lambda x: torch.from_numpy(session.run([answer], {given: x.cpu().numpy()})[0]), (given, answer)
 
 
-def _export(model: nn.Module, example: Tensor, path: Path, doubled: bool = True, **changes: object) -> None:
+def export_onnx(model: nn.Module, example: Tensor, path: Path, doubled: bool = True, **changes: object) -> None:
     rows = torch.cat([example, example]) if doubled else example
     options = {"dynamic_shapes": ({0: "batch"},), "input_names": [INPUT], "output_names": [OUTPUT], "external_data": False}
     torch.onnx.export(model, (rows,), path, dynamo=True, verbose=False, **options | changes)
 
 
 exercise.misconceptions_of(
-    partial(parity.in_eval_mode, export=_export),
+    partial(parity.in_eval_mode, export=export_onnx),
     {
         "the example's batch size only": {"dynamic_shapes": None, "doubled": False},
         "probabilities exported": {"evaluated": lambda model: nn.Sequential(model, nn.Softmax(1)).eval()},
         "weights in a second file": {"external_data": True},
         "names left to the exporter": {"input_names": None, "output_names": None},
+        "weights in half precision": {"evaluated": rounded},
         **{key: change for key, change in parity.MODES.items() if key != "not restored after an error"},
     },
 )

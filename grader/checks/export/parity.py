@@ -4,9 +4,10 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ MODEL = "the model's in eval mode"
 SIZES = 1, 4, 8
 BATCHES = "batch sizes at which it runs, of 1, 4 and 8"
 ERROR, NO_ERROR = "an error", "no error"
+RANDOM = "other ones in each run"
 
 Outputs = list[Tensor | None]  # of one batch after another; None where it did not run
 
@@ -80,12 +82,18 @@ class EachModel(Exporting):
         raw = {}
         for name, model in inputs["models"].items():
             exported, error = attempt(self.export, subject, model, inputs["example"], expected=self.expected)
-            answers = [] if error else outputs(exported, [inputs["example"], *inputs["batches"]])
-            raw[name] = {"outputs": answers, "error": error, "traces": traces.of(model)}
+            batches = [] if error else [inputs["example"], *inputs["batches"]]
+            raw[name] = {
+                "outputs": outputs(exported, batches),
+                "again": outputs(exported, batches),
+                "error": error,
+                "traces": traces.of(model),
+            }
         return raw
 
     def whose(self, name: str, raw: dict, inputs: dict) -> str | None:
-        return whose(raw[name]["outputs"], inputs["models"][name], [inputs["example"], *inputs["batches"]])
+        batches = [inputs["example"], *inputs["batches"]]
+        return whose(raw[name]["outputs"], inputs["models"][name], batches, again=raw[name]["again"])
 
     def notes(self, raw, inputs):
         return {name: export["error"] for name, export in raw.items() if export["error"]}
@@ -96,6 +104,20 @@ class EvalMode(EachModel):
 
     def facts(self, raw, inputs):
         return {f"outputs of {name}": self.whose(name, raw, inputs) for name in raw}
+
+
+class Refusal(Exporting):
+    """Whether the export of `inputs["refused"]`, which cannot be exported, is an error."""
+
+    refused: ClassVar[str]  # what that model is
+
+    def measure(self, subject, inputs):
+        with silent():
+            _, error = attempt(subject, inputs["refused"], inputs["example"])
+        return {"error": error}
+
+    def facts(self, raw, inputs):
+        return {self.refused: ERROR if raw["error"] else NO_ERROR}
 
 
 class ModesAsBefore(EachModel):
@@ -122,7 +144,6 @@ class ModesAsBefore(EachModel):
             evaluated = self.whose(name, raw, inputs) == MODEL
             facts |= self._switched(name, model, raw[name], evaluated)
         failed = raw["refused"]["error"] != ""
-        facts[self.refused] = ERROR if failed else NO_ERROR
         return facts | self._switched(self.refused, inputs["refused"], raw["refused"], failed)
 
     def _switched(self, name: str, model: nn.Module, raw: dict, observable: bool) -> dict[str, str | None]:
@@ -159,14 +180,25 @@ def sizes(answers: Outputs) -> list[int]:
     return [n for n, output in zip(SIZES, answers, strict=True) if output is not None]
 
 
-def whose(answers: Outputs, model: nn.Module, inputs: list[Tensor], **also: Callable[[Tensor], Tensor]) -> str | None:
-    """Whose outputs they are: the model's, what one of `also` makes of those, or different; None if it never ran."""
+def whose(
+    answers: Outputs,
+    model: nn.Module,
+    inputs: list[Tensor],
+    again: Outputs | None = None,
+    also: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+) -> str | None:
+    """Whose outputs they are: the model's, what one of `also` makes of those, or different; None if it never ran.
+
+    `again` are the outputs of a second run: "other ones in each run" are nobody's.
+    """
     ran = [(x, output) for x, output in zip(inputs, answers, strict=False) if output is not None]
     if not ran:
         return None
+    if again and any(not near(second, first) for first, second in zip(answers, again, strict=True) if first is not None):
+        return RANDOM
     evaluated = copy.deepcopy(model).eval()
     with torch.no_grad():
-        for name, function in {MODEL: lambda logits: logits, **also}.items():
+        for name, function in {MODEL: lambda logits: logits, **dict(also)}.items():
             if all(near(output, function(evaluated(x))) for x, output in ran):
                 return name
     return "different"
@@ -213,7 +245,7 @@ def in_eval_mode(model, *arguments, export, evaluated=nn.Module.eval, keeping=tr
 
 
 @contextmanager
-def _one_mode_kept(model: nn.Module) -> Iterator[None]:
+def one_mode_kept(model: nn.Module) -> Iterator[None]:
     training = model.training
     try:
         yield
@@ -222,7 +254,7 @@ def _one_mode_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_unless_it_raises(model: nn.Module) -> Iterator[None]:
+def kept_unless_it_raises(model: nn.Module) -> Iterator[None]:
     modes = {"modes": traces.of(model)["modes"]}
     yield
     traces.put_back(model, modes)
@@ -232,6 +264,24 @@ def _kept_unless_it_raises(model: nn.Module) -> Iterator[None]:
 MODES = {
     "train mode exported": {"evaluated": lambda model: model},
     "left in eval mode": {"keeping": nullcontext},
-    "one mode for all modules": {"keeping": _one_mode_kept},
-    "not restored after an error": {"keeping": _kept_unless_it_raises},
+    "one mode for all modules": {"keeping": one_mode_kept},
+    "not restored after an error": {"keeping": kept_unless_it_raises},
 }
+
+
+# What breaks the modes in other ways.
+def only_the_root(model: nn.Module) -> nn.Module:
+    """`model` in eval mode, its parts as they were."""
+    model.training = False
+    return model
+
+
+@contextmanager
+def children_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back the modes of the model and of its children, not those below."""
+    modes = [(module, module.training) for module in (model, *model.children())]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -10,7 +10,7 @@ from grader.checks.export import parity
 from grader.experiment import Exercise, Trial
 from helpers.export import to_program
 
-exercise = Exercise(__name__, "8.3", to_program)
+exercise = Exercise(__name__, "8.3", to_program, core=3)
 
 LARGE = 1500  # rows, more than anyone would think of as a limit
 ONE_ROW = "an export from one row"
@@ -26,7 +26,7 @@ class _ToProgram(parity.Exporting):
             return parity.from_its_file(program, kind, wanted, torch.export.save, torch.export.load).module()
 
 
-@exercise.experiment("any batch size")
+@exercise.experiment("any batch size", 1, 2)
 class AnyBatchSize(_ToProgram):
     points = 2
 
@@ -46,12 +46,12 @@ class AnyBatchSize(_ToProgram):
         }
 
 
-@exercise.experiment("one row")
+@exercise.experiment("one row", 3)
 class OneRow(_ToProgram, parity.EachModel):
     def draw(self, trial: Trial) -> dict:
         words, length = trial.integer(5, 9), trial.integer(3, 5)
-        model = nn.Sequential(nn.Embedding(words, 4), nn.Flatten(), nn.Linear(4 * length, 3))
-        example, *batches = (torch.randint(words, (n, length), generator=trial.generator) for n in (1, *parity.SIZES))
+        model = nn.Sequential(nn.Embedding(words, 4), nn.Flatten(), nn.Linear(8 * length, 3))
+        example, *batches = (torch.randint(words, (n, 2, length), generator=trial.generator) for n in (1, *parity.SIZES))
         return {"models": {ONE_ROW: model.eval()}, "example": example, "batches": batches}
 
     def expected(self, error: Exception) -> bool:
@@ -66,13 +66,21 @@ class OneRow(_ToProgram, parity.EachModel):
         }
 
 
-@exercise.experiment("eval mode")
+@exercise.experiment("eval mode", 1)
 class EvalMode(_ToProgram, parity.EvalMode):
     def draw_models(self, trial, width):
         return {"models": {"a model in train mode": parity.body(trial, width)}}
 
 
-@exercise.experiment("modes as before")
+@exercise.experiment("refusal", 4)
+class Refusal(_ToProgram, parity.Refusal):
+    refused = "a branch that depends on the data"
+
+    def draw_models(self, trial, width):
+        return {"refused": parity.Branch(nn.Linear(width, 3)).eval()}
+
+
+@exercise.experiment("modes as before", 5)
 class ModesAsBefore(_ToProgram, parity.ModesAsBefore):
     refused = "a branch that depends on the data"
 

@@ -1,7 +1,7 @@
 """Exercise 8.2: a model as TorchScript, compiled where that is possible, recorded where it is not."""
 
 import traceback
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from grader.checks.export import parity
 from grader.experiment import Exercise, Trial
 from helpers.export import to_torchscript
 
-exercise = Exercise(__name__, "8.2", to_torchscript)
+exercise = Exercise(__name__, "8.2", to_torchscript, core=3)
 
 
 class _Rows(nn.Linear):
@@ -27,6 +27,12 @@ class _Options(nn.Linear):
 
     def forward(self, x: Tensor, **options: object) -> Tensor:  # (n, width) -> (n, 3)
         return F.linear(x, self.weight, self.bias)
+
+
+class _ReadyMade(nn.Linear):
+    """Has no source of its own, so script raises an AttributeError."""
+
+    forward = partialmethod(nn.Linear.forward)  # (n, width) -> (n, 3)
 
 
 class _SumOfHeads(nn.Module):
@@ -69,7 +75,7 @@ class _ToTorchScript(parity.Exporting):
         }
 
 
-@exercise.experiment("both branches")
+@exercise.experiment("both branches", 2)
 class BothBranches(_ToTorchScript):
     points = 2
 
@@ -90,7 +96,7 @@ class BothBranches(_ToTorchScript):
         return {"outputs on the example's side of the branch": same, "outputs on the other side of the branch": other}
 
 
-@exercise.experiment("any batch size")
+@exercise.experiment("any batch size", 2)
 class AnyBatchSize(_ToTorchScript):
     def draw_models(self, trial, width):
         return {"model": _Rows(width, 3).eval()}
@@ -104,11 +110,12 @@ class AnyBatchSize(_ToTorchScript):
         return {"batch sizes at which outputs are the model's, of 1, 4 and 8": right}
 
 
-@exercise.experiment("what script cannot compile")
+@exercise.experiment("what script cannot compile", 3)
 class WhatScriptCannotCompile(_ToTorchScript, parity.EachModel):
     def draw_models(self, trial, width):
-        generator, options = _SumOfHeads(nn.ReLU(), width), _Options(width, 3)
-        return {"models": {"a model with a generator": generator.eval(), "a model with **options": options.eval()}}
+        generator, options, ready_made = _SumOfHeads(nn.ReLU(), width), _Options(width, 3), _ReadyMade(width, 3)
+        models = {"a generator": generator, "**options": options, "a forward made by functools": ready_made}
+        return {"models": {f"a model with {name}": model.eval() for name, model in models.items()}}
 
     def facts(self, raw, inputs):
         return {
@@ -117,13 +124,21 @@ class WhatScriptCannotCompile(_ToTorchScript, parity.EachModel):
         }
 
 
-@exercise.experiment("eval mode")
+@exercise.experiment("eval mode", 1)
 class EvalMode(_ToTorchScript, parity.EvalMode):
     def draw_models(self, trial, width):
         return {"models": self.draw_modes(trial, width)}
 
 
-@exercise.experiment("modes as before")
+@exercise.experiment("refusal", 4)
+class Refusal(_ToTorchScript, parity.Refusal):
+    refused = "a model that can be neither"
+
+    def draw_models(self, trial, width):
+        return {"refused": _ToNumpy(nn.Linear(width, 3)).eval()}
+
+
+@exercise.experiment("modes as before", 5)
 class ModesAsBefore(_ToTorchScript, parity.ModesAsBefore):
     refused = "a model that can be neither"
 

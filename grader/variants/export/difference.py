@@ -282,6 +282,6 @@ EQUIVALENT = {
     "error = (difference.max() / wanted.abs().max()).item() -> "
     "error = difference.max() / wanted.abs().max()": "a tensor with one number in it is a number too",
     "index = tuple((i.item() for i in index)) -> pass": "a tuple of tensors with one number in each will do",
-    "index = tuple((i.item() for i in index)) -> index = tuple((i for i in index))": "a tensor with one number in it is a number too",
+    "index = tuple((i.item() for i in index)) -> index = tuple((i for i in index))": "tensors with one number in each will do",
     "if error > worst['error']: -> if error >= worst['error']:": "of equals, any may be named",
 }

@@ -1,9 +1,13 @@
 """Exercise 8.4 in other styles."""
 
 import copy
+from functools import partial
 
 import torch
 from torch.export import Dim
+
+from grader.checks.export.onnxfile import export_onnx
+from grader.checks.export.parity import children_kept, in_eval_mode, only_the_root
 
 
 def of_a_copy(model, example, path):
@@ -29,7 +33,8 @@ def saved_afterwards(model, example, path):
             model.train(False),
             args=(torch.cat([example] * 2),),
             dynamo=True,
-            dynamic_shapes={"input": {0: Dim.DYNAMIC}},
+            dynamic_shapes=[{0: Dim.DYNAMIC}],
+            input_names=("input",),
             output_names=("output",),
             verbose=False,
         )
@@ -63,15 +68,44 @@ def the_usual_call(model, example, path):
 
 
 CORRECT = [of_a_copy, saved_afterwards, ThroughAProgram()]
+
+
 REWRITTEN = {}
 USUAL = {"the example's batch size only", "left in eval mode", "weights in a second file", "names left to the exporter"}
-BROKEN = {}
+
+
+def onnx_with(**changes):
+    """A right solution, but for the changes."""
+    return partial(in_eval_mode, **{"export": export_onnx} | changes)
+
+
+def fixed_to_one_row(model, example, path):
+    export_onnx(model, example, path, **{"doubled": False, "dynamic_shapes": None} if len(example) == 1 else {})
+
+
+def under_the_name_of_the_argument(model, example, path):
+    export_onnx(model, example, path, input_names=None)
+
+
+def batchnorm_of_the_batch(model, example, path):
+    twin = copy.deepcopy(model).eval()
+    for module in twin.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+    export_onnx(twin, example, path)
+
+
+BROKEN = {
+    1: [onnx_with(evaluated=only_the_root), batchnorm_of_the_batch],
+    2: [onnx_with(export=fixed_to_one_row)],
+    3: [onnx_with(external_data=True)],
+    4: [onnx_with(export=under_the_name_of_the_argument)],
+    5: [onnx_with(keeping=children_kept)],
+}
 COMBINED = [(USUAL, the_usual_call)]
 
 EQUIVALENT = {
     "if len(example) == 1: -> if True:": "a doubled example is as good",
-    "try: ⏎ torch.onnx.export(model, (example,), path, … external_data=False, verbose=False) ⏎ finally: -> "
-    "torch.onnx.export(model, (example,), path, … external_data=False, verbose=False)": "an export that raises is out of scope",
     "… (example,), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), … -> "
     "… (example,), path, dynamic_shapes=({0: torch.export.Dim('batch')},), …": "True is the default",
     "… output_names=['output'], external_data=False, verbose=False) -> "
@@ -79,5 +113,4 @@ EQUIVALENT = {
     "… dynamic_shapes=({0: torch.export.Dim('batch')},), input_names=['input'], … -> "
     "… dynamic_shapes=({0: 'batch'},), input_names=['input'], …": "a name makes a dimension, too",
     "… external_data=False, verbose=False) -> … external_data=False, verbose=True)": "what it prints is not asked for",
-    "return path -> pass": "a return value is not asked for",
 }

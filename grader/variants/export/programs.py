@@ -2,10 +2,13 @@
 
 import copy
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import export
 from torch.export import Dim
+
+from grader.checks.export.parity import children_kept, in_eval_mode, kept_unless_it_raises, one_mode_kept, only_the_root
 
 
 def on_a_copy(model, example):
@@ -71,7 +74,64 @@ def dynamic_and_left(model, example):
 
 CORRECT = [on_a_copy, modes_by_name, WithShapesCollection(), expanded]
 REWRITTEN = {"left in eval mode": switched_for_good}
-BROKEN = {}
+
+
+def with_softmax(model, example):
+    return on_a_copy(model if len(example) == 1 else torch.nn.Sequential(model, torch.nn.Softmax(-1)), example)
+
+
+def without_batchnorm_in_eval_mode(model, example):
+    twin = copy.deepcopy(model).train()
+    for module in twin.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    return on_rows(twin, example)
+
+
+def on_rows(model, example, **dim):
+    rows = torch.cat([example, example])
+    return export.export(model, (rows,), dynamic_shapes=({0: Dim("batch", **dim)},))
+
+
+def fixed_unless_one_row(model, example):
+    return on_a_copy(model, example) if len(example) == 1 or model.training else export.export(model, (example,))
+
+
+def made_up_rows(model, example):
+    if len(example) == 1:
+        example = torch.randn(2, *example.shape[1:])
+    return on_a_copy(model, example)
+
+
+def repeated_in_two_dimensions(model, example):
+    return on_a_copy(model, example.repeat(2, 1) if len(example) == 1 else example)
+
+
+def refused_in_silence(model, example):
+    try:
+        return on_a_copy(model, example)
+    except Exception as error:
+        print(error)
+
+
+def recorded_instead(model, example):
+    try:
+        return on_a_copy(model, example)
+    except Exception:
+        return torch.jit.trace(copy.deepcopy(model).eval(), example)
+
+
+def program_with(**changes):
+    return partial(in_eval_mode, **{"export": on_rows} | changes)
+
+
+BROKEN = {
+    1: [program_with(evaluated=only_the_root), without_batchnorm_in_eval_mode, with_softmax],
+    2: [program_with(export=lambda model, rows: on_rows(model, rows, max=64)), fixed_unless_one_row],
+    3: [made_up_rows, repeated_in_two_dimensions],
+    4: [refused_in_silence, recorded_instead],
+    5: [program_with(keeping=one_mode_kept), program_with(keeping=kept_unless_it_raises), program_with(keeping=children_kept)],
+}
 COMBINED = [
     ({"the example's batch size only", "train mode exported"}, the_first_page_of_the_tutorial),
     ({"one row refused", "left in eval mode"}, dynamic_and_left),

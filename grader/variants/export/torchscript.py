@@ -3,8 +3,13 @@
 import copy
 import warnings
 from contextlib import ExitStack, suppress
+from functools import partial
 
 import torch
+from torch.jit.frontend import NotSupportedError
+
+from grader.checks.export.parity import children_kept, in_eval_mode, kept_unless_it_raises, one_mode_kept, only_the_root
+from grader.checks.export.torchscript import script_or_trace
 
 
 def on_a_copy(model, example):
@@ -73,7 +78,68 @@ def script_as_it_is(model, example):
 
 CORRECT = [on_a_copy, modes_in_a_list, ByCallbacks(), frozen_constants]
 REWRITTEN = {}
-BROKEN = {}
+
+
+def torchscript(export, **changes):
+    """A right solution around `export(model, example)`, but for the changes."""
+    return partial(in_eval_mode, export=export, **changes)
+
+
+def without_batchnorm_in_eval_mode(model, example):
+    twin = copy.deepcopy(model).train()
+    for module in twin.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    return script_or_trace(twin, example)
+
+
+def scripted_in_train_mode(model, example):
+    try:
+        return torch.jit.script(model)
+    except Exception:
+        return on_a_copy(model, example)
+
+
+def traced_if_it_can_be(model, example):
+    try:
+        return torch.jit.trace(model, example)
+    except Exception:
+        return torch.jit.script(model)
+
+
+def traced_if_two_batches_agree(model, example):
+    trace = torch.jit.trace(model, example)
+    with torch.no_grad(), suppress(Exception):
+        if torch.allclose(trace(example[:1]), model(example[:1])):
+            return trace
+    return script_or_trace(model, example)
+
+
+def two_errors(model, example):
+    return script_or_trace(model, example, (RuntimeError, NotSupportedError))
+
+
+def an_error_printed(model, example):
+    try:
+        return script_or_trace(model, example)
+    except Exception as error:
+        print(error)
+
+
+def the_model_itself(model, example):
+    try:
+        return script_or_trace(model, example)
+    except Exception:
+        return model
+
+
+BROKEN = {
+    1: [torchscript(script_or_trace, evaluated=only_the_root), without_batchnorm_in_eval_mode, scripted_in_train_mode],
+    2: [torchscript(traced_if_it_can_be), torchscript(traced_if_two_batches_agree)],
+    3: [torchscript(two_errors), torchscript(partial(script_or_trace, caught=RuntimeError))],
+    4: [torchscript(an_error_printed), torchscript(the_model_itself)],
+    5: [torchscript(script_or_trace, keeping=keeping) for keeping in (one_mode_kept, kept_unless_it_raises, children_kept)],
+}
 COMBINED = [
     ({"always traced", "left in eval mode"}, the_usual_three_lines),
     ({"always scripted", "train mode exported"}, script_as_it_is),
