@@ -8,72 +8,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor, wrong_return
+from grader.checks.features import batches
+from grader.experiment import Exercise, Experiment, Trial
 from helpers.text import tokenize
 
 exercise = Exercise(__name__, "2.6", tokenize, core=5)
-
-
-def _blocks(trial: Trial, n: int) -> list[str]:
-    """n strings of two letters; no letter stands twice, so that a word is made of blocks in one way only."""
-    letters = "".join(chr(ord("a") + number) for number in trial.permutation(26).tolist())
-    return [letters[2 * i : 2 * i + 2] for i in range(n)]
-
-
-def _numbered(trial: Trial, *pieces: str) -> dict[str, int]:
-    """A vocabulary: the first piece is number 0, all others, [PAD] among them, are numbered at random."""
-    rest = [*pieces[1:], "[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    return {pieces[0]: 0} | dict(zip(rest, (1 + trial.permutation(len(rest))).tolist(), strict=True))
-
-
-def _run(subject, vocabulary: dict[str, int], texts: list[str], max_length: int) -> dict[str, Tensor]:
-    batch = subject(dict(vocabulary), list(texts), max_length)
-    if not isinstance(batch, Mapping):
-        raise wrong_return("tokenize must return a dict of input_ids and attention_mask", batch)
-    for name in ("input_ids", "attention_mask"):
-        if name not in batch:
-            raise WrongReturn(f"tokenize must return a dict with {name!r} in it, got the keys {sorted(map(str, batch))}.")
-        expect_tensor(batch[name], (len(texts), "tokens"), name)
-        if batch[name].dtype != torch.int64:
-            raise WrongReturn(f"{name} must be int64, got {str(batch[name].dtype).removeprefix('torch.')}.")
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    return {"ids": ids, "mask": expect_tensor(mask, tuple(ids.shape), "attention_mask")}
-
-
-def _read(vocabulary: dict[str, int], row: Tensor) -> list[str]:
-    pieces = {number: piece for piece, number in vocabulary.items()}
-    return [pieces.get(number, "?") for number in row.tolist()]
-
-
-def _inside(tokens: list[str]) -> list[str]:
-    """What stands between [CLS] and [SEP], or between padding if they are missing."""
-    end = tokens.index("[SEP]") if "[SEP]" in tokens else len(tokens)
-    return [token for token in tokens[:end] if token not in ("[CLS]", "[PAD]")]
-
-
-def _filled(tokens: list[str]) -> list[str]:
-    return [token for token in tokens if token != "[PAD]"]
-
-
-def _bare(tokens: list[str]) -> list[str]:
-    return [token.removeprefix("##") for token in tokens]
-
-
-def _place(tokens: list[str], row: list[str]) -> int | None:
-    """Where in the row the tokens begin, wherever padding stands and whatever it is."""
-    starts = range(len(row) - len(tokens) + 1)
-    return next((start for start in starts if row[start : start + len(tokens)] == tokens), None)
 
 
 class _OneText(Experiment):
     """Draws a vocabulary and texts, each of which is a batch of its own, so that there is no padding."""
 
     def measure(self, subject, inputs):
-        runs = [_run(subject, inputs["vocabulary"], [text], 32) for text in inputs["texts"]]
+        runs = [batches.run(subject, inputs["vocabulary"], [text], 32) for text in inputs["texts"]]
         return {"rows": [run["ids"][0] for run in runs]}
 
     def words(self, raw: dict, inputs: dict) -> list[list[str]]:
-        return [_inside(_read(inputs["vocabulary"], row)) for row in raw["rows"]]
+        return [batches.inside(batches.read(inputs["vocabulary"], row)) for row in raw["rows"]]
 
 
 @exercise.experiment("longest piece first", 2)
@@ -81,10 +31,10 @@ class LongestPieceFirst(_OneText):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        a, b, c, d, e, f = _blocks(trial, 6)
+        a, b, c, d, e, f = batches.blocks(trial, 6)
         pieces = [a, a + b, c, c + d, e, e + f, *(f"##{rest}" for rest in (a, b, c, d, f, a + b, c + d))]
         return {
-            "vocabulary": _numbered(trial, *pieces),
+            "vocabulary": batches.numbered(trial, *pieces),
             "texts": [f"{a + b + c + d} {e + f} {c + a + b}"],
             "cuts": {
                 "the longest first": [a + b, f"##{c + d}", e + f, c, f"##{a + b}"],
@@ -101,43 +51,45 @@ class LongestPieceFirst(_OneText):
 @exercise.experiment("pieces of any length", 2)
 class PiecesOfAnyLength(_OneText):
     def draw(self, trial: Trial) -> dict:
-        (a, b), (c, d), (e, f), (g, h), *_ = _blocks(trial, 4)
+        (a, b), (c, d), (e, f), (g, h), *_ = batches.blocks(trial, 4)
         long = a + b + c + d + e + f + g + h + 8 * a
-        pieces = [b, a, f"##{a}", f"##{b}", f"##{c}", long, f"##{long}", c + d + e]
+        pieces = [b, a, c + d + e, e, e + f, long]
+        pieces += [f"##{piece}" for piece in (a, b, c, long, g, h, f + g + h)]
         return {
-            "vocabulary": _numbered(trial, *pieces),
-            "texts": [f"{a} {b} {a}", f"{a + b + a + c}", f"{long} {a + long} {c + d + e + b + long + a}"],
+            "vocabulary": batches.numbered(trial, *pieces),
+            "texts": [f"{a} {b} {a}", f"{a + b + a + c}", f"{long} {a + long} {c + d + e + b + long + a}", e + f + g + h],
             "cuts": {
                 "words of one letter": [a, b, a],
                 "pieces of one letter": [a, b, a, c],
                 "pieces of sixteen letters": [long, a, long, c + d + e, b, long, a],
+                "pieces before a longer one": [e + f, g, h],
             },
         }
 
     def facts(self, raw, inputs):
         # Whether pieces inside a word have their ## is another question.
         cuts = zip(inputs["cuts"].items(), self.words(raw, inputs), strict=True)
-        return {name: "found" if cut == _bare(words) else "something else" for (name, cut), words in cuts}
+        return {name: "found" if cut == batches.bare(words) else "something else" for (name, cut), words in cuts}
 
 
 @exercise.experiment("unknown words", 3)
 class UnknownWords(_OneText):
     def draw(self, trial: Trial) -> dict:
-        a, b, c, d, e, (unknown, _) = _blocks(trial, 6)
+        a, b, c, d, e, (unknown, _) = batches.blocks(trial, 6)
         return {
-            "vocabulary": _numbered(trial, e, a, d, a + b, f"##{b + c}", f"##{e}"),
+            "vocabulary": batches.numbered(trial, e, a, d, a + b, f"##{b + c}", f"##{e}"),
             "texts": [f"{e} {word} {e}" for word in (d + unknown + e, d + unknown, unknown, a + b + c)],
             "several": f"{unknown} {d + unknown} {e} {unknown} {unknown}",
             "known": e,
         }
 
     def measure(self, subject, inputs):
-        several = _run(subject, inputs["vocabulary"], [inputs["several"]], 32)["ids"][0]
+        several = batches.run(subject, inputs["vocabulary"], [inputs["several"]], 32)["ids"][0]
         return super().measure(subject, inputs) | {"several": several}
 
     def facts(self, raw, inputs):
         kinds = [self.kind(words, inputs["known"]) for words in self.words(raw, inputs)]
-        several = _inside(_read(inputs["vocabulary"], raw["several"]))
+        several = batches.inside(batches.read(inputs["vocabulary"], raw["several"]))
         each = "one [UNK] each" if several == ["[UNK]", "[UNK]", inputs["known"], "[UNK]", "[UNK]"] else "something else"
         return {
             "a known piece before letters that no piece has": kinds[0] if kinds[0] == kinds[1] else "something else",
@@ -158,9 +110,9 @@ class UnknownWords(_OneText):
 @exercise.experiment("## inside a word alone", 2)
 class MarkInsideAWordAlone(_OneText):
     def draw(self, trial: Trial) -> dict:
-        a, b, c, d, e = _blocks(trial, 5)
+        a, b, c, d, e = batches.blocks(trial, 5)
         return {
-            "vocabulary": _numbered(trial, e, a, b, f"##{c}", f"##{d}", d),
+            "vocabulary": batches.numbered(trial, e, a, b, f"##{c}", f"##{d}", d),
             "texts": [f"{e} {word} {e}" for word in (a + d, a + b, c, c + d)],
             "right": [a, f"##{d}"],
             "only a word": b,
@@ -173,17 +125,17 @@ class MarkInsideAWordAlone(_OneText):
         if rest[1:-1] != inputs["right"]:  # then it does not look pieces up as it should in any word
             return {"a rest that is a word only": None, "a word that is a rest only": None}
         return {
-            "a rest that is a word only": "taken" if only_word in _bare(word) else "not taken",
-            "a word that is a rest only": "taken" if any(only_rest in _bare(words) for words in begins) else "not taken",
+            "a rest that is a word only": "taken" if only_word in batches.bare(word) else "not taken",
+            "a word that is a rest only": "taken" if any(only_rest in batches.bare(words) for words in begins) else "not taken",
         }
 
 
 @exercise.experiment("small letters", 1)
 class SmallLetters(_OneText):
     def draw(self, trial: Trial) -> dict:
-        a, b, c = _blocks(trial, 3)
+        a, b, c = batches.blocks(trial, 3)
         texts = [f"{a} {b} {c}", f"{a.capitalize()} {b} {c.upper()}"]
-        return {"vocabulary": _numbered(trial, a, b, c), "texts": texts}
+        return {"vocabulary": batches.numbered(trial, a, b, c), "texts": texts}
 
     def facts(self, raw, inputs):
         small, capitals = self.words(raw, inputs)
@@ -193,9 +145,9 @@ class SmallLetters(_OneText):
 @exercise.experiment("any white space", 1)
 class AnyWhiteSpace(_OneText):
     def draw(self, trial: Trial) -> dict:
-        a, b, c, d = _blocks(trial, 4)
+        a, b, c, d = batches.blocks(trial, 4)
         texts = [f"{a} {b} {c} {d}", f" {a}\t{b}\n{c}   {d}\n", f"\r\n{a}\r{b}\f{c} \v {d}"]
-        return {"vocabulary": _numbered(trial, a, b, c, d), "texts": texts}
+        return {"vocabulary": batches.numbered(trial, a, b, c, d), "texts": texts}
 
     def facts(self, raw, inputs):
         spaced, mixed, rare = self.words(raw, inputs)
@@ -207,16 +159,17 @@ class AnyWhiteSpace(_OneText):
 
 @exercise.experiment("white space alone", 6)
 class WhiteSpaceAlone(_OneText):
-    marks: ClassVar = {"a dot": ".", "a hyphen": "-", "an apostrophe": "'", "a digit": "7", "an accent": "\u00e9"}
+    marks: ClassVar = {"dots": ".", "hyphens": "-", "apostrophes": "'", "digits": "7", "accents": "\u00e9"}
 
     def draw(self, trial: Trial) -> dict:
-        a, b, c = _blocks(trial, 3)
-        words = [a + mark + b for mark in self.marks.values()]
-        return {"vocabulary": _numbered(trial, c, *words), "texts": [f"{word} {c}" for word in words]}
+        a, b, c, d, e = batches.blocks(trial, 5)
+        words = [[a + mark + b, mark + c, d + mark] for mark in self.marks.values()]
+        pieces = [piece for some in words for piece in some]
+        return {"vocabulary": batches.numbered(trial, e, f"##{e}", *pieces), "texts": [" ".join([*some, e]) for some in words]}
 
     def facts(self, raw, inputs):
         kept = [words == text.split() for words, text in zip(self.words(raw, inputs), inputs["texts"], strict=True)]
-        return {"what parts words or leaves them": [mark for mark, same in zip(self.marks, kept, strict=True) if not same]}
+        return {"what is not kept in a word": [mark for mark, same in zip(self.marks, kept, strict=True) if not same]}
 
 
 @exercise.experiment("fits max_length", 4)
@@ -224,7 +177,7 @@ class FitsMaxLength(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        single, *blocks = _blocks(trial, 7)
+        single, *blocks = batches.blocks(trial, 7)
         max_length = 5 + 2 * trial.integer(1, 3)  # odd, so that the cut is inside a word of two pieces
         firsts, seconds = blocks[:3], blocks[3:]
 
@@ -233,8 +186,8 @@ class FitsMaxLength(Experiment):
 
         texts = [words(max_length), [(single,), *words((max_length - 3) // 2)], words(1)]  # too long, just fits, short
         return {
-            "vocabulary": _numbered(trial, single, *firsts, *seconds, *(f"##{block}" for block in seconds)),
-            "texts": [" ".join("".join(_bare(word)) for word in text) for text in texts],
+            "vocabulary": batches.numbered(trial, single, *firsts, *seconds, *(f"##{block}" for block in seconds)),
+            "texts": [" ".join("".join(batches.bare(word)) for word in text) for text in texts],
             "pieces": [[piece for word in text for piece in word] for text in texts],
             "max_length": max_length,
         }
@@ -242,19 +195,21 @@ class FitsMaxLength(Experiment):
     def measure(self, subject, inputs):
         vocabulary, texts = inputs["vocabulary"], inputs["texts"]
         return {
-            "ids": _run(subject, vocabulary, texts, inputs["max_length"])["ids"],
-            "smallest": [_run(subject, vocabulary, texts, most)["ids"] for most in (2, 3)],
-            "empty": _run(subject, vocabulary, [" "], inputs["max_length"])["ids"][0],
+            "ids": batches.run(subject, vocabulary, texts, inputs["max_length"])["ids"],
+            "smallest": [batches.run(subject, vocabulary, texts, most)["ids"] for most in (2, 3)],
+            "empty": batches.run(subject, vocabulary, [" "], inputs["max_length"])["ids"][0],
         }
 
     def facts(self, raw, inputs):
         most = inputs["max_length"]
-        rows = [_bare(_read(inputs["vocabulary"], row)) for row in raw["ids"]]
-        long, *fitting = [_bare(pieces) for pieces in inputs["pieces"]]
-        cut = _filled(rows[0])
+        rows = [batches.bare(batches.read(inputs["vocabulary"], row)) for row in raw["ids"]]
+        long, *fitting = [batches.bare(pieces) for pieces in inputs["pieces"]]
+        cut = batches.filled(rows[0])
         kept = [token for token in cut if token not in ("[CLS]", "[SEP]")]
-        whole = all(_place(["[CLS]", *pieces, "[SEP]"], row) is not None for pieces, row in zip(fitting, rows[1:], strict=True))
-        sizes = {most: "max_length", most + 2: "max_length + 2", len(long) + 2: "all it has"}
+        whole = all(
+            batches.place(["[CLS]", *pieces, "[SEP]"], row) is not None for pieces, row in zip(fitting, rows[1:], strict=True)
+        )
+        sizes = {most: "max_length", most + 1: "max_length + 1", most + 2: "max_length + 2", len(long) + 2: "all it has"}
         between = "more than max_length, yet not all" if len(cut) > most else "fewer than max_length"
         return {
             "tokens of a text that is too long": sizes.get(len(cut), between),
@@ -262,13 +217,13 @@ class FitsMaxLength(Experiment):
             "its pieces that are kept": "the first" if kept == long[: len(kept)] else "different",
             "texts that fit": "[CLS], all pieces, [SEP]" if whole else "something else",
             "texts of any length, cut to 2 and to 3 tokens": self.smallest(raw, inputs),
-            "an empty text, alone": ", ".join(_filled(_read(inputs["vocabulary"], raw["empty"]))),
+            "an empty text, alone": ", ".join(batches.filled(batches.read(inputs["vocabulary"], raw["empty"]))),
         }
 
     def smallest(self, raw: dict, inputs: dict) -> str:
-        two, three = ([_filled(_read(inputs["vocabulary"], row)) for row in ids] for ids in raw["smallest"])
+        two, three = ([batches.filled(batches.read(inputs["vocabulary"], row)) for row in ids] for ids in raw["smallest"])
         first = [["[CLS]", pieces[0], "[SEP]"] for pieces in inputs["pieces"]]
-        same = all(row == ["[CLS]", "[SEP]"] for row in two) and [_bare(row) for row in three] == first
+        same = all(row == ["[CLS]", "[SEP]"] for row in two) and [batches.bare(row) for row in three] == first
         return "[CLS], as many pieces, [SEP]" if same else "something else"
 
 
@@ -276,27 +231,29 @@ class _RaggedBatch(Experiment):
     """Draws texts of different lengths, all shorter than `max_length`; piece number 0 is a word of each but the empty one."""
 
     def draw(self, trial: Trial) -> dict:
-        zero, *blocks = _blocks(trial, 6)
+        zero, unknown, *blocks = batches.blocks(trial, 7)
         counts = [trial.integer(1, 2), 0, trial.integer(5, 7), trial.integer(2, 4)]
         texts = [[zero, *(blocks[trial.integer(0, 4)] for _ in range(count - 1))] if count else [] for count in counts]
+        texts[3][-1] = unknown
         order = trial.permutation(len(texts)).tolist()
         return {
-            "vocabulary": _numbered(trial, zero, *blocks),
+            "vocabulary": batches.numbered(trial, zero, *blocks),
             "texts": [" ".join(reversed(texts[i])) for i in order],
             "max_length": trial.integer(12, 15),
         }
 
     def measure(self, subject, inputs):
-        return _run(subject, inputs["vocabulary"], inputs["texts"], inputs["max_length"])
+        return batches.run(subject, inputs["vocabulary"], inputs["texts"], inputs["max_length"])
 
     def read(self, ids: Tensor, inputs: dict) -> list[list[str]]:
-        return [_read(inputs["vocabulary"], row) for row in ids]
+        return [batches.read(inputs["vocabulary"], row) for row in ids]
 
     def places(self, raw: dict, inputs: dict) -> list[tuple[list[str], int, int | None]]:
         """Of each text: the row, the number of tokens, and where they begin in the row."""
-        wanted = [["[CLS]", *text.split(), "[SEP]"] for text in inputs["texts"]]
+        words = [[word if word in inputs["vocabulary"] else "[UNK]" for word in text.split()] for text in inputs["texts"]]
+        wanted = [["[CLS]", *some, "[SEP]"] for some in words]
         rows = self.read(raw["ids"], inputs)
-        return [(row, len(tokens), _place(tokens, row)) for row, tokens in zip(rows, wanted, strict=True)]
+        return [(row, len(tokens), batches.place(tokens, row)) for row, tokens in zip(rows, wanted, strict=True)]
 
 
 @exercise.experiment("padded to the longest", 5)
@@ -307,7 +264,7 @@ class PaddedToTheLongest(_RaggedBatch):
 
     def facts(self, raw, inputs):
         longest = max(n for _, n, _ in self.places(raw, inputs))
-        sizes = {longest: "as many as the longest text has", inputs["max_length"]: "max_length"}
+        sizes = {longest: "as many as the longest text has", longest - 2: "two fewer", inputs["max_length"]: "max_length"}
         rows = self.read(raw["cut"], inputs)
         after = max(len(row) - row[::-1].index("[SEP]") if "[SEP]" in row else len(row) for row in rows)
         return {
@@ -324,7 +281,7 @@ class FilledWithPad(_RaggedBatch):
             return {"padding stands": None, "padding is": None}
         after = all(start == 0 for _, _, start in places)
         before = all(start == width - n for _, n, start in places)
-        zero = _read(inputs["vocabulary"], torch.tensor([0]))[0]
+        zero = batches.read(inputs["vocabulary"], torch.tensor([0]))[0]
         padding = {token for row, n, start in places for token in row[:start] + row[start + n :]}
         names = {"[PAD]": "[PAD]", zero: "the piece with number 0"}
         return {
@@ -434,7 +391,7 @@ CHANGES = {
     "a longest piece taken back": {"cut": _taking_back},
     "capitals kept": {"words": str.split},
     "split at single spaces": {"words": lambda text: text.lower().split(" ")},
-    "punctuation split off": {"words": lambda text: re.findall(r"\w+|[^\w\s]", text.lower())},
+    "punctuation not kept in words": {"words": lambda text: re.findall(r"\w+|[^\w\s]", text.lower())},
 }
 exercise.misconceptions_of(tokenized, CHANGES)
 

@@ -257,7 +257,7 @@ BROKEN = {
         without_the_ends_in_the_mask,
     ],
     6: [
-        *_changed("punctuation split off", words=_without_accents),
+        *_changed("punctuation not kept in words", words=_without_accents),
         *_changed(words=lambda text: re.findall(r"[a-z]+", text.lower())),
         *_changed(words=lambda text: [word.strip(".,'") for word in text.lower().replace("-", " ").replace(".", "").split()]),
     ],
