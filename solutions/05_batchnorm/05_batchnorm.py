@@ -496,35 +496,56 @@ show(*draws_figure({"while training, batches of 32": during, "afterwards, in eva
 # %% [markdown]
 # ## Exercise 5.4: a freeze that lasts
 #
-# A loop of training begins each epoch with `model.train()`. That walks through all modules and sets each one's mode, so
-# a BatchNorm that was put into eval mode is back in train mode, without a word. What keeps a layer frozen has to
-# survive that, and has to be undone when the network is to be trained as a whole.
+# Each epoch begins with `model.train()`. That walks through all modules and sets each one's mode, so a BatchNorm that
+# was put into eval mode is back in train mode, without a word. What keeps a layer frozen has to survive that, and has
+# to be undone when the whole network is to be trained.
 #
-# **Exercise 5.4** (30 min, ●●●). Write `freeze(model)`.
+# **Exercise 5.4** (30 min, ●●●). Write `freeze`; it returns `undo`.
 #
-# - From then on, at once and whatever `train()` or `eval()` is called, on the model or on any part of it, every
-#   BatchNorm normalises with its stored statistics: the model computes in train mode what it computes in eval mode, as
-#   far as its BatchNorms go, `eps` included. Their running statistics do not move, and weight and bias get no gradient.
-# - Every BatchNorm: 1d, 2d, 3d, `nn.SyncBatchNorm`, subclasses, with and without weight and bias, at any depth and
-#   under any name, also one object that stands in two places, also a `model` that is a BatchNorm itself. All of them
-#   store statistics.
-# - All else goes on as before: dropout follows `train()` and `eval()`, other norms and other parameters train (unless
-#   they were frozen before), and no other model notices.
-# - Return a function `undo` without arguments. Right after `undo()` each BatchNorm is in the mode it had before
-#   `freeze` (if `train()` or `eval()` was called in between, that mode will do as well), and follows `model.train()`
-#   again; its statistics move at the pace they did; a weight that was frozen before stays frozen, the others train.
-#   What the rest of the model has learned in between is kept.
+# *Core*
+#
+# 1. From then on BatchNorms normalise as in eval mode, whatever part of the model `train()` is called on.
+# 2. Running statistics stay, and weight and bias get no gradient.
+# 3. Every BatchNorm is frozen, whatever its kind, name and depth.
+# 4. All else goes on as before: dropout, other norms, other parameters, other models.
+# 5. After `undo()` and `train()`, statistics move as they did, and the same parameters train.
+#
+# *Fine print*
+#
+# 6. Right after `undo()` each BatchNorm has its old mode.
+# 7. That holds for one object in two places, and for a model that is a BatchNorm.
+# 8. `undo()` keeps what the model has learned.
 
 
 # %%
-def freeze(model):
+def freeze(model: nn.Module) -> Callable[[], object]:
+    """Freeze every BatchNorm of a model, in place, until undo is called.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    >>> undo = freeze(model)
+    >>> _ = model.train()(torch.ones(3, 2))
+    >>> model[1].running_mean
+    tensor([0., 0.])
+
+    Args:
+        model: its BatchNorms all store statistics: `nn.BatchNorm1d`, `2d`, `3d`,
+            `nn.SyncBatchNorm`, subclasses, with weight and bias or without. Some
+            of its modules may be in eval mode, some of its parameters frozen.
+
+    Returns:
+        undo, a function without arguments. If `train()` or `eval()` was called in
+        between, a BatchNorm may have the mode that this asked for. A parameter that
+        was frozen before freeze is frozen after undo.
+    """
     ### BEGIN SOLUTION
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [module for module in model.modules() if isinstance(module, kind)]
     modes = {norm: norm.training for norm in norms}
-    flags = {parameter: parameter.requires_grad for norm in norms for parameter in norm.parameters()}
+    parameters = [parameter for norm in norms for parameter in norm.parameters()]
+    flags = {parameter: parameter.requires_grad for parameter in parameters}
     for norm in norms:
         norm.eval()
-        norm.train = lambda mode=True, norm=norm: norm  # this object's own, in front of its class's
+        norm.train = lambda mode=True, norm=norm: norm  # in front of its class's own
     for parameter in flags:
         parameter.requires_grad_(False)
 
@@ -623,32 +644,54 @@ for name, apply in (("train mode", lambda model: None), ("frozen", freeze)):
 # ## Exercise 5.5: many batches as one
 #
 # The statistics of a data set are wanted, and it comes in batches: the last one is short, and no computer holds them
-# all. The mean of the batches' means is not the mean, unless all are of one size. The mean of their variances is not
-# the variance: it forgets that their means differ. And E[x²] - E[x]² is right on paper, and in float32 a difference of
-# two large numbers that have lost what made them differ.
+# all. The mean of the batches' means is not the mean, unless all are of one size. The mean of their variances forgets
+# that their means differ. And E[x²] - E[x]², right on paper, is in float32 a difference of two large numbers that have
+# lost what made them differ.
 #
-# **Exercise 5.5** (25 min, ●●●). Write `pooled_statistics(batches)`.
+# **Exercise 5.5** (25 min, ●●●). Write `pooled_statistics`.
 #
-# - `batches` gives tensors of float32, `(n_i, channels)` or `(n_i, channels, ...)`, at least one, with at least two
-#   values per channel in all. Sizes may differ, except the number of channels: the sizes after it too. A batch may hold
-#   a single value per channel.
-# - `batches` may be a list, or a generator, which can be read once and has no length. Do not keep the batches: when a
-#   new one comes, memory holds a few at most.
-# - Return `(mean, var)`, each `(channels,)`: mean and unbiased variance of each channel over all values of all batches,
-#   every sample and position counting alike, as if they were a single batch. The cut and the order make no difference
-#   but rounding.
-# - With a mean of 100 and a standard deviation of 0.01, the variance is still right to 1 %.
+# *Core*
+#
+# 1. The mean of a channel is that of all its values, in all batches: every sample and every position counts alike.
+# 2. The variance is the unbiased one of the same values, as if they were a single batch.
+# 3. With a mean of 100 and a standard deviation of 0.01, it is still right to 1 %.
+# 4. Batches are read once and not kept.
+#
+# *Fine print*
+#
+# 5. A batch may hold a single value per channel.
 
 
 # %%
-def pooled_statistics(batches):
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def pooled_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel over all batches.
+
+    >>> mean, var = pooled_statistics([torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0]])])
+    >>> mean, var
+    (tensor([2.]), tensor([4.]))
+
+    Args:
+        batches: tensors (n_i, channels) or (n_i, channels, ...) of float32, with at least
+            two values per channel in all. Only the number of channels is the same in all.
+            A list, or a generator, which has no length: when it gives a batch, memory
+            holds a few others at most.
+
+    Returns:
+        (mean, var), both (channels,).
+    """
     ### BEGIN SOLUTION
     n, mean, squares = 0, 0.0, 0.0  # squares: the sum of squared deviations from the mean
     for batch in batches:
         values = batch.double().transpose(0, 1).flatten(1)  # (channels, values)
         count, own = values.shape[1], values.mean(1)
         shift = own - mean
-        squares = squares + (values - own[:, None]).square().sum(1) + shift**2 * n * count / (n + count)
+        within = (values - own[:, None]).square().sum(1)
+        squares = squares + within + shift**2 * n * count / (n + count)
         mean = mean + shift * count / (n + count)
         n += count
     return mean.float(), (squares / (n - 1)).float()

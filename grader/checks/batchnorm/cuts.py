@@ -8,7 +8,7 @@ from torch import Tensor
 from grader.experiment import Trial
 from grader.near import near
 
-BEFORE, DIFFERENT = "as before", "different"
+BEFORE, DIFFERENT, RIGHT_TO_1_PERCENT = "as before", "different", "right to 1 %"
 Known = dict[str, list[Tensor]]  # a name, and the values (channels,) that it stands for
 
 _MOMENTUM = 0.1  # of a moving average: what torch's layers start with
@@ -53,6 +53,7 @@ def known_statistics(batches: list[Tensor], stored: Mapping[str, Tensor] | None 
         "the mean of the batches' variances": [
             *(variances.mean(0) for variances in (biased, unbiased)),
             *(weights @ biased / weights.sum() for weights in (values, samples)),
+            values @ biased / (values.sum() - 1),
             *(weights @ unbiased / weights.sum() for weights in (values, samples, values - 1)),
         ],
         "counted in samples": [as_samples / (n - 1), as_samples / n, squares / (n - 1), squares / n],
@@ -74,7 +75,7 @@ def far_known_as(var: Tensor, known: Known) -> str:
     """The same for variances of numbers far from zero, to 1 %: what is right divides by n or n - 1, it is all the same."""
     name = known_as(var, known, lambda values, expected: _to_a_part(values, expected, 0.01))
     if name.startswith("that of all values"):
-        return "right to 1 %"
+        return RIGHT_TO_1_PERCENT
     lost = name == DIFFERENT and not _to_a_part(var, known["that of all values, divided by n - 1"][0], 0.5)
     return "lost in rounding: off by more than half of itself" if lost else name
 
