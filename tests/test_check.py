@@ -102,6 +102,7 @@ def test_a_stub_is_not_attempted_and_does_not_stop_the_notebook(capsys):
 
 def test_another_exercises_stub_is_named(capsys):
     assert "needs 0.1 first" in said(capsys, stub("0.1"))
+    assert "needs 2.2a first" in said(capsys, stub("2.2a"))
 
 
 def test_an_exception_is_told_with_the_line_that_raised(capsys):
@@ -510,7 +511,7 @@ def test_hints_come_in_steps(capsys):
 
 @pytest.mark.parametrize("call", [lambda: check("2.9", right), lambda: hint("x"), lambda: continue_with("7.1")])
 def test_unknown_exercises_are_told(call):
-    with pytest.raises(ValueError, match=r"no exercise '.*'. Choose from 0.1, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7, 2.8."):
+    with pytest.raises(ValueError, match=r"no exercise '.*'. Choose from 0.1, 2.1, 2.2a, 2.2, 2.3, 2.4a, 2.4, 2.5, 2.6, "):
         call()
 
 

@@ -117,8 +117,9 @@ def close_settings(inputs: dict) -> Changes:
 
 
 def other_shapes(inputs: dict) -> Changes:
-    yield "black images", inputs | {"images": torch.zeros(20, 1, 8, 8)}
-    yield "four times as many, of a quarter of the size", inputs | {"images": torch.zeros(80, 1, 4, 4)}
+    black = inputs["images"].new_zeros(20, 1, 8, 8)
+    yield "black images", inputs | {"images": black}
+    yield "four times as many, of a quarter of the size", inputs | {"images": black.view(80, 1, 4, 4).clone()}
 
 
 @contextmanager

@@ -148,10 +148,10 @@ class BuffersThatAreNotSaved(_Notices):
 class ShapeAndDtype(_Notices):
     def changes(self, inputs):
         yield from contents.other_shapes(inputs)
-        black = torch.zeros(20, 1, 8, 8, dtype=torch.int32)
+        black = inputs["images"].new_zeros(20, 1, 8, 8, dtype=torch.int32)
         yield "black images in whole numbers of as many bytes", inputs | {"images": black}
         for what, layer in (("zeros as weights, 6 -> 4", nn.Linear(6, 4)), ("zeros as weights, 4 -> 6", nn.Linear(4, 6))):
-            layer.bias = None
+            layer.to(black.device).bias = None
             layer.weight.detach().zero_()
             yield what, inputs | {"backbone": layer}
 

@@ -122,11 +122,6 @@ class OwnCrop(Experiment):
         for turn, size in enumerate(self.shapes.values()):
             colour = torch.tensor([90.0, 125.0, 160.0]).roll(turn).view(3, 1, 1)
             images.append((colour + 20 * trial.normal(3, *size)).clamp(60, 190).to(torch.uint8))
-        model = _trained_network(trial, norm=False, dropout=False)
-        return {"weights": _weights(trial), "model": model, "images": images}
-
-    def measure(self, subject, inputs):
-        images = inputs["images"]
         # The preset keeps the central 20 x 20 pixels; of an image that was squeezed to a square, it would keep 20 x 40.
         calls = {
             "as drawn": images,
@@ -134,7 +129,12 @@ class OwnCrop(Experiment):
             "behind": [_bright(image, 15, math.inf) for image in images],
             "inside": [_bright(image, 5, 9) for image in images],
         }
-        return {what: _answer(subject, inputs["weights"], inputs["model"], some) for what, some in calls.items()}
+        model = _trained_network(trial, norm=False, dropout=False)
+        return {"weights": _weights(trial), "model": model, "calls": calls}
+
+    def measure(self, subject, inputs):
+        calls = inputs["calls"].items()
+        return {what: _answer(subject, inputs["weights"], inputs["model"], images) for what, images in calls}
 
     def facts(self, raw, inputs):
         drawn, before, behind, inside = map(_by_category, raw.values())

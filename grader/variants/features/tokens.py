@@ -179,6 +179,17 @@ def _marked_at_the_beginning_too(vocabulary, mark, piece):
     return mark + piece if mark + piece in vocabulary else "##" + piece
 
 
+def _longest_anywhere(vocabulary, word, mark=""):
+    """The longest piece of all first, wherever it stands, then what is left of it and right of it."""
+    spans = [(start, end) for start in range(len(word)) for end in range(start + 1, len(word) + 1)]
+    for start, end in sorted(spans, key=lambda span: span[0] - span[1]):
+        piece = (mark if start == 0 else "##") + word[start:end]
+        if piece in vocabulary:
+            left, right = _longest_anywhere(vocabulary, word[:start], mark), _longest_anywhere(vocabulary, word[end:], "##")
+            return ["[UNK]"] if "[UNK]" in left + right else [*left, piece, *right]
+    return ["[UNK]"] if word else []
+
+
 def _unknown_letter_by_letter(vocabulary, word):
     pieces = _greedy(vocabulary, word)
     return pieces * len(word) if pieces == ["[UNK]"] else pieces
@@ -207,6 +218,11 @@ def to_eights(vocabulary, texts, max_length):
     ids = into_arrays(vocabulary, texts, max_length)["input_ids"]
     ids = F.pad(ids, (0, -ids.shape[1] % 8), value=vocabulary["[PAD]"])
     return {"input_ids": ids, "attention_mask": ids.ne(vocabulary["[PAD]"]).long()}
+
+
+def without_unknown_words_in_the_mask(vocabulary, texts, max_length):
+    batch = into_arrays(vocabulary, texts, max_length)
+    return batch | {"attention_mask": batch["attention_mask"] * (batch["input_ids"] != vocabulary["[UNK]"])}
 
 
 def without_the_ends_in_the_mask(vocabulary, texts, max_length):
@@ -239,6 +255,7 @@ BROKEN = {
         *_changed(cut=partial(_greedy, lengths=lambda rest: range(len(rest), 1, -1))),
         *_changed(cut=partial(_greedy, lengths=lambda rest: range(min(10, len(rest)), 0, -1))),
         *_changed(cut=partial(_greedy, known=_with_or_without)),
+        *_changed(cut=_longest_anywhere),
         *_changed(cut=partial(_greedy, known=_marked_at_the_beginning_too)),
     ],
     3: [
@@ -255,6 +272,7 @@ BROKEN = {
         padded_before_the_cut,
         to_eights,
         without_the_ends_in_the_mask,
+        without_unknown_words_in_the_mask,
     ],
     6: [
         *_changed("punctuation not kept in words", words=_without_accents),
