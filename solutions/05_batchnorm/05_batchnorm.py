@@ -496,9 +496,9 @@ show(*draws_figure({"while training, batches of 32": during, "afterwards, in eva
 # %% [markdown]
 # ## Exercise 5.4: a freeze that lasts
 #
-# Each epoch begins with `model.train()`. That walks through all modules and sets each one's mode, so a BatchNorm that
-# was put into eval mode is back in train mode, without a word. What keeps a layer frozen has to survive that, and has
-# to be undone when the whole network is to be trained.
+# Each epoch begins with `model.train()`. That walks through all modules and sets each one's mode, so a BatchNorm in eval
+# mode is back in train mode, without a word. What keeps a layer frozen has to survive that, and has to be undone when
+# the whole network is to be trained.
 #
 # **Exercise 5.4** (30 min, ●●●). Write `freeze`; it returns `undo`.
 #
@@ -513,7 +513,7 @@ show(*draws_figure({"while training, batches of 32": during, "afterwards, in eva
 # *Fine print*
 #
 # 6. Right after `undo()` each BatchNorm has its old mode.
-# 7. That holds for one object in two places, and for a model that is a BatchNorm.
+# 7. All this holds for one object in two places, and for a model that is a BatchNorm.
 # 8. `undo()` keeps what the model has learned.
 
 
@@ -725,48 +725,64 @@ for mean in (0, 1, 10, 100):
 # %% [markdown]
 # ## Exercise 5.6: new statistics for every layer
 #
-# The network's weights are good, and its running statistics are those of other data. So measure them again: run the new
-# data through the network, without labels and without training, and store what each BatchNorm sees. The recipe that
-# comes first to mind, a few forward passes in train mode, does something else: it mixes the old statistics with a
-# moving average that prefers the last batches, and it has dropout on. On the data that the network was trained on, the
-# exact way is known as precise BatchNorm (Wu & Johnson 2021); on other data, as AdaBN.
+# The network's weights are good, and its running statistics are those of other data. So measure them again, without
+# labels and without training. A few forward passes in train mode are not enough: they mix the old statistics with a
+# moving average that prefers the last batches, and dropout is on. On the network's own data the exact way is called
+# precise BatchNorm (Wu & Johnson 2021), on other data *AdaBN*.
 #
-# **Exercise 5.6** (30 min, ●●●). Write `recompute_statistics(model, batches)`.
+# **Exercise 5.6** (30 min, ●●●). Write `recompute_statistics`.
 #
-# - `model` is any network with BatchNorms: 1d, 2d or 3d, nested, of any name, with or without weight and bias. All of
-#   them keep running statistics, and each is called once in a forward pass. **Each module may be in train or in eval
-#   mode.**
-# - `batches` is a list of inputs for `model(batch)`, of different sizes, each with at least two values per channel.
-# - Run the batches through the model. Meanwhile every BatchNorm normalises with the statistics of its current batch, as
-#   in train mode, and all other modules work as in eval mode, so dropout is off.
-# - Afterwards, the `running_mean` and `running_var` of each BatchNorm are mean and unbiased variance of all inputs that
-#   it saw, as if they were one batch, also with a mean of 100 and a standard deviation of 0.01 (to 1 %). Nothing of the
-#   old statistics is left in them. They are plain tensors: no graph, no inference tensors.
-# - Everything else stays as it was: the mode of every module, `momentum`, parameters, `requires_grad`. What you do with
-#   `num_batches_tracked` is not asked for.
-# - You may use `pooled_statistics`. Return nothing.
+# *Core*
+#
+# 1. While the batches run, every BatchNorm normalises with its current batch; all else works as in eval mode.
+# 2. Afterwards a BatchNorm's statistics are those of all inputs that it saw, as if they were one batch.
+# 3. So it is for every BatchNorm, in train or eval mode.
+#
+# *Fine print*
+#
+# 4. With a mean of 100 and a standard deviation of 0.01, the variance is right to 1 %.
+# 5. Every module's mode, `momentum`, parameters and `requires_grad` are as before.
+# 6. Nothing else stays in the model, such as a hook, and the statistics are plain tensors.
 
 
 # %%
-def recompute_statistics(model, batches):
+from helpers.modes import eval_mode
+
+
+def recompute_statistics(model: nn.Module, batches: list[Tensor]) -> None:
+    """Replace the running statistics of every BatchNorm by those of `batches`, in place.
+
+    >>> layer = nn.BatchNorm1d(1)
+    >>> recompute_statistics(nn.Sequential(layer), [torch.tensor([[0.0], [2.0], [4.0]])])
+    >>> layer.running_mean, layer.running_var
+    (tensor([2.]), tensor([4.]))
+
+    Args:
+        model: has BatchNorms, 1d, 2d or 3d, nested, of any name, with or without weight and
+            bias. All keep running statistics, and each is called once in a forward pass.
+        batches: inputs for `model(batch)`, of different sizes, each with at least two values
+            per channel.
+
+    `running_mean` becomes the mean and `running_var` the unbiased variance; nothing of the old
+    ones is left. Plain tensors have no graph, and are no inference tensors.
+    `num_batches_tracked` does not matter. `pooled_statistics` may help.
+    """
     ### BEGIN SOLUTION
-    modes = {module: module.training for module in model.modules()}
-    layers = [module for module in modes if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))]
+    kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
     seen = {layer: [] for layer in layers}
-    hooks = [layer.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0])) for layer in layers]
-    try:
-        model.eval()
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0]))
+        for layer in layers
+    ]
+    with eval_mode(model), torch.no_grad():
         for layer in layers:
             layer.train()
-        with torch.no_grad():
-            for batch in batches:
-                model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes.items():
-            module.training = training
-    for layer in layers:  # only now: the passes have moved the buffers, which no layer in train mode reads
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    for layer in layers:  # only now: passes moved the buffers, which train mode does not read
         mean, var = pooled_statistics(seen[layer])
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(var)

@@ -2,13 +2,26 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from grader.checks.batchnorm.freezes import (
+    Undo,
+    among_the_children,
+    called_bn,
+    from_the_top,
+    in_eval_mode_once,
+    named_after_norms,
+    never_to_be_undone,
+    of_these_classes,
+    solution,
+    with_the_default_eps,
+    without_momentum,
+)
 from grader.checks.batchnorm.layers import classes_put_back, norms
 from grader.checks.networks import with_statistics
 from grader.checks.traces import kept
@@ -16,9 +29,7 @@ from grader.experiment import Exercise, Experiment, Trial, wrong_return
 from grader.near import near, which
 from helpers.batchnorm import freeze
 
-exercise = Exercise(__name__, "5.4", freeze)
-
-Undo = Callable[[], object]
+exercise = Exercise(__name__, "5.4", freeze, core=5)
 
 
 class _Freezing(Experiment):
@@ -59,23 +70,38 @@ def _affine(model: nn.Module) -> list[nn.Parameter]:
     return [*model.bn.parameters(), *model.layer1.bn.parameters()]
 
 
-@exercise.experiment("whatever train says")
+@exercise.experiment("whatever train says", 1)
 class WhateverTrainSays(_Freezing):
     points = 2
 
-    def look(self, freeze, model, x):
+    def draw(self, trial: Trial) -> dict:
+        inputs = super().draw(trial)
+        return inputs | {"found_in_eval_mode": copy.deepcopy(inputs["model"]).eval()}
+
+    def look(self, freeze, model, found_in_eval_mode, x):
+        outputs = {}
+
+        def run(when: str, model: nn.Module) -> None:
+            with kept(model, "buffers"):  # what moves is another experiment's question
+                outputs[when] = model(x)
+
         with torch.no_grad():
             freeze(model)
-            outputs = {"right after freeze": model(x)}
+            run("right after freeze", model)
             model.eval()
-            outputs["after model.train()"] = model.train()(x)
+            run("after model.train()", model.train())
             model.layer1.train()
-            outputs["after model.layer1.train()"] = model(x)
+            run("after model.layer1.train()", model)
+            model.train()
+            model.bn.train()
+            run("after model.bn.train()", model)
+            freeze(found_in_eval_mode)
+            run("of a model in eval mode, after train()", found_in_eval_mode.train())
         return outputs
 
     def facts(self, raw, inputs):
         model, x = inputs["model"], inputs["x"]
-        with torch.no_grad():
+        with torch.no_grad(), kept(model, "buffers"):
             known = {"what eval mode computes": model.eval()(x)}
             default = copy.deepcopy(model)
             default.bn.eps = default.layer1.bn.eps = nn.BatchNorm2d(1).eps
@@ -83,10 +109,17 @@ class WhateverTrainSays(_Freezing):
             model.layer1.train()
             known["what layer1 computes in train mode"] = model(x)
             known["what train mode computes"] = model.train()(x)
-        return {when: which(output, known) for when, output in raw.items()}
+        with torch.no_grad():
+            model.eval().bn.train()
+            known["what bn computes in train mode"] = model(x)
+        words = {when: which(output, known) for when, output in raw.items()}
+        seen = "what eval mode computes"
+        # The first that is otherwise: those after it would only repeat it.
+        otherwise = next((f"{when}, {word}" for when, word in words.items() if word != seen), seen)
+        return {"whatever is put into train mode, the model computes": otherwise}
 
 
-@exercise.experiment("nothing moves")
+@exercise.experiment("nothing moves", 2)
 class NothingMoves(_Freezing):
     points = 2
 
@@ -102,10 +135,11 @@ class NothingMoves(_Freezing):
         return {"before": before, "after": after, "gradients": any(map(_arrives, _affine(model)))}
 
     def facts(self, raw, inputs):
-        return {
-            "the running statistics, after passes in train mode": "as before" if near(raw["before"], raw["after"]) else "moved",
-            "gradients of weight and bias": "some" if raw["gradients"] else "none",
+        moved = {
+            "the running statistics": not near(raw["before"], raw["after"]),
+            "weight and bias": raw["gradients"],
         }
+        return {"training moves": " and ".join(what for what, moves in moved.items() if moves) or "nothing"}
 
 
 class _Subclass(nn.BatchNorm2d):
@@ -119,9 +153,19 @@ class _Branches(nn.ModuleDict):
         return {name: branch(inputs[name]) for name, branch in self.items()}
 
 
-@exercise.experiment("every BatchNorm")
+@exercise.experiment("every BatchNorm", 3)
 class EveryBatchNorm(_Freezing):
     points = 2
+    words: ClassVar = {
+        "bn_one": "BatchNorm1d",
+        "bn_two": "BatchNorm2d",
+        "bn_three": "BatchNorm3d",
+        "bn_sync": "SyncBatchNorm",
+        "bn_own": "a subclass of BatchNorm2d",
+        "bn_plain": "BatchNorm2d without weight and bias",
+        "block": "block.downsample.1",
+        "deep": "deep.0.0.bn",
+    }
 
     def draw(self, trial: Trial) -> dict:
         c = trial.integer(2, 4)
@@ -129,7 +173,6 @@ class EveryBatchNorm(_Freezing):
         def norm(kind: type[_BatchNorm] = nn.BatchNorm2d, **options: bool) -> nn.Module:
             return with_statistics(kind(c, **options), trial)
 
-        shared = norm()
         branches = {
             "bn_one": norm(nn.BatchNorm1d),
             "bn_two": norm(),
@@ -138,56 +181,58 @@ class EveryBatchNorm(_Freezing):
             "bn_own": norm(_Subclass),
             "bn_plain": norm(affine=False),
             "block": nn.Sequential(OrderedDict(downsample=nn.Sequential(nn.Conv2d(c, c, 1), norm()))),
-            "first": nn.Sequential(OrderedDict(bn=shared)),
-            "second": nn.Sequential(OrderedDict(bn=shared)),
+            "deep": nn.Sequential(nn.Sequential(nn.Sequential(OrderedDict(bn=norm())))),
         }
         sizes = {"bn_one": (), "bn_three": (2, 2, 2)}
         x = {name: 3 + 2 * trial.normal(6, c, *sizes.get(name, (3, 2))) for name in branches}
-        return {"model": _Branches(branches), "x": x, "alone": norm()}
+        return {"model": _Branches(branches), "x": x}
 
-    def look(self, freeze, model, x, alone):
-        with torch.no_grad():
-            freeze(model)
-            outputs = model.train()(x)
-            freeze(alone)
-            return outputs | {"alone": alone.train()(x["bn_two"])}
+    def look(self, freeze, model, x):
+        affine = {name: list(norms(branch)[0].parameters()) for name, branch in model.items()}
+        freeze(model)
+        outputs = model.train()(x)
+        for output in outputs.values():
+            _backward(output)
+        return {
+            "outputs": {name: output.detach() for name, output in outputs.items()},
+            "gradients": [name for name, parameters in affine.items() if any(map(_arrives, parameters))],
+        }
 
     def facts(self, raw, inputs):
         with torch.no_grad():
-            frozen = inputs["model"].eval()(inputs["x"]) | {"alone": inputs["alone"].eval()(inputs["x"]["bn_two"])}
-        names = {
-            "bn_one": "BatchNorm1d",
-            "bn_two": "BatchNorm2d",
-            "bn_three": "BatchNorm3d",
-            "bn_sync": "SyncBatchNorm",
-            "bn_own": "a subclass of BatchNorm2d",
-            "bn_plain": "BatchNorm2d without weight and bias",
-            "block": "block.downsample.1",
-            "first": "one that two blocks share, in the first",
-            "second": "one that two blocks share, in the second",
-            "alone": "a model that is a BatchNorm itself",
+            frozen = inputs["model"].eval()(inputs["x"])
+        missed = [name for name in self.words if not near(raw["outputs"][name], frozen[name])]
+        facts = {"those that use their batch": missed, "those whose weight and bias train": raw["gradients"]}
+        # Where none is frozen, that is no matter of kinds and names.
+        none_is = {"those that use their batch": len(self.words), "those whose weight and bias train": len(self.words) - 1}
+        return {
+            what: None if len(names) == none_is[what] else ", ".join(map(self.words.get, names)) or "none"
+            for what, names in facts.items()
         }
-        return {words: "frozen" if near(raw[name], frozen[name]) else "not frozen" for name, words in names.items()}
 
 
-@exercise.experiment("all else")
+@exercise.experiment("all else", 4)
 class AllElse(_Freezing):
     def draw(self, trial: Trial) -> dict:
         c = 2 * trial.integer(1, 2)
         layers = OrderedDict(conv=nn.Conv2d(1, c, 2), bn=with_statistics(nn.BatchNorm2d(c), trial), norm=nn.GroupNorm(2, c))
+        layers["instance"] = nn.InstanceNorm2d(c, affine=True, track_running_stats=True)
         layers["conv"].bias.requires_grad_(False)
         dropout = nn.Sequential(OrderedDict(bn=with_statistics(nn.BatchNorm2d(1), trial), dropout=nn.Dropout(0.5)))
         stranger = with_statistics(nn.BatchNorm2d(1), trial)
         return super().draw(trial) | {"model": nn.Sequential(layers), "dropout": dropout, "stranger": stranger}
 
     def look(self, freeze, model, dropout, stranger, x):
+        bn, instance, mean = model.bn, model.instance, model.bn.running_mean.clone()
         freeze(model)
         _backward(model.train()(x))
         freeze(dropout)
         with torch.no_grad():
             return {
-                "trains": all(map(_arrives, (model.conv.weight, *model.norm.parameters()))),
-                "stays": any(map(_arrives, (model.conv.bias, *model.bn.parameters()))),
+                "frozen": torch.equal(bn.running_mean, mean) or not any(map(_arrives, bn.parameters())),
+                "trains": all(map(_arrives, (model.conv.weight, *model.norm.parameters(), *instance.parameters()))),
+                "moves": bool(instance.running_mean.any()),
+                "stays": _arrives(model.conv.bias),
                 "dropped": [[dropout.train(mode)(x) for _ in range(2)] for mode in (True, False)],
                 "stranger": [stranger.train(mode)(x) for mode in (False, True)],
             }
@@ -196,18 +241,19 @@ class AllElse(_Freezing):
         with torch.no_grad():
             stranger = [inputs["stranger"].train(mode)(inputs["x"]) for mode in (False, True)]
         in_train, in_eval = ("off" if near(*pair) else "at work" for pair in raw["dropped"])
-        return {
+        facts = {
             "dropout in train mode": in_train,
             "dropout in eval mode": in_eval,
-            "gradients of the convolution and of another norm": "as before" if raw["trains"] else "missing",
-            "gradients of the BatchNorm, and of a bias that was frozen before": "some" if raw["stays"] else "none",
+            "gradients of the convolution and of other norms": "as before" if raw["trains"] else "missing",
+            "the statistics of an InstanceNorm": "move" if raw["moves"] else "stand still",
+            "gradients of a bias that was frozen before": "some" if raw["stays"] else "none",
             "a BatchNorm of another model": "as before" if all(map(near, raw["stranger"], stranger)) else "changed as well",
         }
+        return facts if raw["frozen"] else dict.fromkeys(facts)  # who freezes nothing spares all else, too
 
 
-@exercise.experiment("trains again")
-class TrainsAgain(_Freezing):
-    points = 2
+class _Undoing(_Freezing):
+    """One BatchNorm in train mode, one in eval mode: what they do while they are frozen, at once after undo, and later."""
 
     def draw(self, trial: Trial) -> dict:
         c = trial.integer(2, 4)
@@ -232,29 +278,50 @@ class TrainsAgain(_Freezing):
             again = model.train()(x)
             return {"frozen": frozen, "at once": at_once, "again": again, "after": model.eval()(x)}
 
-    def facts(self, raw, inputs):
+    def known(self, inputs: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """The outputs with the stored statistics, with the batch's, and with the stored ones after one batch."""
         model, x = inputs["model"], inputs["x"]
         with torch.no_grad():
-            stored, batch, moved = model.eval()(x), model.train()(x), model.eval()(x)
+            return model.eval()(x), model.train()(x), model.eval()(x)
 
-        def uses(name: str, when: str) -> str:
-            return which(raw[when][name], {"its batch": batch[name], "its stored statistics": stored[name]})
+
+@exercise.experiment("trains again", 5)
+class TrainsAgain(_Undoing):
+    points = 2
+
+    def facts(self, raw, inputs):
+        stored, batch, moved = self.known(inputs)
 
         def both(outputs: dict[str, Tensor]) -> Tensor:
             return torch.stack([outputs["bn_train"], outputs["bn_eval"]])
 
         known = {"its batch": both(batch), "its stored statistics": both(stored)}
         pace = {"as before": both(moved), "not": both(stored)}
-        return {
-            "before undo, one that was in train mode uses": uses("bn_train", "frozen"),
-            "right after undo, one that was in train mode uses": uses("bn_train", "at once"),
-            "right after undo, one that was in eval mode uses": uses("bn_eval", "at once"),
+        facts = {
             "after undo and train(), each uses": which(both(raw["again"]), known),
             "after undo and train(), the running statistics move": which(both(raw["after"]), pace, "at another pace"),
         }
+        return facts if not near(raw["frozen"]["bn_train"], batch["bn_train"]) else dict.fromkeys(facts)
 
 
-@exercise.experiment("flags as before")
+@exercise.experiment("mode after undo", 6)
+class ModeAfterUndo(_Undoing):
+    def facts(self, raw, inputs):
+        stored, batch, _ = self.known(inputs)
+
+        def uses(name: str) -> str:
+            return which(raw["at once"][name], {"its batch": batch[name], "its stored statistics": stored[name]})
+
+        facts = {
+            "right after undo, one that was in train mode uses": uses("bn_train"),
+            "right after undo, one that was in eval mode uses": uses("bn_eval"),
+        }
+        frozen = not near(raw["frozen"]["bn_train"], batch["bn_train"])
+        follows = all(near(raw["again"][name], batch[name]) for name in batch)
+        return facts if frozen and follows else dict.fromkeys(facts)
+
+
+@exercise.experiment("flags as before", 5)
 class FlagsAsBefore(_Freezing):
     def draw(self, trial: Trial) -> dict:
         inputs = super().draw(trial)
@@ -262,9 +329,10 @@ class FlagsAsBefore(_Freezing):
         return inputs
 
     def look(self, freeze, model, x):
+        affine = _affine(model)
         undo = freeze(model)
         _backward(model(x))
-        meanwhile = any(map(_arrives, _affine(model)))
+        meanwhile = any(map(_arrives, affine))
         model.zero_grad()
         with torch.no_grad():
             model.conv.weight += 1
@@ -279,120 +347,102 @@ class FlagsAsBefore(_Freezing):
         }
 
     def facts(self, raw, inputs):
-        learned = near(raw["learned"], inputs["model"].conv.weight + 1)
+        facts = self.flags(raw, inputs)
+        return dict.fromkeys(facts) if raw["meanwhile"] else facts  # flags that were never changed are as before
+
+    def flags(self, raw: dict, inputs: dict) -> dict[str, str]:
         return {
-            "weights and biases before undo": "train" if raw["meanwhile"] else "do not train",
             "weights and biases that trained before freeze": "train" if raw["trained"] else "do not all train",
             "a weight that was frozen before freeze": "trains" if raw["frozen"] else "does not train",
-            "what a convolution learned in between": "is kept" if learned else "is lost",
         }
 
 
-def _stuck(module: nn.Module) -> Undo:
-    """Put one module into eval mode for good; the function ends that."""
-    mode = module.training
-    module.training = False
-    module.train = lambda mode=True: module
-
-    def let_go() -> None:
-        del module.train
-        module.training = mode
-
-    return let_go
+@exercise.experiment("learned in between", 8)
+class LearnedInBetween(FlagsAsBefore):
+    def flags(self, raw, inputs):
+        learned = near(raw["learned"], inputs["model"].conv.weight + 1)
+        return {"what a convolution learned in between": "is kept" if learned else "is lost"}
 
 
-def solution(
-    model: nn.Module,
-    *,
-    find: Callable[[nn.Module], list[nn.Module]] = norms,
-    flagged: Callable[[nn.Module, list[nn.Module]], Iterable[nn.Module]] = lambda model, layers: layers,
-    fixed: Callable[[nn.Module, list[nn.Module]], Iterable[nn.Module]] = lambda model, layers: layers,
-    fix: Callable[[nn.Module], Undo] = _stuck,
-    finish: Callable[[nn.Module], object] = lambda layer: None,
-) -> Undo:
-    """Right if left alone; each of the misconceptions changes a piece.
+@exercise.experiment("two places, and none", 7)
+class TwoPlacesAndNone(_Freezing):
+    def draw(self, trial: Trial) -> dict:
+        c = trial.integer(2, 4)
+        bn, shared, alone = (with_statistics(nn.BatchNorm2d(c), trial) for _ in range(3))
+        blocks = {name: nn.Sequential(OrderedDict(bn=norm)) for name, norm in (("a", bn), ("b", shared), ("c", shared))}
+        x = 3 + 2 * trial.normal(6, c, 3, 2)
+        return {"model": _Branches(blocks), "alone": alone, "x": dict.fromkeys(blocks, x)}
 
-    `find` names the layers that are meant, `flagged` the modules whose parameters get no gradient, `fixed` those that stay
-    in eval mode. `fix` sees to that for one of them and returns the function that ends it; `finish` is undo's last step.
-    """
-    layers = find(model)
-    flags = {parameter: parameter.requires_grad for module in flagged(model, layers) for parameter in module.parameters()}
-    for parameter in flags:
-        parameter.requires_grad_(False)
-    ends = [fix(module) for module in list(fixed(model, layers))]
+    def look(self, freeze, model, alone, x):
+        def run() -> tuple[dict[str, Tensor], dict[str, bool]]:
+            with kept(model, "buffers"), kept(alone, "buffers"):
+                outputs = model.train()(x) | {"alone": alone.train()(x["a"])}
+                for output in outputs.values():
+                    _backward(output)
+            parameters = {name: block.bn.parameters() for name, block in model.items()} | {"alone": alone.parameters()}
+            return {name: y.detach() for name, y in outputs.items()}, {n: all(map(_arrives, p)) for n, p in parameters.items()}
 
-    def undo() -> None:
-        for end in ends:
-            end()
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        for layer in layers:
-            finish(layer)
+        undo_model, undo_alone = freeze(model), freeze(alone)
+        with torch.no_grad():
+            frozen, _ = run()
+        undo_model()
+        undo_alone()
+        again, gradients = run()
+        return {"frozen": frozen, "again": again, "gradients": gradients}
 
-    return undo
+    def facts(self, raw, inputs):
+        model, alone, x = inputs["model"], inputs["alone"], inputs["x"]
+        with torch.no_grad():
+            batch = model.train()(x) | {"alone": alone.train()(x["a"])}
+        words = {
+            "b": "one that two blocks share",
+            "c": "one that two blocks share",
+            "alone": "a model that is a BatchNorm itself",
+        }
 
+        def missed(right: Callable[[str], bool]) -> str | None:
+            """None if it is not so of an ordinary BatchNorm either."""
+            return (", ".join(dict.fromkeys(words[n] for n in words if not right(n))) or "none") if right("a") else None
 
-def _called_bn(model: nn.Module) -> list[nn.Module]:
-    return [module for name, module in model.named_modules() if "bn" in name and isinstance(module, _BatchNorm)]
-
-
-def _in_eval_mode_once(layer: nn.Module) -> Undo:
-    mode = layer.training
-    layer.eval()
-    return lambda: layer.train(mode)
-
-
-def _without_momentum(layer: nn.Module) -> Undo:
-    momentum, layer.momentum = layer.momentum, 0.0
-    return lambda: setattr(layer, "momentum", momentum)
-
-
-def _from_the_top(model: nn.Module) -> Undo:
-    """Give the model alone a train() that leaves its BatchNorms in eval mode."""
-    modes = {layer: layer.training for layer in norms(model)}
-    train_all = type(model).train
-
-    def train(mode: bool = True) -> nn.Module:
-        train_all(model, mode)
-        for layer in modes:
-            layer.training = False
-        return model
-
-    def let_go() -> None:
-        del model.train
-        for layer, mode in modes.items():
-            layer.training = mode
-
-    model.train = train
-    train(model.training)
-    return let_go
-
-
-def _with_the_default_eps(layer: nn.Module) -> Undo:
-    layer.forward = lambda x: F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
-    return lambda: delattr(layer, "forward")
-
-
-def _never_to_be_undone(layer: nn.Module) -> Undo:
-    _stuck(layer)
-    return lambda: None
+        return {
+            "those that use their batch": missed(lambda name: not near(raw["frozen"][name], batch[name])),
+            "after undo, still frozen": missed(lambda name: near(raw["again"][name], batch[name]) and raw["gradients"][name]),
+        }
 
 
 exercise.misconceptions_of(
     solution,
     {
-        "eval() once": {"fix": _in_eval_mode_once},
+        "eval() once": {"fix": in_eval_mode_once},
         "requires_grad=False alone": {"fixed": lambda model, layers: []},
-        "statistics that stand still": {"fix": _without_momentum},
+        "statistics that stand still": {"fix": without_momentum},
+        "nothing is frozen": {"fixed": lambda model, layers: [], "flagged": lambda model, layers: []},
+        "other norms too": {"find": named_after_norms},
+        "found by class name": {"find": lambda model: [layer for layer in norms(model) if "BatchNorm" in type(layer).__name__]},
+        "SyncBatchNorm forgotten": {"find": of_these_classes},
+        "in train mode after undo": {"finish": nn.Module.train},
+        "only the children": {"find": among_the_children},
+        "in eval mode after undo": {"finish": nn.Module.eval},
         "BatchNorm2d only": {"find": lambda model: [layer for layer in norms(model) if isinstance(layer, nn.BatchNorm2d)]},
-        "found by name": {"find": _called_bn},
+        "found by name": {"find": called_bn},
         "the whole model in eval mode": {"fixed": lambda model, layers: model.modules()},
         "the whole model frozen": {"flagged": lambda model, layers: [model]},
-        "only the model's own train()": {"fixed": lambda model, layers: [model], "fix": _from_the_top},
+        "only the model's own train()": {"fixed": lambda model, layers: [model], "fix": from_the_top},
         "affine still trains": {"flagged": lambda model, layers: []},
-        "another eps": {"fix": _with_the_default_eps},
+        "another eps": {"fix": with_the_default_eps},
         "undo unfreezes everything": {"finish": lambda layer: layer.requires_grad_(True)},
         "undo to the default momentum": {"finish": lambda layer: setattr(layer, "momentum", 0.1)},
-        "stuck in eval mode after undo": {"fix": _never_to_be_undone},
+        "stuck in eval mode after undo": {"fix": never_to_be_undone},
     },
 )
+
+
+@exercise.misconception("everything put back")
+def everything_put_back(model):
+    state, let_go = copy.deepcopy(model.state_dict()), solution(model)
+
+    def undo() -> None:
+        let_go()
+        model.load_state_dict(state)
+
+    return undo

@@ -288,8 +288,8 @@ def solution(
 ) -> dict[str, bool]:
     """Right if left alone, for the layers above; each of the misconceptions changes a piece.
 
-    A copy of the layer, in that mode, runs twice: the first half of x is in other company then. `keep` remembers the
-    statistics that are `watched`, `graph` says whether there is one, `company` makes the other rows, and `read_off` has the last word.
+    A copy of the layer, in that mode, runs twice: the first half of x is in other company then, which `company` makes.
+    `keep` remembers the statistics that are `watched`, `graph` says whether there is one, and `read_off` has the last word.
     """
     tested = copy.deepcopy(layer)
     tested.train(mode(tested))

@@ -9,7 +9,16 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from grader.checks import traces
-from grader.checks.batchnorm.freezing import solution
+from grader.checks.batchnorm.freezes import (
+    from_the_top,
+    named_after_norms,
+    never_to_be_undone,
+    of_these_classes,
+    solution,
+    with_the_default_eps,
+    without_momentum,
+)
+from grader.checks.batchnorm.freezing import everything_put_back
 from grader.checks.batchnorm.layers import norms
 
 
@@ -122,9 +131,132 @@ def parameters_of_the_norms(model):
     return undo
 
 
+def follows_its_batches(layer):
+    """The stored statistics normalise, and move."""
+
+    def forward(x):
+        y = F.batch_norm(x, layer.running_mean.clone(), layer.running_var, layer.weight, layer.bias, eps=layer.eps)
+        with torch.no_grad():
+            layer.running_mean.lerp_(x.transpose(0, 1).flatten(1).mean(1), 0.1 * layer.training)
+        return y
+
+    layer.forward = forward
+    return lambda: delattr(layer, "forward")
+
+
+def four_tensors_and_no_eps(model):
+    undo = solution(model)
+
+    def forward(layer, x):
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        y = (x - layer.running_mean.view(shape)) * layer.running_var.view(shape).add(1e-5).rsqrt()
+        return y if layer.weight is None else y * layer.weight.view(shape) + layer.bias.view(shape)
+
+    for layer in norms(model):
+        layer.forward = types.MethodType(forward, layer)
+    return lambda: ([delattr(layer, "forward") for layer in norms(model)], undo())
+
+
+def only_the_weights(model):
+    undo = solution(model)
+    for layer in norms(model):
+        if layer.affine:
+            layer.bias.requires_grad_(True)
+    return undo
+
+
+def down_to_the_second_level(model):
+    return [module for name, module in model.named_modules() if isinstance(module, _BatchNorm) and name.count(".") < 2]
+
+
+def model_left_out(model):
+    return [layer for layer in norms(model) if layer is not model]
+
+
+def eval_until_the_next_train(layer):
+    layer.training = False
+    layer.train = lambda mode=True: layer
+    return lambda: delattr(layer, "train")
+
+
+def flags_saved_at_every_place(model):
+    saved = []
+    for _, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _BatchNorm):
+            for parameter in module.parameters():
+                saved.append((parameter, parameter.requires_grad))
+                parameter.requires_grad_(False)
+    let_go = solution(model, flagged=lambda model, layers: [])
+
+    def undo():
+        let_go()
+        for parameter, flag in saved:
+            parameter.requires_grad_(flag)
+
+    return undo
+
+
+def flags_never_put_back(model):
+    undo = solution(model, flagged=lambda model, layers: [])
+    for layer in norms(model):
+        layer.requires_grad_(False)
+    return undo
+
+
+def parameters_put_back(model):
+    values, let_go = [parameter.detach().clone() for parameter in model.parameters()], solution(model)
+
+    @torch.no_grad()
+    def undo():
+        let_go()
+        for parameter, value in zip(model.parameters(), values, strict=True):
+            parameter.copy_(value)
+
+    return undo
+
+
+def whole_model_in_turn(model):
+    """It freezes each module that has a BatchNorm below it or is one."""
+    modules = [module for module in model.modules() if norms(module)]
+    flags = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters()}
+    let_go = solution(model)
+    for parameter in flags:
+        parameter.requires_grad_(False)
+
+    def undo():
+        let_go()
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+    return undo
+
+
 CORRECT = [another_class_for_each, eval_before_every_forward, constants_in_forward, Replace]
-REWRITTEN = {"requires_grad=False alone": parameters_of_the_norms}
-BROKEN = {}
+REWRITTEN = {
+    "another eps": four_tensors_and_no_eps,
+    "requires_grad=False alone": parameters_of_the_norms,
+    "the whole model frozen": whole_model_in_turn,
+}
+BROKEN = {
+    1: [partial(solution, fix=fix) for fix in (without_momentum, with_the_default_eps)]
+    + [partial(solution, fixed=lambda model, layers: [model], fix=from_the_top)],
+    2: [only_the_weights, partial(solution, fix=follows_its_batches), partial(solution, flagged=lambda model, layers: [])],
+    3: [partial(solution, find=find) for find in (down_to_the_second_level, of_these_classes)],
+    4: [
+        whole_model_in_turn,
+        partial(solution, find=named_after_norms),
+        partial(solution, fixed=lambda model, layers: model.modules()),
+    ],
+    5: [
+        flags_never_put_back,
+        partial(solution, fix=never_to_be_undone),
+        partial(solution, finish=lambda layer: layer.requires_grad_(True)),
+        partial(solution, finish=lambda layer: setattr(layer, "momentum", 0.1)),
+    ],
+    6: [partial(solution, fix=eval_until_the_next_train), partial(solution, finish=nn.Module.train)],
+    7: [partial(solution, find=model_left_out), flags_saved_at_every_place],
+    8: [everything_put_back, parameters_put_back],
+}
 COMBINED = [
     (
         {"affine still trains", "undo unfreezes everything"},
