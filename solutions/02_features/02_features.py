@@ -907,7 +907,8 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 
     Args:
         hidden: (n, tokens, width).
-        attention_mask: (n, tokens) of int64, 1 on a text's tokens, 0 on the padding after them.
+        attention_mask: (n, tokens) of int64, 1 on a text's tokens, 0 on the padding
+            after them.
 
     Returns:
         (n, width).
@@ -1032,8 +1033,9 @@ def embed(
         encoder: called as encoder(input_ids, attention_mask), it gives hidden states,
             (n, tokens, width). It may be in train mode, in part or as a whole, and on
             a GPU. In `torch.autocast` it works in bfloat16.
-        tokenizer: called with a list of texts, it gives {"input_ids", "attention_mask"},
-            each (n, tokens), on the CPU, padded at the end to the longest of these texts.
+        tokenizer: called with a list of texts, it gives {"input_ids",
+            "attention_mask"}, each (n, tokens), on the CPU, padded at the end to the
+            longest of these texts.
         texts: n texts, n at least 1.
         batch_size: at least 1.
 
@@ -1047,7 +1049,9 @@ def embed(
     with eval_mode(encoder), torch.no_grad():
         for part in batches:
             batch = tokenizer([texts[i] for i in part])
-            ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
+            ids, mask = (
+                batch[name].to(device) for name in ("input_ids", "attention_mask")
+            )
             rows.append(mean_pool(encoder(ids, mask), mask))
     return F.normalize(torch.cat(rows)[back], dim=1)
     ### END SOLUTION

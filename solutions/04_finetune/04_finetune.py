@@ -155,7 +155,7 @@ def train_only(model: nn.Module, names: list[str]) -> list[str]:
     model.requires_grad_(False)
     for name in names:
         parts[name].requires_grad_(True)  # modules and parameters both have this method
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [name for name, p in model.named_parameters() if p.requires_grad]
     ### END SOLUTION
 
 
@@ -264,12 +264,13 @@ def parameter_groups(
     stage = 0
     for name, parameter in model.named_parameters():
         for i, begin in enumerate(stages):
-            if name.startswith(begin + "."):  # the dot, because blocks.10 is not in blocks.1
+            if name.startswith(begin + "."):  # with the dot: not blocks.10 for blocks.1
                 stage = i
         if parameter.requires_grad:
             k = len(stages) - 1 - stage
             decay = weight_decay if parameter.ndim > 1 else 0.0
-            groups.append({"params": [parameter], "lr": lr / factor**k, "weight_decay": decay})
+            group = {"params": [parameter], "lr": lr / factor**k}
+            groups.append(group | {"weight_decay": decay})
     return groups
     ### END SOLUTION
 
@@ -877,53 +878,148 @@ show(*draws_figure({"accuracy on test images": cured}))
 # (The stopped runs chose on 200 clean validation images. With errors in those too, use a larger set.)
 
 # %% [markdown]
-# ## Exercise 4.6: find a learning rate, and leave no trace
+# ## Exercise 4.6a: put everything back
 #
-# Which learning rate? Try them all, in one short run: train each batch with a somewhat larger one than the batch
-# before, and note the loss (Smith 2017, section 3.3). Too small, and nothing happens; too large, and the loss may
-# explode; in between it falls fastest. By the end the model is ruined, and so is the optimizer's memory of past
-# gradients. So the search has to put back both.
+# Which learning rate? Next we try them all, by training with each, too high ones among them. By the end the model is
+# ruined, and so is what the optimizer remembers. Both have to come back as they were. A *context manager* does that for any
+# block of code: it looks before, and puts back after.
 #
-# **Exercise 4.6** (30 min, ●●●). Write `find_lr(model, optimizer, batches, lowest, highest)` and return `(lrs, losses)`, two
-# lists of floats.
+# **Exercise 4.6a** (20 min, ●●○). Write `put_back`. It promises, for the end of the block:
 #
-# - `batches` is a list of `n`, at least 2, pairs `(inputs, labels)`. Train on each once, in their order. The loss is
-#   the cross-entropy of `model(inputs)`, with the whole model in **train mode**, whichever mode it came in.
-# - Batch `k`, counted from 0, has the learning rate `lowest * (highest / lowest) ** (k / (n - 1))`. Note it, and the
-#   loss of the batch **before** its step.
-# - The optimizer's groups may have different learning rates. The group with the largest gets the one above; the others
-#   keep their ratio to it.
-# - A loss above 4 times the smallest so far ends the search: it and its learning rate are the last in the lists. A loss
-#   that is not finite ends the search too, and neither it nor its learning rate is noted. Whether the step of that last
-#   batch is still made is up to you.
-# - Afterwards the model and the optimizer are exactly as they were: parameters, buffers, the mode of every module, the
-#   optimizer's learning rates and its state (for Adam: both moments and the number of steps; a new optimizer has none,
-#   and has none again). When you get the model no parameter has a gradient, and afterwards none has. The optimizer
-#   still holds the model's own `Parameter` objects.
+# *Core*
+#
+# 1. Parameters and buffers have the values that they had when it began.
+# 2. Each module is in the mode it was in.
+# 3. Each group of the optimizer has its learning rate and its other settings.
+# 4. The optimizer remembers what it did then; a new one, nothing.
+# 5. Model and optimizer hold the same `Parameter` objects.
+#
+# *Fine print*
+#
+# 6. An exception ends the block as well, even `KeyboardInterrupt`, and is passed on.
+# 7. Gradients that were waiting are waiting again; where there was none, there is none.
+# 8. Buffers with `persistent=False` are put back, too.
 
 
 # %%
-def find_lr(model, optimizer, batches, lowest, highest):
+@contextmanager
+def put_back(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """After the `with`, model and optimizer are as before, whatever trained them.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    >>> with put_back(layer, optimizer):
+    ...     optimizer.param_groups[0]["lr"] = 5.0
+    ...     print(optimizer.param_groups[0]["lr"])
+    5.0
+    >>> optimizer.param_groups[0]["lr"]
+    0.1
+
+    Args:
+        model: any model. Inside the block its values, modes and gradients may change,
+            not its modules.
+        optimizer: over parameters of the model, such as SGD with momentum, or Adam
+            with its moments and its count of steps.
+
+    Returns:
+        What a `with` statement takes: with `contextmanager`, a generator with one
+        `yield`. A class with `__enter__` and `__exit__` will do, too.
+    """
     ### BEGIN SOLUTION
-    model, optimizer = copy.deepcopy((model, optimizer))  # in one call, so that the copies belong together
-    model.train()
-    largest = max(group["lr"] for group in optimizer.param_groups)
-    shares = [group["lr"] / largest for group in optimizer.param_groups]
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [tensor.detach().clone() for tensor in tensors]
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    modes = {module: module.training for module in model.modules()}
+    memory = copy.deepcopy(optimizer.state_dict())  # it refers to the live moments
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values):
+                tensor.copy_(value)
+        for parameter, gradient in zip(model.parameters(), gradients):
+            parameter.grad = gradient
+        for module, training in modes.items():
+            module.training = training
+        optimizer.load_state_dict(memory)
+    ### END SOLUTION
+
+
+# %%
+check("4.6a", put_back)
+
+# %%
+put_back = continue_with("4.6a")
+
+# %% [markdown]
+# ## Exercise 4.6: find a learning rate, and leave no trace
+#
+# Train each batch with a somewhat larger learning rate than the batch before, and note the loss (Smith 2017, section 3.3).
+# Too small, and nothing happens; too large, and the loss may explode; in between it falls fastest.
+#
+# **Exercise 4.6** (20 min, ●●○). Write `find_lr`.
+#
+# *Core*
+#
+# 1. Batch `k` of `n`, from 0, has the learning rate `lowest * (highest / lowest) ** (k / (n - 1))`.
+# 2. That is the rate of the group with the largest of its own; the others keep their ratio to it.
+# 3. Each batch is one step of `optimizer` in train mode, whatever modes the model comes in. Its cross-entropy before that step
+#    is noted.
+# 4. A loss above 4 times the smallest so far is the last; one that is not finite ends the search and is not noted.
+# 5. Afterwards model and optimizer are as they were, modes and gradients included.
+#
+# *Fine print*
+#
+# 6. A loss of exactly 0 is a loss.
+# 7. What is returned holds no graph.
+
+
+# %%
+def find_lr(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: list[tuple[Tensor, Tensor]],
+    lowest: float,
+    highest: float,
+) -> tuple[list[float], list[float]]:
+    """The loss of each batch while the learning rate rises, one step for each batch.
+
+    >>> model = nn.Linear(2, 2)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    >>> batches = [(torch.eye(2), torch.tensor([0, 1]))] * 3
+    >>> lrs, losses = find_lr(model, optimizer, batches, 0.01, 1.0)
+    >>> [round(lr, 4) for lr in lrs], len(losses)
+    ([0.01, 0.1, 1.0], 3)
+
+    Args:
+        model: n inputs -> (n, classes) logits. No parameter has a gradient yet.
+        optimizer: over its parameters, in one group or several.
+        batches: at least 2 pairs (inputs, labels), each trained on once, in order.
+        lowest, highest: the learning rates of the first and of the last batch.
+
+    Returns:
+        (lrs, losses), two lists of one length. Tensors with one number in them will do.
+        Whether the step of the last batch is still made is up to you.
+    """
+    ### BEGIN SOLUTION
+    own = [group["lr"] for group in optimizer.param_groups]
     lrs, losses = [], []
-    for k, (inputs, labels) in enumerate(batches):
-        lr = lowest * (highest / lowest) ** (k / (len(batches) - 1))
-        loss = F.cross_entropy(model(inputs), labels)
-        if not loss.isfinite():
-            break
-        lrs.append(lr)
-        losses.append(loss.item())
-        if losses[-1] > 4 * min(losses):
-            break
-        for group, share in zip(optimizer.param_groups, shares):
-            group["lr"] = lr * share
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    with put_back(model, optimizer):
+        model.train()
+        for k, (inputs, labels) in enumerate(batches):
+            lr = lowest * (highest / lowest) ** (k / (len(batches) - 1))
+            loss = F.cross_entropy(model(inputs), labels)
+            if not loss.isfinite():
+                break
+            lrs.append(lr)
+            losses.append(loss.item())
+            if losses[-1] > 4 * min(losses):
+                break
+            for group, rate in zip(optimizer.param_groups, own):
+                group["lr"] = lr * rate / max(own)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     return lrs, losses
     ### END SOLUTION
 
