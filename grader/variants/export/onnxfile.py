@@ -105,9 +105,8 @@ BROKEN = {
 COMBINED = [(USUAL, the_usual_call)]
 
 EQUIVALENT = {
-    "if len(example) == 1: -> if True:": "a doubled example is as good",
-    "… (example,), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), … -> "
-    "… (example,), path, dynamic_shapes=({0: torch.export.Dim('batch')},), …": "True is the default",
+    "… (rows,), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), … -> "
+    "… (rows,), path, dynamic_shapes=({0: torch.export.Dim('batch')},), …": "True is the default",
     "… output_names=['output'], external_data=False, verbose=False) -> "
     "… output_names=['output'], external_data=False)": "what it prints is not asked for",
     "… dynamic_shapes=({0: torch.export.Dim('batch')},), input_names=['input'], … -> "
