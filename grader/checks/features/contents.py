@@ -119,7 +119,7 @@ def close_settings(inputs: dict) -> Changes:
 def other_shapes(inputs: dict) -> Changes:
     black = inputs["images"].new_zeros(20, 1, 8, 8)
     yield "black images", inputs | {"images": black}
-    yield "four times as many, of a quarter of the size", inputs | {"images": black.view(80, 1, 4, 4).clone()}
+    yield "black images, four times as many of a quarter of the size", inputs | {"images": black.view(80, 1, 4, 4).clone()}
 
 
 @contextmanager

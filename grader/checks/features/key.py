@@ -212,7 +212,10 @@ CHANGES = {
     "names of the settings not in the key": {"order": lambda settings: [settings[name] for name in sorted(settings)]},
     "settings in the order in which they come": {"order": str},
     "objects in place of contents": {"weights": hash, "pixels": hash},
-    "more than contents": {"weights": lambda backbone: (contents.state(backbone), id(backbone))},
+    "more than contents": {
+        "weights": lambda backbone: (contents.state(backbone), id(backbone)),
+        "pixels": lambda images: (contents.contents(images), id(images)),
+    },
     "a key for one kernel": {"name": lambda *parts: f"{hash(repr(parts)):x}"},
 }
 exercise.misconceptions_of(keyed, CHANGES)
