@@ -671,21 +671,21 @@ from torch import Tensor
 def pooled_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel over all batches.
 
-    >>> mean, var = pooled_statistics([torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0]])])
-    >>> mean, var
+    >>> batches = [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0]])]
+    >>> pooled_statistics(batches)
     (tensor([2.]), tensor([4.]))
 
     Args:
-        batches: tensors (n_i, channels) or (n_i, channels, ...) of float32, with at least
-            two values per channel in all. Only the number of channels is the same in all.
-            A list, or a generator, which has no length: when it gives a batch, memory
+        batches: tensors (n_i, channels) or (n_i, channels, ...) of float32, all with
+            the same number of channels, and two values per channel or more in all. A
+            list, or a generator, which has no length: when it gives a batch, memory
             holds a few others at most.
 
     Returns:
         (mean, var), both (channels,).
     """
     ### BEGIN SOLUTION
-    n, mean, squares = 0, 0.0, 0.0  # squares: the sum of squared deviations from the mean
+    n, mean, squares = 0, 0.0, 0.0  # squares: of deviations from the mean, summed
     for batch in batches:
         values = batch.double().transpose(0, 1).flatten(1)  # (channels, values)
         count, own = values.shape[1], values.mean(1)
@@ -726,23 +726,23 @@ for mean in (0, 1, 10, 100):
 # ## Exercise 5.6: new statistics for every layer
 #
 # The network's weights are good, and its running statistics are those of other data. So measure them again, without
-# labels and without training. A few forward passes in train mode are not enough: they mix the old statistics with a
-# moving average that prefers the last batches, and dropout is on. On the network's own data the exact way is called
-# precise BatchNorm (Wu & Johnson 2021), on other data *AdaBN*.
+# labels and without training. A few forward passes in train mode will not do: they mix the old statistics with a moving
+# average that prefers the last batches, and dropout is on. On the network's own data the exact way is called precise
+# BatchNorm (Wu & Johnson 2021), on other data AdaBN.
 #
 # **Exercise 5.6** (30 min, ●●●). Write `recompute_statistics`.
 #
 # *Core*
 #
-# 1. While the batches run, every BatchNorm normalises with its current batch; all else works as in eval mode.
+# 1. While the batches run, BatchNorms normalise with their current batch, and all else works as in eval mode.
 # 2. Afterwards a BatchNorm's statistics are those of all inputs that it saw, as if they were one batch.
-# 3. So it is for every BatchNorm, in train or eval mode.
+# 3. This holds for every BatchNorm, in train or eval mode.
 #
 # *Fine print*
 #
 # 4. With a mean of 100 and a standard deviation of 0.01, the variance is right to 1 %.
-# 5. Every module's mode, `momentum`, parameters and `requires_grad` are as before.
-# 6. Nothing else stays in the model, such as a hook, and the statistics are plain tensors.
+# 5. All modes, `momentum`, parameters and `requires_grad` are as before.
+# 6. No hook and no batch stays in the model, and the statistics are plain tensors.
 
 
 # %%
@@ -753,28 +753,31 @@ def recompute_statistics(model: nn.Module, batches: list[Tensor]) -> None:
     """Replace the running statistics of every BatchNorm by those of `batches`, in place.
 
     >>> layer = nn.BatchNorm1d(1)
-    >>> recompute_statistics(nn.Sequential(layer), [torch.tensor([[0.0], [2.0], [4.0]])])
+    >>> batch = torch.tensor([[0.0], [2.0], [4.0]])
+    >>> recompute_statistics(nn.Sequential(layer), [batch])
     >>> layer.running_mean, layer.running_var
     (tensor([2.]), tensor([4.]))
 
     Args:
-        model: has BatchNorms, 1d, 2d or 3d, nested, of any name, with or without weight and
-            bias. All keep running statistics, and each is called once in a forward pass.
-        batches: inputs for `model(batch)`, of different sizes, each with at least two values
-            per channel.
+        model: has BatchNorms, 1d, 2d or 3d, nested, of any name, with or without weight
+            and bias. All of them keep running statistics, and each is called once in a
+            forward pass. Each module has a mode of its own.
+        batches: inputs for `model(batch)`, of different sizes, each with at least two
+            values per channel.
 
-    `running_mean` becomes the mean and `running_var` the unbiased variance; nothing of the old
-    ones is left. Plain tensors have no graph, and are no inference tensors.
-    `num_batches_tracked` does not matter. `pooled_statistics` may help.
+    `running_mean` becomes the mean and `running_var` the unbiased variance; nothing of
+    the old ones is left. Plain tensors have no graph and are no inference tensors.
+    `num_batches_tracked` does not matter. You may use `pooled_statistics`.
     """
     ### BEGIN SOLUTION
     kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
     layers = [module for module in model.modules() if isinstance(module, kinds)]
     seen = {layer: [] for layer in layers}
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0]))
-        for layer in layers
-    ]
+
+    def keep(layer, args):
+        seen[layer].append(args[0])
+
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
     with eval_mode(model), torch.no_grad():
         for layer in layers:
             layer.train()
