@@ -487,9 +487,9 @@ gain.beside(gains)
 #
 # *Core*
 #
-# 1. Equal contents give equal keys: copies, settings in another order, the next kernel.
+# 1. Equal contents give equal keys: for copies, for settings in another order, and in the next kernel.
 # 2. One number changed in a parameter or buffer gives another key; so do two that change places.
-# 3. So does one pixel changed, an image fewer, or another order of the images.
+# 3. So does one changed pixel, a missing image, or another order of the images.
 # 4. So does another name or value of a setting, to the last digit.
 # 5. The key can name a file: 1 to 200 letters, digits, `-` and `_`.
 #
