@@ -1,6 +1,7 @@
 """Exercise 2.8a: batches of texts of like length, and the way back to the order of the texts."""
 
 import math
+import operator
 from collections.abc import Iterable
 from itertools import chain, pairwise
 
@@ -32,10 +33,10 @@ def _numbers(value: object, wanted: str) -> list[int]:
     """Whole numbers of one dimension, out of a tensor, an array or a list."""
     if not isinstance(value, Iterable) or isinstance(value, str | dict) or (isinstance(value, Tensor) and value.ndim != 1):
         raise wrong_return(wanted, value)
-    numbers = list(value)
-    if not all(isinstance(number, int) or hasattr(number, "__index__") for number in numbers):
-        raise WrongReturn(f"{wanted}, as whole numbers: tensors of int64, for example.")
-    return [int(number) for number in numbers]
+    try:
+        return list(map(operator.index, value))
+    except TypeError:
+        raise WrongReturn(f"{wanted}, one after the other, as whole numbers: a tensor of int64, for example.") from None
 
 
 class _Batches(Experiment):
