@@ -420,6 +420,7 @@ def _otherwise(**arguments):
 CHANGES = adapters.CHANGES | {
     "rsLoRA's factor": {"scale": lambda layer, rank, alpha: alpha / math.sqrt(rank)},
     "starts at one number": {"trained": lambda layer, tensor: nn.Parameter(tensor.any() * torch.full_like(tensor, 0.1))},
+    "base trains too": {"frozen": lambda layer: []},
     "a 1 x 1 A": {
         "shapes": lambda layer, rank: {"A": (rank, layer.base.weight.shape[1]), "B": (layer.base.out_channels, rank)},
         "delta": _in_the_middle,

@@ -29,9 +29,9 @@ class _Made(nn.Module):
 class _Replacing(Experiment):
     """Replaces layers in several models, each with targets of its own."""
 
-    # Whether to look at the list that is returned; None is "if it is one": a missing return costs no more than it should.
-    listed: ClassVar[bool | None] = False
-    exact = False  # whether `make` must get the layer itself: a copy costs no more than it should
+    # A missing return costs no more than it should, nor does a layer that is made from a copy:
+    listed: ClassVar[bool | None] = False  # whether to look at the list that is returned; None is "if it is one"
+    exact = False  # whether `make` must get the layer itself
     beside: ClassVar[dict[str, str]] = {}  # a model's key -> the fact beside which it is shown that it was refused
 
     def measure(self, subject, inputs):
@@ -74,9 +74,8 @@ class WholeComponents(_Replacing):
 
     def measure(self, subject, inputs):
         holders = [inputs["inside"].get_submodule(name) for name in ("attention", "last.attention")]
-        layers = [_every(holder) for holder in holders]
-        raw = super().measure(subject, inputs)
-        return raw | {"layers": [_places(*pair) for pair in zip(holders, layers, strict=True)]}
+        inside = [(holder, _every(holder)) for holder in holders]
+        return super().measure(subject, inputs) | {"layers": [_places(*pair) for pair in inside]}
 
     def facts(self, raw, inputs):
         names = inputs["names"]
@@ -146,7 +145,7 @@ class AnyLayerAnywhere(_Replacing):
         }
         raw = {key: _replaced(subject, model, targets, exact=True) for key, targets in calls.items()}
         places = _places(model, before)
-        order, was = [name for name in dict(_every(model)) if name in places], [n for n, how in places.items() if how != "gone"]
+        order, was = [name for name in dict(_every(model)) if name in places], [n for n in places if places[n] != "gone"]
         return raw | {
             "places": places,
             "order": "as it was" if order == was else "another",
@@ -277,8 +276,8 @@ class SharedLayer(_Replacing):
         first, second = inputs["names"]["both"]
         lists = {(): "none", (first,): "the first", (second,): "the second", (first, second): "both"}
         names = raw["both"]["names"]
-        # A list of other things is wrong for any layer, and seen elsewhere.
-        listed = None if names is None or not {*names} <= {first, second} else lists.get(tuple(names), "one of them twice")
+        known = names is not None and {*names} <= {first, second}  # a list of other things is wrong for any layer
+        listed = lists.get(tuple(names), "one of them twice") if known else None
         return {fact: new(key) for key, fact in self.beside.items()} | {"the names of it that are listed": listed}
 
 
@@ -287,15 +286,22 @@ def _words(trial: Trial, n: int) -> list[str]:
     return [words[k] for k in trial.permutation(len(words))[:n]]
 
 
+class _Holder(nn.Module):
+    """Takes numbers for names, as nn.Sequential does."""
+
+    __getitem__ = lambda self, number: self._modules[str(number)]  # noqa: E731
+    __setitem__ = lambda self, number, module: self._modules.update({str(number): module})  # noqa: E731
+
+
 def _tree(layers: dict[str, nn.Module]) -> nn.Module:
     """Modules inside modules, so that each layer has its name."""
-    root = nn.Module()
+    root = _Holder()
     for name, layer in layers.items():
         place = root
         *path, last = name.split(".")
         for step in path:
             if step not in place._modules:
-                place.add_module(step, nn.Module())
+                place.add_module(step, _Holder())
             place = place._modules[step]
         place.add_module(last, layer)
     return root

@@ -41,7 +41,7 @@ class OnlyWhatTrains(Experiment):
     def draw(self, trial: Trial) -> dict:
         model = Network(*sizes(trial))
         model.stem.bias.requires_grad_(True)  # what trains is not for names to tell
-        model.blocks[0].A.requires_grad_(False)
+        model.head.bias.requires_grad_(False)
         return {"model": model}
 
     def measure(self, subject, inputs):
@@ -112,9 +112,8 @@ class _IfItComesBack(Experiment):
         return {"trained": trained, "another": another_copy(trained), "control": another_copy(trained)}
 
     def measure(self, subject, inputs):
-        control = inputs["control"]
-        error = saved_and_loaded(subject, inputs["trained"], control)
-        raw = {"error": error, "control": _parameters(control)}
+        error = saved_and_loaded(subject, inputs["trained"], inputs["control"])
+        raw = {"error": error, "control": _parameters(inputs["control"])}
         return raw | self.look(subject, inputs) if error == "nothing" else raw
 
     def facts(self, raw, inputs):
@@ -357,11 +356,15 @@ def _outcome(raw: dict, saved: dict[str, Tensor], names: list[str]) -> str:
 
 
 def adapters_alone(self, model):
-    return {name: parameter for name, parameter in Solution.chosen(self, model).items() if name.endswith((".A", ".B"))}
+    return {name: parameter for name, parameter in self.own(model).items() if name.endswith((".A", ".B"))}
 
 
 def saved_of_the_state_dict(self, model):
     self.write({name: tensor for name, tensor in model.state_dict().items() if tensor.requires_grad}, self.path)
+
+
+def whatever_fits(self, model):
+    model.load_state_dict(self.read(), strict=False)
 
 
 def in_new_parameters(self, model, tensors):
@@ -380,11 +383,9 @@ exercise.misconceptions_of(
     Solution,
     {
         "the whole model saved": {"own": every_name, "chosen": every_name, "written": cloned},
-        "the head forgotten": {"chosen": adapters_alone},
-        "requires_grad of a state_dict": {"save": saved_of_the_state_dict},
-        "load_state_dict with strict=False, and nothing else": {
-            "load": lambda self, model: model.load_state_dict(self.read(), strict=False)
-        },
+        "the head forgotten": {"chosen": adapters_alone, "load": whatever_fits},
+        "requires_grad of a state_dict": {"save": saved_of_the_state_dict, "load": whatever_fits},
+        "load_state_dict with strict=False, and nothing else": {"load": whatever_fits},
         "shapes left to load_state_dict": {
             "misshapen": no_names,
             "put": lambda self, model, tensors: model.load_state_dict(tensors, strict=False),

@@ -119,6 +119,12 @@ class PaddedByHand(Twin):
         return self.base(x) + F.conv2d(padded, update, dilation=self.base.dilation, groups=self.base.groups)
 
 
+class Thawed(Twin):
+    def __init__(self, base, rank, alpha):
+        super().__init__(base, rank, alpha)
+        self.requires_grad_(True)
+
+
 class UnderNoGrad(Twin):
     def forward(self, x):
         with torch.no_grad():
@@ -266,6 +272,7 @@ class RankOfEachGroup(nn.Module):
 
 CORRECT = [Parametrized, GroupsAsSamples, Patches, Twin]
 REWRITTEN = {
+    "base trains too": Thawed,
     "rsLoRA's factor": RootOfTheRank,
     "half a kernel for 'same'": PaddedByHand,
     "no scaling": LeftOut,
@@ -280,7 +287,7 @@ BROKEN = {
         EqualRows,
         *_misconceived("both start at zero", "both start at random", "starts at one number", "values instead of parameters"),
     ],
-    3: [WeightTrains, *_misconceived("base's bias trains", "biases in the adapter"), OutputsShift],
+    3: [WeightTrains, *_misconceived("base's bias trains", "base trains too", "biases in the adapter"), OutputsShift],
     4: [NeedsABias, SquareKernels, FirstOfTwo, *_misconceived("stride forgotten", "dilation forgotten")],
     5: [HalfTheReach, *_misconceived("half a kernel for 'same'", "padding always a pair of numbers")],
     6: [EveryModeCircular, ModesPadAlike, ModesWithoutDilation, *_misconceived("padding_mode forgotten")],
