@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,68 +11,42 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from grader.checks import traces
-from grader.checks.networks import with_statistics
-from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn, expect_number, wrong_return
-from grader.near import near, which
-from helpers.finetune import find_lr
+from grader.checks.finetune.searching import (
+    Batches,
+    Shift,
+    WatchedSGD,
+    alike,
+    all_the_same,
+    as_floats,
+    call_finder,
+    draw_batches,
+    equal_steps,
+    geometric,
+    geometric_down,
+    geometric_short,
+    is_sliding_mean,
+    lists_of,
+    normalised_network,
+    train_losses,
+    unchanged,
+)
+from grader.experiment import Exercise, Experiment, Fact, Trial
+from grader.near import which
+from helpers.finetune import find_lr, put_back
 
-exercise = Exercise(__name__, "4.6", find_lr)
+exercise = Exercise(__name__, "4.6", find_lr, core=5)
 
-Batches = list[tuple[Tensor, Tensor]]
-
-
-def _in_ratio(lr: float, own: list[float]) -> list[float]:
-    """The learning rates of the groups: the largest becomes `lr`, the others follow."""
-    return [lr * rate / max(own) for rate in own]
-
-
-def _all_the_same(lr: float, own: list[float]) -> list[float]:
-    return [lr] * len(own)
-
-
-def _unchanged(lr: float, own: list[float]) -> list[float]:
-    return own
-
-
-def _losses(
-    model: nn.Module,
-    optimizer: Optimizer,
-    batches: Batches,
-    lrs: list[float],
-    *,
-    rates=_in_ratio,
-    train: bool = True,
-    clear: bool = True,
-    after: bool = False,
-) -> Iterator[float]:
-    """Train the model, one step for each batch and learning rate, and give the loss of each batch before its step.
-
-    The options are what may go wrong: learning rates of the groups, train mode, gradients cleared, the loss after the step.
-    """
-    own = [group["lr"] for group in optimizer.param_groups]
-    if train:
-        model.train()
-    for (inputs, labels), lr in zip(batches, lrs, strict=True):
-        for group, rate in zip(optimizer.param_groups, rates(lr, own), strict=True):
-            group["lr"] = rate
-        loss = F.cross_entropy(model(inputs), labels)
-        if clear:
-            optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield (F.cross_entropy(model(inputs), labels) if after else loss).item()
-
-
-def _geometric(lowest: float, highest: float, n: int) -> list[float]:
-    return [lowest * (highest / lowest) ** (k / (n - 1)) for k in range(n)]
-
-
-def _geometric_down(lowest: float, highest: float, n: int) -> list[float]:
-    return _geometric(lowest, highest, n)[::-1]
-
-
-def _equal_steps(lowest: float, highest: float, n: int) -> list[float]:
-    return torch.linspace(lowest, highest, n, dtype=torch.float64).tolist()
+RISING = "growing by one factor, from lowest to highest"
+NEVER = "of a model that is never trained"
+WAYS: dict[str, dict] = {
+    "before each step, in train mode": {},
+    "after each step": {"after": True},
+    "of steps along the gradients of all batches so far": {"clear": False},
+    NEVER: {"rates": lambda lr, own: [0.0] * len(own)},
+    "of steps with the optimizer's own learning rate": {"rates": unchanged},
+    "in eval mode": {"train": False},
+    "sums over the batch": {"loss_of": partial(F.cross_entropy, reduction="sum")},
+}
 
 
 class _Rising(Experiment):
@@ -86,24 +60,28 @@ class _Rising(Experiment):
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(4, 5)
         model, optimizer = self.network(trial, width)
-        return {"model": model, "optimizer": optimizer, "batches": _batches(trial, trial.integer(6, 7), width)}
+        return {"model": model, "optimizer": optimizer, "batches": draw_batches(trial, trial.integer(6, 7), width)}
 
     def measure(self, subject, inputs):
-        lrs, losses = _call(subject, *inputs.values(), self.lowest, self.highest)
-        return {"lrs": lrs, "losses": losses}
+        WatchedSGD.moved.clear()
+        lrs, losses = call_finder(subject, *inputs.values(), self.lowest, self.highest)
+        return {"lrs": lrs, "losses": losses, "moved": any(WatchedSGD.moved)}
 
     def find_way(self, raw: dict, inputs: dict, ways: dict[str, dict]) -> str:
-        """The first way of training with these learning rates, given by options of `_losses`, that has these losses."""
-        known = {}
-        for name, options in ways.items():
-            model, optimizer = copy.deepcopy((inputs["model"], inputs["optimizer"]))
-            known[name] = list(_losses(model, optimizer, inputs["batches"], raw["lrs"], **options))
-        return which(raw["losses"], known)
+        """The first way of training with these learning rates, given by options of `train_losses`, that has these losses."""
+        return which(raw["losses"], {name: self.losses(raw, inputs, **options) for name, options in ways.items()})
+
+    def losses(self, raw: dict, inputs: dict, **options) -> list[float]:
+        model, optimizer = copy.deepcopy((inputs["model"], inputs["optimizer"]))
+        return list(train_losses(model, optimizer, inputs["batches"][: len(raw["lrs"])], raw["lrs"], **options))
+
+    def complete(self, raw: dict, inputs: dict) -> bool:
+        """Whether there is a loss for each batch, or for each up to one that ends the search."""
+        losses = raw["losses"]
+        return len(losses) == len(inputs["batches"]) or (len(losses) > 1 and losses[-1] > 4 * min(losses))
 
 
-@exercise.experiment("learning rates")
-class LearningRates(_Rising):
-    points = 2
+class _ThreeGroups(_Rising):
     own = (0.01, 0.2, 0.05)  # neither the first group nor the last has the largest
 
     def network(self, trial, width):
@@ -111,80 +89,82 @@ class LearningRates(_Rising):
         layers = model[0], model[2], model[3]
         return model, SGD([{"params": layer.parameters(), "lr": lr} for layer, lr in zip(layers, self.own, strict=True)])
 
+
+@exercise.experiment("learning rates", 1)
+class LearningRates(_ThreeGroups):
+    points = 2
+
     def facts(self, raw, inputs):
         n = len(inputs["batches"])
         schedules = {
-            "growing by one factor, from lowest to highest": _geometric(self.lowest, self.highest, n),
-            "growing by one difference, from lowest to highest": _equal_steps(self.lowest, self.highest, n),
-            "falling by one factor, from highest to lowest": _geometric_down(self.lowest, self.highest, n),
-            "growing by one factor, short of highest": _geometric(self.lowest, self.highest, n + 1)[:-1],
+            RISING: geometric(self.lowest, self.highest, n),
+            "growing by one difference, from lowest to highest": equal_steps(self.lowest, self.highest, n),
+            "falling by one factor, from highest to lowest": geometric_down(self.lowest, self.highest, n),
+            "growing by one factor, short of highest": geometric_short(self.lowest, self.highest, n),
         }
-        schedule = next((name for name, lrs in schedules.items() if _alike(raw["lrs"], lrs)), "different")
-        ways = {
-            "in their ratio, the largest as noted": {},
-            "all as noted": {"rates": _all_the_same},
-            "in their ratio, the first as noted": {"rates": lambda lr, own: [lr * rate / own[0] for rate in own]},
-            "their own, all the time": {"rates": _unchanged},
-        }
-        right = schedule == "growing by one factor, from lowest to highest"
-        return {
-            "learning rates": schedule,
-            "learning rates of the groups": self.find_way(raw, inputs, ways) if right else None,
-        }
+        return {"learning rates": next((name for name, lrs in schedules.items() if alike(raw["lrs"], lrs)), "different")}
 
 
-@exercise.experiment("losses")
+@exercise.experiment("ratio of the groups", 2)
+class RatioOfTheGroups(_ThreeGroups):
+    ways: ClassVar = {
+        "in their ratio, the largest as noted": {},
+        "all as noted": {"rates": all_the_same},
+        "in their ratio, the first as noted": {"rates": lambda lr, own: [lr * rate / own[0] for rate in own]},
+        "their own, all the time": {"rates": unchanged},
+    }
+
+    def facts(self, raw, inputs):
+        found = "different"
+        if self.complete(raw, inputs):
+            found = self.find_way(raw, inputs, self.ways)
+            # How else it trains is the question of another experiment, in which there is one group.
+            if found == "different" and (
+                self.find_way(raw, inputs, WAYS) != found or is_sliding_mean(raw["losses"], self.losses(raw, inputs))
+            ):
+                found = None
+        return {"learning rates of the groups": found}
+
+
+@exercise.experiment("losses", 3)
 class Losses(_Rising):
     points = 2
     highest = 0.5
-    ways: ClassVar = {
-        "before each step, in train mode": {},
-        "after each step": {"after": True},
-        "of steps along the gradients of all batches so far": {"clear": False},
-        "of a model that is never trained": {"rates": lambda lr, own: [0.0]},
-        "of steps with the optimizer's own learning rate": {"rates": _unchanged},
-        "in eval mode": {"train": False},
-    }
 
     def network(self, trial, width):
-        model = _network(trial, width).eval()  # as after an evaluation
-        return model, SGD(model.parameters(), lr=0.1)
+        model = normalised_network(trial, width).eval()  # as after an evaluation
+        return model, WatchedSGD(model.parameters(), lr=0.1, momentum=0.5, weight_decay=0.1)
 
     def facts(self, raw, inputs):
-        complete = len(raw["losses"]) == len(inputs["batches"])
-        return {"the losses": self.find_way(raw, inputs, self.ways) if complete else "not one for each batch"}
+        if not self.complete(raw, inputs):
+            return {"the losses": "not one for each batch"}
+        found = self.find_way(raw, inputs, WAYS)
+        if found == NEVER and raw["moved"]:
+            found = "of a model that is put back after each step"
+        elif found == "different" and is_sliding_mean(raw["losses"], self.losses(raw, inputs)):
+            found = "a mean that slides over those of the batches"
+        return {"the losses": found}
 
 
-@exercise.experiment("stops early")
-class StopsEarly(Experiment):
-    points = 2
-    # The learning rates are too small to matter, so the batches alone decide what their losses are.
-    wanted: ClassVar = {
-        "a loss 3 times the smallest": (1.0, 0.5, 0.9, 1.5, 1.2, 0.6),
-        "a loss 4.5 times the smallest": (1.0, 0.2, 0.6, 0.9, 0.3, 0.25),  # but below the first, and twice the one before
-        "a loss that is NaN": (0.7, 0.6, 0.65, math.nan, 0.6, 0.5),
-    }
+class _Ending(Experiment):
+    """Batches with the losses that are wanted: the learning rates are too small to matter."""
+
+    wanted: ClassVar[dict[str, tuple[float, ...]]]
 
     def draw(self, trial: Trial) -> dict:
-        model = nn.Linear(2, 2)
-        apart = model.weight[0] - model.weight[1]
-        with torch.no_grad():
-            model.bias.zero_()
-            model.weight.mul_(2 / apart.norm())
-            apart = (model.weight[0] - model.weight[1]).clone()
-        label, sign = (0, 1) if trial.integer(0, 1) else (1, -1)
+        label = trial.integer(0, 1)
         batches = []
         for losses in self.wanted.values():
-            margins = [math.inf if math.isnan(loss) else -math.log(math.expm1(loss)) for loss in losses]
-            inputs = [torch.full((3, 2), m) if math.isinf(m) else (sign * m / 4 * apart).repeat(3, 1) for m in margins]
+            margins = [300.0 if loss == 0 else loss if math.isnan(loss) else -math.log(math.expm1(loss)) for loss in losses]
+            inputs = [torch.tensor([[m, 0.0] if label == 0 else [0.0, m]]).repeat(3, 1) for m in margins]
             batches.append([(x, torch.full((3,), label)) for x in inputs])
-        return {"model": model, "batches": batches}
+        return {"model": Shift(), "batches": batches}
 
     def measure(self, subject, inputs):
         counts = []
         for batches in inputs["batches"]:
             model = copy.deepcopy(inputs["model"])
-            _, losses = _call(subject, model, SGD(model.parameters(), lr=0.1), batches, 1e-9, 1e-8)
+            _, losses = call_finder(subject, model, SGD(model.parameters(), lr=1e-9), batches, 1e-9, 1e-8)
             counts.append(len(losses))
         return {"counts": counts}
 
@@ -194,6 +174,35 @@ class StopsEarly(Experiment):
         return dict(zip(self.wanted, ends, strict=True))
 
 
+@exercise.experiment("stops early", 4)
+class StopsEarly(_Ending):
+    points = 2
+    wanted: ClassVar = {
+        "a loss 3 times the smallest": (1.0, 0.5, 0.9, 1.5, 1.2, 0.6),
+        "a loss 4.5 times the smallest": (1.0, 0.2, 0.6, 0.9, 0.3, 0.25),  # but below the first, and twice the one before
+        "a loss 5 times the first": (0.4, 0.5, 0.6, 2.0, 0.5, 0.6),
+        "a loss that is NaN": (0.7, 0.6, 0.65, math.nan, 0.6, 0.5),
+        "a loss that is infinite": (0.7, 0.6, 0.65, math.inf, 0.6, 0.5),
+    }
+
+
+@exercise.experiment("a loss of 0", 6)
+class ALossOfZero(_Ending):
+    wanted: ClassVar = {
+        "a small loss after one of 0": (0.5, 0.0, 0.0, 0.3, 0.2, 0.1),
+        "a small loss after one of 0.01": (0.5, 0.01, 0.01, 0.3, 0.2, 0.1),
+        "nothing above 0 after it": (0.5, 0.4, 0.3, 0.0, 0.0, 0.0),
+        "nothing above 0.1 after it": (0.5, 0.4, 0.3, 0.1, 0.1, 0.1),
+    }
+
+    def facts(self, raw, inputs):
+        after, usual, never, usually = super().facts(raw, inputs).values()
+        return {
+            "a small loss after one of 0": "the same as after one of 0.01" if after == usual else after,
+            "losses of 0 until the end": "the same as losses of 0.1" if never == usually else never,
+        }
+
+
 class _LeavesNoTrace(Experiment):
     """Draws a network, and one batch over and over, on which the loss falls if anything is trained."""
 
@@ -201,12 +210,12 @@ class _LeavesNoTrace(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(4, 5)
-        model = _network(trial, width)
+        model = normalised_network(trial, width)
         model[4].eval()  # one BatchNorm is in eval mode
-        return {"model": model, "batches": _batches(trial, 1, width) * 12}
+        return {"model": model, "batches": draw_batches(trial, 1, width) * 12}
 
     def search(self, subject, model: nn.Module, optimizer: Optimizer, batches: Batches, highest: float) -> str:
-        _, losses = _call(subject, model, optimizer, batches, highest / 20, highest)
+        _, losses = call_finder(subject, model, optimizer, batches, highest / 20, highest)
         # By 2 %, at least for a while: whoever trains anything gets further, and without training the loss stays.
         return "falls" if losses and min(losses) < 0.98 * losses[0] else "does not fall"
 
@@ -219,31 +228,33 @@ class _LeavesNoTrace(Experiment):
         return {"loss": loss, "traces": left, "moved": traces.changed(model, left, "parameters")}
 
     def facts(self, raw, inputs):
-        loss = {"the loss on one batch, seen again and again": raw["loss"]}
-        return loss | traces.changes(inputs["model"], raw["traces"], *self.kinds)
+        return self.seen(raw, traces.changes(inputs["model"], raw["traces"], *self.kinds))
+
+    @staticmethod
+    def seen(raw: dict, facts: dict) -> dict:
+        """The facts, or nothing where nothing was trained: that leaves no trace, and is the question of "losses"."""
+        return facts if raw["loss"] == "falls" else dict.fromkeys(facts)
 
 
-@exercise.experiment("model as it was")
+@exercise.experiment("model as it was", 5)
 class ModelAsItWas(_LeavesNoTrace):
     points = 2
     kinds = "parameters", "buffers"
 
 
-@exercise.experiment("modes as they were")
+@exercise.experiment("modes as they were", 5)
 class ModesAsTheyWere(_LeavesNoTrace):
     kinds = ("modes",)
 
 
-@exercise.experiment("no gradient is left")
+@exercise.experiment("no gradient is left", 5)
 class NoGradientIsLeft(_LeavesNoTrace):
     def facts(self, raw, inputs):
-        return {
-            "the loss on one batch, seen again and again": raw["loss"],
-            "a step of the optimizer, without a backward pass": "moves the model" if raw["moved"] else "moves nothing",
-        }
+        moves = "moves the model" if raw["moved"] else "moves nothing"
+        return self.seen(raw, {"a step of the optimizer, without a backward pass": moves})
 
 
-@exercise.experiment("optimizer as it was")
+@exercise.experiment("optimizer as it was", 5)
 class OptimizerAsItWas(_LeavesNoTrace):
     points = 2
     own = (0.002, 0.02)
@@ -293,64 +304,51 @@ class OptimizerAsItWas(_LeavesNoTrace):
         for name, gradients in self.histories(inputs).items():
             model = copy.deepcopy(inputs["model"])
             step = self.step(model, self.optimizer(model, gradients), inputs["gradients"][2])
-            facts |= {
-                f"the loss on one batch, with {name}": raw[name]["loss"],
-                f"the learning rates of {name}": "as they were" if _alike(raw[name]["lrs"], self.own) else "different",
-                f"the next step of {name}, apart from those": which(raw[name]["step"], {"as it would have been": step}),
-            }
+            facts |= self.seen(
+                raw[name],
+                {
+                    f"the learning rates of {name}": "as they were" if alike(raw[name]["lrs"], self.own) else "different",
+                    f"the next step of {name}, apart from those": which(raw[name]["step"], {"as it would have been": step}),
+                },
+            )
         return facts
 
 
-def _network(trial: Trial, width: int) -> nn.Sequential:
-    norms = with_statistics(nn.BatchNorm1d(8), trial), with_statistics(nn.BatchNorm1d(8), trial)
-    return nn.Sequential(nn.Linear(width, 8), norms[0], nn.Tanh(), nn.Linear(8, 8), norms[1], nn.Tanh(), nn.Linear(8, 3))
+@exercise.experiment("no graph", 7)
+class NoGraph(_Rising):
+    def network(self, trial, width):
+        model = nn.Linear(width, 3)
+        return model, SGD(model.parameters(), lr=0.1)
 
+    def measure(self, subject, inputs):
+        returned = subject(*inputs.values(), self.lowest, self.highest)
+        as_floats(returned)
+        return {name: any(isinstance(v, Tensor) and v.requires_grad for v in values) for name, values in lists_of(returned)}
 
-def _batches(trial: Trial, count: int, width: int) -> Batches:
-    """Batches of 12 inputs (12, width) of three classes that can be told apart."""
-    labels = [(torch.arange(12) % 3)[trial.permutation(12)] for _ in range(count)]
-    return [(2 * torch.eye(width)[y] + 0.5 * trial.normal(12, width), y) for y in labels]
-
-
-def _call(subject, *arguments) -> tuple[list[float], list[float]]:
-    """What the subject returns, as two lists of floats."""
-    returned = subject(*arguments)
-    if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise wrong_return("find_lr must return two lists, (lrs, losses)", returned)
-    lists = []
-    for name, values in zip(("lrs", "losses"), returned, strict=True):
-        if isinstance(values, str | dict) or not hasattr(values, "__iter__"):
-            raise wrong_return(f"{name} must be a list of floats", values)
-        lists.append([expect_number(value, f"each of {name}") for value in values])
-    lrs, losses = lists
-    if len(lrs) != len(losses):
-        raise WrongReturn(f"there must be as many lrs as losses, got {len(lrs)} and {len(losses)}.")
-    return lrs, losses
-
-
-def _alike(numbers: list[float], known: list[float] | tuple[float, ...]) -> bool:
-    """Whether each number is the known one, relative to it: small learning rates count as much as large ones."""
-    return len(numbers) == len(known) and near([number / right for number, right in zip(numbers, known, strict=True)], 1)
+    def facts(self, raw, inputs):
+        return {f"the {name}": "hold a graph" if raw[name] else "hold no graph" for name in ("lrs", "losses")}
 
 
 def solution(
     *arguments,
-    schedule=_geometric,  # (lowest, highest, number of batches) -> learning rates
+    schedule=geometric,  # (lowest, highest, number of batches) -> learning rates
     copied=copy.deepcopy,  # (model, optimizer) -> the two to search with
     left=(),  # what ends as the search left it: "moments", "learning rates" or kinds of traces
-    above=4,  # the search stops after a loss that is so many times the smallest
+    above=4,  # the search stops after a loss that is so many times
+    smallest=min,  # of the losses so far
     finite=math.isfinite,  # and before a loss of which this is not true
-    **training,  # options of `_losses`
+    noted=lambda losses: losses,  # what is returned of them
+    **training,  # options of `train_losses`
 ) -> tuple[list[float], list[float]]:
     """A right solution, with options for what goes wrong below."""
     model, optimizer, batches, lowest, highest = arguments
     used_model, used_optimizer = copied((model, optimizer))
     lrs, losses = schedule(lowest, highest, len(batches)), []
-    for loss in _losses(used_model, used_optimizer, batches, lrs, **training):
+    for loss in train_losses(used_model, used_optimizer, batches, lrs, **training):
         if not finite(loss):
             break
         losses.append(loss)
-        if loss > above * min(losses):
+        if loss > above * smallest(losses):
             break
     traces.put_back(model, {kind: values for kind, values in traces.of(used_model).items() if kind in left})
     if "moments" in left:
@@ -359,20 +357,39 @@ def solution(
     if "learning rates" in left:
         for group, used in zip(optimizer.param_groups, used_optimizer.param_groups, strict=True):
             group["lr"] = used["lr"]
+    losses = noted(losses)
     return lrs[: len(losses)], losses
+
+
+def _slid(losses: list[float]) -> list[float]:
+    """As learning rate finders smooth them, with a share of 0.9 for what was before, corrected for the start."""
+    mean, means = 0.0, []
+    for k, loss in enumerate(losses):
+        mean = 0.9 * mean + 0.1 * loss
+        means.append(mean / (1 - 0.9 ** (k + 1)))
+    return means
+
+
+def _without_the_one_that_ended_it(losses: list[float]) -> list[float]:
+    return losses[:-1] if losses[-1] > 4 * min(losses) else losses
 
 
 exercise.misconceptions_of(
     solution,
     {
-        "learning rates in equal steps": {"schedule": _equal_steps},
-        "from highest to lowest": {"schedule": _geometric_down},
-        "one learning rate for all groups": {"rates": _all_the_same},
-        "learning rate set where nothing reads it": {"rates": _unchanged},
+        "learning rates in equal steps": {"schedule": equal_steps},
+        "from highest to lowest": {"schedule": geometric_down},
+        "one learning rate for all groups": {"rates": all_the_same},
+        "learning rate set where nothing reads it": {"rates": unchanged},
         "loss noted after the step": {"after": True},
         "gradients add up": {"clear": False},
         "optimizer of another model": {"copied": lambda pair: map(copy.deepcopy, pair)},
         "in the mode it came in": {"train": False},
+        "never gets to highest": {"schedule": geometric_short},
+        "smoothed losses": {"noted": _slid},
+        "compared with the first loss": {"smallest": lambda losses: losses[0]},
+        "the loss that ends it left out": {"noted": _without_the_one_that_ended_it},
+        "losses with their graphs": {"noted": lambda losses: [torch.tensor(loss, requires_grad=True) * 1 for loss in losses]},
         "no early stop": {"above": math.inf, "finite": lambda loss: True},
         "NaN passes the comparison": {"finite": lambda loss: True},
         "only the parameters put back": {"left": ("buffers",)},
@@ -385,6 +402,18 @@ exercise.misconceptions_of(
         "nothing put back": {"copied": lambda pair: pair},
     },
 )
+
+
+@exercise.misconception("put back after each batch")
+def put_back_after_each_batch(model, optimizer, batches, lowest, highest):
+    losses = []
+    for batch, lr in zip(batches, lrs := geometric(lowest, highest, len(batches)), strict=True):
+        with put_back(model, optimizer):
+            losses += train_losses(model, optimizer, [batch], [lr])
+        if not math.isfinite(losses[-1]) or losses[-1] > 4 * min(losses):
+            break
+    losses = losses if math.isfinite(losses[-1]) else losses[:-1]
+    return lrs[: len(losses)], losses
 
 
 @exercise.misconception("moments kept without a copy")

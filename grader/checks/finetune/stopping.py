@@ -5,20 +5,27 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grader.checks import traces
-from grader.experiment import Exercise, Experiment, Trial, WrongReturn, wrong_return
-from grader.near import near, same
-from helpers import expect
+from grader.checks.finetune.stoppers import (
+    NAN,
+    OTHER,
+    draw_scores,
+    draw_states,
+    make_stopper,
+    moment,
+    small_model,
+    stops_after,
+    tell,
+    waited,
+    whose,
+)
+from grader.experiment import Exercise, Experiment, Trial
+from grader.near import same
 from helpers.finetune import EarlyStopping
 
 exercise = Exercise(__name__, "4.5", EarlyStopping, core=5)
-
-OTHER = "different"
-NAN = None  # how a draw spells it: a NaN in the inputs would not equal itself when they are compared afterwards
-
-State = dict[str, dict[str, Tensor]]  # {"parameters": by name, "buffers": by name}, as a snapshot of traces has them
 
 
 @exercise.experiment("stops after patience", 1)
@@ -34,21 +41,21 @@ class StopsAfterPatience(Experiment):
         zigzag = [9, *([1, 2] * (patience + 2))]
         return {
             "patience": patience,
-            "falling": _scores(trial, rise + fall, above=-3.0),  # all of them negative, as minus a loss is
-            "late": _scores(trial, late + [rank - 10 for rank in fall]),
-            "zigzag": _scores(trial, zigzag),
-            "short": _scores(trial, [0, 1, 2, 1.5, 1.4, 3, 1.2]),
+            "falling": draw_scores(trial, rise + fall, above=-3.0),  # all of them negative, as minus a loss is
+            "late": draw_scores(trial, late + [rank - 10 for rank in fall]),
+            "zigzag": draw_scores(trial, zigzag),
+            "short": draw_scores(trial, [0, 1, 2, 1.5, 1.4, 3, 1.2]),
             "last best": [len(rise) - 1, 3 * patience, 0, 2],
         }
 
     def measure(self, subject, inputs):
-        stops = [_stop(subject, inputs["patience"], inputs[name]) for name in ("falling", "late", "zigzag")]
-        return {"stops": [*stops, _stop(subject, 1, inputs["short"])]}
+        stops = [stops_after(subject, inputs["patience"], inputs[name]) for name in ("falling", "late", "zigzag")]
+        return {"stops": [*stops, stops_after(subject, 1, inputs["short"])]}
 
     def facts(self, raw, inputs):
         waits = [inputs["patience"]] * 3 + [1]
         falling, late, zigzag, short = (
-            _waited(stop, best, patience) for stop, best, patience in zip(raw["stops"], inputs["last best"], waits, strict=True)
+            waited(stop, best, patience) for stop, best, patience in zip(raw["stops"], inputs["last best"], waits, strict=True)
         )
         return {
             "negative scores that rise, then fall: it stops": falling,
@@ -65,10 +72,10 @@ class _BesideAControl(Experiment):
     control: str  # what is ordinary
 
     def measure(self, subject, inputs):
-        return {name: _stop(subject, inputs["patience"], inputs[name]) for name in ("scores", "control")}
+        return {name: stops_after(subject, inputs["patience"], inputs[name]) for name in ("scores", "control")}
 
     def facts(self, raw, inputs):
-        return {self.fact: _moment(raw["scores"], raw["control"], inputs["best"], self.control)}
+        return {self.fact: moment(raw["scores"], raw["control"], inputs["best"], self.control)}
 
 
 @exercise.experiment("ties", 2)
@@ -80,7 +87,7 @@ class Ties(_BesideAControl):
         patience = trial.integer(2, 4)
         fall = [90 - k for k in range(2 * patience + 2)]
         equal, lower = [0, 100, 99, *([100] * len(fall))], [0, 100, 99, *fall]
-        scores = _scores(trial, equal + lower)
+        scores = draw_scores(trial, equal + lower)
         return {"patience": patience, "scores": scores[: len(equal)], "control": scores[len(equal) :], "best": 1}
 
 
@@ -100,15 +107,15 @@ class ByALittle(_BesideAControl):
 @exercise.experiment("nothing but NaN", 6)
 class NothingButNan(Experiment):
     def draw(self, trial: Trial) -> dict:
-        return {"patience": trial.integer(2, 4), "falling": _scores(trial, [-k for k in range(10)])}
+        return {"patience": trial.integer(2, 4), "falling": draw_scores(trial, [-k for k in range(10)])}
 
     def measure(self, subject, inputs):
         patience = inputs["patience"]
-        return {"nan": _stop(subject, patience, [NAN] * 10), "falling": _stop(subject, patience, inputs["falling"])}
+        return {"nan": stops_after(subject, patience, [NAN] * 10), "falling": stops_after(subject, patience, inputs["falling"])}
 
     def facts(self, raw, inputs):
         # Of falling scores the first is the best, and waiting begins after it. Of NaNs it may as well begin with the first.
-        moments = [_moment(raw["nan"], raw["falling"], 0, "falling scores", sooner) for sooner in (0, 1)]
+        moments = [moment(raw["nan"], raw["falling"], 0, "falling scores", sooner) for sooner in (0, 1)]
         usual = "as it does with falling scores"
         return {"where no score is a number, it stops": usual if usual in moments else moments[0]}
 
@@ -119,16 +126,16 @@ class _Restoring(Experiment):
     ranks: tuple[int, ...]  # of the scores
 
     def draw(self, trial: Trial) -> dict:
-        scores = _scores(trial, list(self.ranks))
-        return {"model": _model(), "scores": scores, "states": _states(trial, len(scores) + 1)}
+        scores = draw_scores(trial, list(self.ranks))
+        return {"model": small_model(), "scores": scores, "states": draw_states(trial, len(scores) + 1)}
 
     def train(self, subject, inputs: dict, model: nn.Module | None = None, scores: list | None = None):
         """Tell a stopper the scores, each after some training, train once more, and ask it to restore."""
         model, scores, states = model or inputs["model"], scores or inputs["scores"], inputs["states"]
-        stopper = _stopper(subject, model, 10)
+        stopper = make_stopper(subject, model, 10)
         for state, score in zip(states, scores, strict=False):
             traces.put_back(model, state)
-            _say(stopper, score)
+            tell(stopper, score)
         traces.put_back(model, states[-1])
         stopper.restore()
         return stopper
@@ -155,7 +162,10 @@ class _RestoringBesideNan(_Restoring):
     def facts(self, raw, inputs):
         names = {self.place: "those of NaN", self.best: "those of the best score"}
         numbers, with_nan = (
-            next((n for p, n in names.items() if _whose("parameters", raw[name], {"it": inputs["states"][p]}) != OTHER), OTHER)
+            next(
+                (n for p, n in names.items() if whose("parameters", raw[name], {"it": inputs["states"][p]}) != OTHER),
+                OTHER,
+            )
             for name in ("numbers", "nan")
         )
         return {self.fact: with_nan if numbers == "those of the best score" else None}
@@ -187,7 +197,7 @@ class RestoresTheBest(_Restoring):
             "the moment restore was called": states[5],
             "the moment EarlyStopping was made": traces.of(inputs["model"]),
         }
-        return {f"{kind} after restore": _whose(kind, raw["state"], known) for kind in ("parameters", "buffers")}
+        return {f"{kind} after restore": whose(kind, raw["state"], known) for kind in ("parameters", "buffers")}
 
 
 class _TrainingOn(_Restoring):
@@ -229,22 +239,22 @@ class TheBestIsStillTheBest(_TrainingOn):
         stopper.restore()
         again = traces.of(model)
         traces.put_back(model, states[0])
-        _say(stopper, (scores[1] + scores[2]) / 2)  # below the best
+        tell(stopper, (scores[1] + scores[2]) / 2)  # below the best
         stopper.restore()
         return {"again": again, "below": traces.of(model)}
 
     def facts(self, raw, inputs):
         states = inputs["states"]
         scored = {"the best score": states[1], "the last score": states[2], "the first score": states[0]}
-        first = _whose("parameters", raw["restored"], scored)
+        first = whose("parameters", raw["restored"], scored)
         # Whether `restore` brings back the best at all is the question of another experiment.
         if first != "those of the best score":
             return {"after a step and another restore": None, "after a lower score and another restore": None}
         known = scored | {"the moment restore was called": raw["trained"]}
         lower = {"the best score": states[1], "the lower score": states[0]}
         return {
-            "after a step and another restore": _whose("parameters", raw["again"], known),
-            "after a lower score and another restore": _whose("parameters", raw["below"], lower),
+            "after a step and another restore": whose("parameters", raw["again"], known),
+            "after a lower score and another restore": whose("parameters", raw["below"], lower),
         }
 
 
@@ -256,36 +266,34 @@ class NanLater(_RestoringBesideNan):
 
     def draw(self, trial: Trial) -> dict:
         patience = trial.integer(3, 5)
-        falling = _scores(trial, [0, 100, *range(50, 45 - 2 * patience, -1)], above=-3.0)
+        falling = draw_scores(trial, [0, 100, *range(50, 45 - 2 * patience, -1)], above=-3.0)
         return super().draw(trial) | {"patience": patience, "falling": falling}
 
     def measure(self, subject, inputs):
         falling, patience = inputs["falling"], inputs["patience"]
-        stops = [_stop(subject, patience, scores) for scores in (self.with_nan(falling), falling)]
+        stops = [stops_after(subject, patience, scores) for scores in (self.with_nan(falling), falling)]
         return super().measure(subject, inputs) | {"stops": stops}
 
     def facts(self, raw, inputs):
-        stops = {
-            "the best, then NaN, then falling scores: it stops": _moment(*raw["stops"], 1, "a lower score in place of NaN")
-        }
+        stops = {"the best, then NaN, then falling scores: it stops": moment(*raw["stops"], 1, "a lower score in place of NaN")}
         return stops | super().facts(raw, inputs)
 
 
 @exercise.experiment("two at once", 7)
 class TwoAtOnce(Experiment):
     def draw(self, trial: Trial) -> dict:
-        models = nn.ModuleList([_model(), _model(), _model()])
-        return {"models": models, "states": _states(trial, 3), "scores": _scores(trial, [0, 1])}
+        models = nn.ModuleList([small_model(), small_model(), small_model()])
+        return {"models": models, "states": draw_states(trial, 3), "scores": draw_scores(trial, [0, 1])}
 
     def measure(self, subject, inputs):
         (first, second, alone), (mine, others, last), raw = inputs["models"], inputs["states"], {}
         for name, model in (("alone", alone), ("beside", first)):
-            stoppers = [_stopper(subject, own, 10) for own in (model, second)]
+            stoppers = [make_stopper(subject, own, 10) for own in (model, second)]
             traces.put_back(model, mine)
-            _say(stoppers[0], inputs["scores"][0])
+            tell(stoppers[0], inputs["scores"][0])
             if name == "beside":
                 traces.put_back(second, others)
-                _say(stoppers[1], inputs["scores"][1])
+                tell(stoppers[1], inputs["scores"][1])
             traces.put_back(model, last)
             stoppers[0].restore()
             raw[name] = traces.of(model)
@@ -293,96 +301,8 @@ class TwoAtOnce(Experiment):
 
     def facts(self, raw, inputs):
         known = dict(zip(("its best score", "the other's best score"), inputs["states"], strict=False))
-        alone, beside = (_whose("parameters", state, known) for state in raw.values())
+        alone, beside = (whose("parameters", state, known) for state in raw.values())
         return {"parameters after a best score of another": beside if alone == "those of its best score" else None}
-
-
-def _scores(trial: Trial, ranks: list[int], above: float = 0.0) -> list[float]:
-    """Numbers between `above` and `above` + 1 in the order of the ranks; equal ranks give equal numbers."""
-    distinct = sorted(set(ranks))
-    gaps = 0.5 + torch.rand(len(distinct), generator=trial.generator, dtype=torch.float64)
-    values = above + gaps.cumsum(0) / (gaps.sum() + 1)
-    return [values[distinct.index(rank)].item() for rank in ranks]
-
-
-def _model() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
-
-
-def _states(trial: Trial, count: int) -> list[State]:
-    """That many states of a `_model`, no number of which occurs twice."""
-    model = traces.of(_model())
-    return [
-        {
-            kind: {
-                name: trial.normal(*tensor.shape) if tensor.is_floating_point() else torch.tensor(10 + number)
-                for name, tensor in model[kind].items()
-            }
-            for kind in ("parameters", "buffers")
-        }
-        for number in range(count)
-    ]
-
-
-def _whose(kind: str, state: State, known: dict[str, State]) -> str:
-    """The first of the known states that has the parameters, or the buffers, of this one."""
-    for name, candidate in known.items():
-        if all(key in state[kind] and near(state[kind][key], value) for key, value in candidate[kind].items()):
-            return f"those of {name}"
-    return OTHER
-
-
-def _stopper(subject, model: nn.Module, patience: int):
-    stopper = subject(model, patience)
-    missing = [name for name in ("step", "restore") if not callable(getattr(stopper, name, None))]
-    if missing:
-        raise WrongReturn(
-            f"EarlyStopping must have methods step and restore, got {expect.describe(stopper)} without {' and '.join(missing)}."
-        )
-    return stopper
-
-
-def _say(stopper, score: float | None) -> bool:
-    """Tell it a score; whether it says stop."""
-    stop = stopper.step(math.nan if score is NAN else score)
-    if stop is None:
-        raise wrong_return("step must return True or False", stop)
-    return bool(stop)
-
-
-def _stop(subject, patience: int, scores: list[float | None]) -> int | None:
-    """The position of the score after which it says stop."""
-    stopper = _stopper(subject, _model(), patience)
-    return next((position for position, score in enumerate(scores) if _say(stopper, score)), None)
-
-
-def _waited(stop: int | None, best: int, patience: int) -> str:
-    """How many scores after the last best it stops, in words that hold for every patience."""
-    if stop is None:
-        return "never"
-    if stop < best:
-        return "before the best score has come"
-    extra = stop - best - patience
-    return "patience scores after the best" + (f" {'plus' if extra > 0 else 'minus'} {abs(extra)}" if extra else "")
-
-
-def _moment(stop: int | None, usual: int | None, best: int, control: str, sooner: int = 0) -> str | None:
-    """When it stops, beside when it does with ordinary scores, the control; None if it does not even stop there.
-
-    Args:
-        stop, usual: the positions of the scores after which it stops, with the scores in question and with the control.
-        best: the position of the best score of the control.
-        control: what those scores are called.
-        sooner: how many scores before `usual` it should stop.
-    """
-    if usual is None or usual <= best:
-        return None
-    if stop is None:
-        return "never"
-    later = stop - usual + sooner
-    if later == 0:
-        return f"as it does with {control}"
-    return f"{'one score ' * (abs(later) == 1)}{'later' if later > 0 else 'earlier'} than with {control}"
 
 
 class _Stopping:

@@ -10,6 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from grader.checks.finetune.finder import exercise
+from helpers.finetune import put_back
+
 
 def state_dicts_in_a_finally(model, optimizer, batches, lowest, highest, *, keep_model=copy.deepcopy, keep=copy.deepcopy):
     saved_model, saved_optimizer = keep_model(model.state_dict()), keep(optimizer.state_dict())
@@ -89,7 +92,7 @@ def tensor_by_tensor(model, optimizer, batches, lowest, highest):
         if not math.isfinite(loss):
             break
         losses.append(loss.item())
-        if losses[-1] / min(losses) > 4:
+        if losses[-1] > 4 * min(losses):
             break
         for parameter, gradient in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
             parameter.grad = gradient
@@ -133,15 +136,160 @@ class OptimizerOfItsOwn:
         return list(noted), list(noted.values())
 
 
+def inside_put_back(
+    model,
+    optimizer,
+    batches,
+    lowest,
+    highest,
+    *,
+    rate=lambda k, n, lowest, highest: lowest * (highest / lowest) ** (k / (n - 1)),
+    share=lambda own, group: own[group] / max(own),
+    before=lambda model, optimizer: model.train(),
+    ends=lambda loss, losses: loss > 4 * min(losses),
+    number=torch.Tensor.item,
+    after=lambda model, optimizer: None,
+    loss_of=F.cross_entropy,
+):
+    """A right solution, with options for what the broken ones below do."""
+    own = [group["lr"] for group in optimizer.param_groups]
+    lrs, losses = [], []
+    with put_back(model, optimizer):
+        before(model, optimizer)
+        for k, (inputs, labels) in enumerate(batches):
+            lr = rate(k, len(batches), lowest, highest)
+            for group, settings in enumerate(optimizer.param_groups):
+                settings["lr"] = lr * share(own, group)
+            loss = loss_of(model(inputs), labels)
+            if not loss.isfinite():
+                break
+            lrs.append(lr)
+            losses.append(number(loss))
+            if ends(losses[-1], losses):
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    after(model, optimizer)
+    return lrs, losses
+
+
+def _rounded(k, n, lowest, highest):
+    return round(lowest * (highest / lowest) ** (k / (n - 1)), 2)
+
+
+def _from_one(k, n, lowest, highest):
+    return lowest * (highest / lowest) ** ((k + 1) / n)
+
+
+def _by_decades(k, n, lowest, highest):
+    return lowest * 10 ** (k * round(math.log10(highest / lowest)) / (n - 1))
+
+
+def in_plain_steps(model, optimizer, batches, lowest, highest):
+    """The steps of another optimizer."""
+    groups = [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups]
+    return inside_put_back(model, torch.optim.SGD(groups), batches, lowest, highest) if groups else ([], [])
+
+
+def on_a_copy_for_each(model, optimizer, batches, lowest, highest):
+    losses = []
+    for inputs, labels in batches:
+        twin, its_optimizer = copy.deepcopy((model, optimizer))
+        loss = F.cross_entropy(twin.train()(inputs), labels)
+        if not loss.isfinite():
+            break
+        losses.append(loss.item())
+        if loss > 4 * min(losses):
+            break
+        loss.backward()
+        its_optimizer.step()
+    return np.geomspace(lowest, highest, len(batches))[: len(losses)].tolist(), losses
+
+
+def averaged_with_the_one_before(*arguments):
+    lrs, losses = inside_put_back(*arguments)
+    for k in range(1, len(losses)):
+        losses[k] = 0.5 * losses[k - 1] + 0.5 * losses[k]
+    return lrs, losses
+
+
+def _ends_after_the_infinite(model, optimizer, batches, lowest, highest):
+    own = [group["lr"] for group in optimizer.param_groups]
+    lrs, losses = [], []
+    with put_back(model, optimizer):
+        model.train()
+        for k, (inputs, labels) in enumerate(batches):
+            lr = lowest * (highest / lowest) ** (k / (len(batches) - 1))
+            loss = F.cross_entropy(model(inputs), labels)
+            if math.isnan(loss):
+                break
+            lrs.append(lr)
+            losses.append(loss.item())
+            if losses[-1] > 4 * min(losses):
+                break
+            for group, rate in zip(optimizer.param_groups, own, strict=True):
+                group["lr"] = lr * rate / max(own)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return lrs, losses
+
+
+def _break(what, **options):
+    """One with that option; by its name a fault is told from others."""
+    subject = partial(inside_put_back, **options)
+    subject.__name__ = what
+    return subject
+
+
+WRONG = {m.key: m.subject for m in exercise.misconceptions}
 CORRECT = [state_dicts_in_a_finally, a_schedule_on_copies, tensor_by_tensor, OptimizerOfItsOwn]
 REWRITTEN = {
     "learning rates in equal steps": partial(a_schedule_on_copies, rates=np.linspace),
     "gradients add up": partial(a_schedule_on_copies, clear=lambda model: None),
+    "never gets to highest": partial(a_schedule_on_copies, rates=lambda a, b, num: np.geomspace(a, b, num + 1)[:-1]),
+    "smoothed losses": averaged_with_the_one_before,
+    "put back after each batch": on_a_copy_for_each,
     "NaN passes the comparison": partial(a_schedule_on_copies, finite=lambda loss: True),
     "model kept without a copy": partial(state_dicts_in_a_finally, keep_model=dict),
     "moments kept without a copy": partial(state_dicts_in_a_finally, keep=dict),
 }
-BROKEN = {}
+BROKEN = {
+    1: [_break("rounded", rate=_rounded), _break("one step ahead", rate=_from_one), _break("decades", rate=_by_decades)],
+    2: [
+        _break("the last as noted", share=lambda own, group: own[group] / own[-1]),
+        _break("parts of the sum", share=lambda own, group: own[group] / sum(own)),
+        WRONG["one learning rate for all groups"],
+    ],
+    3: [
+        _break("the modes it came in", before=lambda model, optimizer: None),
+        _break("a sum", loss_of=partial(F.cross_entropy, reduction="sum")),
+        in_plain_steps,
+        WRONG["gradients add up"],
+    ],
+    4: [
+        _break("four times the one before", ends=lambda loss, losses: len(losses) > 1 and loss > 4 * losses[-2]),
+        _break("twice the smallest", ends=lambda loss, losses: loss > 2 * min(losses)),
+        _break("ten times the smallest", ends=lambda loss, losses: loss > 10 * min(losses)),
+        _ends_after_the_infinite,
+        WRONG["the loss that ends it left out"],
+    ],
+    5: [
+        _break("left in eval mode", after=lambda model, optimizer: model.eval()),
+        _break("an optimizer without its memory", after=lambda model, optimizer: optimizer.state.clear()),
+        WRONG["only the parameters put back"],
+        WRONG["learning rates left"],
+        WRONG["gradients left"],
+        WRONG["modes left"],
+    ],
+    6: [
+        _break("no smallest", ends=lambda loss, losses: min(losses) and loss > 4 * min(losses)),
+        _break("a quotient", ends=lambda loss, losses: loss / (min(losses) or 1) > 4),
+        _break("0 is the end", ends=lambda loss, losses: loss == 0 or loss > 4 * min(losses)),
+    ],
+    7: [_break("with graphs", number=lambda loss: loss), WRONG["losses with their graphs"]],
+}
 COMBINED = [
     (
         {"learning rates in equal steps", "NaN passes the comparison"},

