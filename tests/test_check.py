@@ -517,8 +517,8 @@ def test_unknown_exercises_are_told(call):
 
 def test_under_nbgrader_the_points_are_returned_and_nothing_is_raised(monkeypatch, capsys):
     monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
-    assert check("2.2", right) == 7.0
-    assert check("2.2", WRONG["graph kept"]) == 6.0
+    assert check("2.2", right) == 10.0
+    assert check("2.2", WRONG["graph kept"]) == 9.0
     for zero in (stub("2.2"), None, extract, lambda *_: float("nan"), lambda *_: sys.exit()):
         assert check("2.2", zero) == 0.0
 
