@@ -172,15 +172,15 @@ def batch_norm(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     others = [axis for axis in range(x.ndim) if axis != 1]
 
     def column(values):
-        return values.view(-1, *[1] * (x.ndim - 2))  # (channels, 1, ...): broadcasts along the channels
+        return values.view(-1, *[1] * (x.ndim - 2))  # (channels, 1, ...): broadcasts
 
-    mean, var = layer.running_mean, layer.running_var
+    mean, var, share = layer.running_mean, layer.running_var, layer.momentum
     if layer.training:
         mean, var = x.mean(others), x.var(others, correction=0)
         with torch.no_grad():
             unbiased = x.var(others, correction=1)
-            layer.running_mean.copy_((1 - layer.momentum) * layer.running_mean + layer.momentum * mean)
-            layer.running_var.copy_((1 - layer.momentum) * layer.running_var + layer.momentum * unbiased)
+            layer.running_mean.copy_((1 - share) * layer.running_mean + share * mean)
+            layer.running_var.copy_((1 - share) * layer.running_var + share * unbiased)
             layer.num_batches_tracked += 1
     y = (x - column(mean)) / torch.sqrt(column(var) + layer.eps)
     return y if layer.weight is None else y * column(layer.weight) + column(layer.bias)
@@ -726,9 +726,9 @@ for mean in (0, 1, 10, 100):
 # ## Exercise 5.6: new statistics for every layer
 #
 # The network's weights are good, and its running statistics are those of other data. So measure them again, without
-# labels and without training. A few forward passes in train mode will not do: they mix the old statistics with a moving
-# average that prefers the last batches, and dropout is on. On the network's own data the exact way is called precise
-# BatchNorm (Wu & Johnson 2021), on other data AdaBN.
+# labels. A few forward passes in train mode will not do: they mix old statistics with a moving average that prefers the
+# last batches, and dropout is on. On the network's own data the exact way is called precise BatchNorm (Wu & Johnson
+# 2021), on other data AdaBN.
 #
 # **Exercise 5.6** (30 min, ●●●). Write `recompute_statistics`.
 #
@@ -741,7 +741,7 @@ for mean in (0, 1, 10, 100):
 # *Fine print*
 #
 # 4. With a mean of 100 and a standard deviation of 0.01, the variance is right to 1 %.
-# 5. All modes, `momentum`, parameters and `requires_grad` are as before.
+# 5. Modes, `momentum`, parameters and `requires_grad` are as before.
 # 6. No hook and no batch stays in the model, and the statistics are plain tensors.
 
 
@@ -750,7 +750,7 @@ from helpers.modes import eval_mode
 
 
 def recompute_statistics(model: nn.Module, batches: list[Tensor]) -> None:
-    """Replace the running statistics of every BatchNorm by those of `batches`, in place.
+    """Replace every BatchNorm's running statistics by those of `batches`, in place.
 
     >>> layer = nn.BatchNorm1d(1)
     >>> batch = torch.tensor([[0.0], [2.0], [4.0]])
@@ -785,7 +785,7 @@ def recompute_statistics(model: nn.Module, batches: list[Tensor]) -> None:
             model(batch)
     for hook in hooks:
         hook.remove()
-    for layer in layers:  # only now: passes moved the buffers, which train mode does not read
+    for layer in layers:  # only now: each pass in train mode moves the buffers
         mean, var = pooled_statistics(seen[layer])
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(var)
