@@ -85,10 +85,10 @@ class DeeperLayers(Experiment):
         best = min(guesses, key=lambda name: list(guesses[name][-1].values()).count(DIFFERENT))
         # Not even written, or no known way of pooling: other experiments ask that.
         unseen = set(guesses[best][-1].values()) in ({BEFORE}, {DIFFERENT})
-        right = {"mean": "that of all values", "var": "that of all values, divided by n - 1"}
+        words = {key: {known[key] for known in guesses[best]} for key in ("mean", "var")}
         return {
             "BatchNorms before the third normalise with": None if unseen else best,
-            "BatchNorms that hold what they saw": traces.how_many(words == right for words in guesses[best]),
+            **{f"of all three, running_{key} is": each.pop() if len(each) == 1 else "not alike" for key, each in words.items()},
         }
 
 
@@ -309,7 +309,10 @@ class NothingElseChanges(_Mixed):
 
     def facts(self, raw, inputs):
         return {
-            "momentum": "kept" if raw["settings"] == _settings(inputs["model"]) else "changed",
+            **{
+                name: "kept" if raw["settings"][name] == kept else "changed"
+                for name, kept in _settings(inputs["model"]).items()
+            },
             **traces.changes(inputs["model"], raw["traces"], "parameters", "flags"),
         }
 
@@ -340,8 +343,8 @@ def _attributes(module: nn.Module) -> set[str]:
     return vars(module).keys() - {"__class__"}
 
 
-def _settings(model: nn.Module) -> list:
-    return [[norm.momentum, norm.track_running_stats] for norm in norms(model)]
+def _settings(model: nn.Module) -> dict[str, list]:
+    return {name: [getattr(norm, name) for norm in norms(model)] for name in ("momentum", "track_running_stats")}
 
 
 @torch.no_grad()

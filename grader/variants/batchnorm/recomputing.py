@@ -305,8 +305,5 @@ COMBINED = [
 ]
 
 EQUIVALENT = {
-    "… seen[layer].append(args[0])) for layer in layers] -> "
-    "… seen[layer].append(args[-1])) for layer in layers]": "a BatchNorm is called with one argument",
-    "try: ⏎ model.eval() ⏎ for layer in layers: ⏎ … ⏎ for batch in batches: ⏎ model(batch) ⏎ finally: -> "
-    "model.eval() ⏎ for layer in layers: ⏎ … ⏎ for batch in batches: ⏎ model(batch)": "a model that raises is out of scope",
+    "seen[layer].append(args[0]) -> seen[layer].append(args[-1])": "a BatchNorm is called with one argument",
 }
