@@ -103,6 +103,7 @@ print(f"accuracy {evaluate(model, test):.3f}   weights alone: {(folder / 'weight
 # 7. No graph of the model's run is kept.
 # 8. An exact export has a batch size, too.
 
+
 # %%
 def largest_error(
     model: nn.Module,
