@@ -726,9 +726,8 @@ for mean in (0, 1, 10, 100):
 # ## Exercise 5.6: new statistics for every layer
 #
 # The network's weights are good, and its running statistics are those of other data. So measure them again, without
-# labels. A few forward passes in train mode will not do: they mix old statistics with a moving average that prefers the
-# last batches, and dropout is on. On the network's own data the exact way is called precise BatchNorm (Wu & Johnson
-# 2021), on other data AdaBN.
+# labels. A few forward passes in train mode will not do: they mix old statistics with a moving average, and dropout is
+# on. On the network's own data the exact way is called precise BatchNorm (Wu & Johnson 2021), on other data AdaBN.
 #
 # **Exercise 5.6** (30 min, ●●●). Write `recompute_statistics`.
 #
