@@ -59,8 +59,7 @@ def six_at_most(before, after, share):
     return int((squares.cumsum(0) < share * squares.sum() * (1 - 1e-9)).sum()) + 1 if squares.any() else 0
 
 
-def square_matrices(before, after, share):
-    """Takes the first output's share for that of all: the mean over rows of what each needs would be no better."""
+def cut_to_a_square(before, after, share):
     update = after.detach().double() - before.detach().double()
     if update.ndim == 2 and update.shape[0] < update.shape[1]:
         update = update[:, : update.shape[0]]
@@ -110,7 +109,7 @@ def as_a_tensor(before, after, share):
 
 REWRITTEN = {"a tensor for an int": as_a_tensor}
 BROKEN = {
-    1: [rank_of_close, six_at_most, square_matrices, partial(rank_of, **CHANGES["not squared"])],
+    1: [rank_of_close, six_at_most, cut_to_a_square, partial(rank_of, **CHANGES["not squared"])],
     2: [sides_by_the_first_kernel_size, summed_over_the_kernel, partial(rank_of, **CHANGES["kernel by kernel"])],
     3: [one_of_no_kernel, partial(rank_of, **CHANGES["one of nothing"])],
     4: [numpy_at_once, only_leaves_without_gradients],
