@@ -211,7 +211,9 @@ class Gradients(_Training):
             for parameter, gradient in zip(model.parameters(), waiting, strict=True):
                 parameter.grad = gradient.clone() if name == "waiting" else None
             with block(subject, model, optimizer):
-                step(model.parameters(), optimizer, steps)
+                for parameter, gradient in zip(model.parameters(), steps, strict=True):  # as a backward pass does, in place
+                    parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+                optimizer.step()
             gradients = [parameter.grad for parameter in model.parameters()]
             raw[name] = [None if gradient is None else gradient.clone() for gradient in gradients]
         return raw

@@ -185,6 +185,13 @@ class ZerosForNone(Snapshot):
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
+class GradientsKeptWithoutACopy(Snapshot):
+    def __enter__(self):
+        super().__enter__()
+        self.grads = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        return self
+
+
 class StateDictAlone(Snapshot):
     def __enter__(self):
         super().__enter__()
@@ -216,7 +223,7 @@ BROKEN = {
     4: [NewMemory, OnlyWhatWasThere, WRONG["moments left"]],
     5: [OtherParameters],
     6: [ReturnsTrue, OnlyWithoutAnError, RaisesAnotherOne, WRONG["only after an Exception"]],
-    7: [ZeroGradAtTheEnd, ZerosForNone, WRONG["gradients left"]],
+    7: [ZeroGradAtTheEnd, ZerosForNone, GradientsKeptWithoutACopy, WRONG["gradients left"]],
     8: [StateDictAlone],
 }
 COMBINED = [
