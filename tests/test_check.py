@@ -72,8 +72,8 @@ def test_a_mistake_is_named_with_what_was_expected_and_what_came(capsys):
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 88
     text = " ".join(out.split())
-    assert "expected features of one image in two different batches: equal" in text
-    assert "got features of one image in two different batches: differ (by up to" in text
+    assert "expected features of one image in two different batches, behind BatchNorm: equal" in text
+    assert "got features of one image in two different batches, behind BatchNorm: differ (by up to" in text
     assert "likely train mode during extraction. BatchNorm and dropout behave as in training, whether" in text
     assert text.endswith('more hint("2.2")')
     assert text.count("likely") == 1 and "besides" not in text and "next" not in text

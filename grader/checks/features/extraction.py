@@ -115,7 +115,7 @@ class AnyNumberOfImages(Experiment):
         return {"backbone": _plain_backbone(width), "width": width, "images": images}
 
     def measure(self, subject, inputs):
-        rows, reasons = {}, {}
+        rows, reasons, last = {}, {}, None
         for (n, batch_size), images in inputs["images"].items():
             name = f"{n} in batches of {batch_size}"
             try:
@@ -124,7 +124,9 @@ class AnyNumberOfImages(Experiment):
             except NotImplementedError:
                 raise
             except (RuntimeError, ValueError, IndexError, TypeError, WrongReturn) as error:
-                rows[name], reasons[name] = torch.zeros(0), " ".join(str(error).split())
+                rows[name], reasons[name], last = torch.zeros(0), " ".join(str(error).split()), error
+        if len(reasons) == len(self.cases):
+            raise last  # then it is nothing of the number
         return {"rows": rows, "reasons": reasons}
 
     def facts(self, raw, inputs):
