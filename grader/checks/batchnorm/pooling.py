@@ -151,6 +151,7 @@ class FarFromZero(Experiment):
 @exercise.experiment("nothing kept", 4)
 class NothingKept(Experiment):
     points = 2
+    on_fake_gpu = False  # whose memory is the CPU's
 
     def draw(self, trial: Trial) -> dict:
         return {"batches": [batch for _ in range(5) for batch in uneven(trial, [(60, 4), (40, 5), (50, 3)], 3)]}
