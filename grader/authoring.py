@@ -4,6 +4,7 @@
     solutions/02_features/02_features.ipynb   the same with nbgrader's metadata, made here
     course/02_features/02_features.ipynb      released from that by nbgrader: stubs for solutions
     grader/golden/features.json               truth tables, recorded from grader/checks/features/
+    docs/mistakes/features.md                 the mistakes that the checks know, in the words of their hints
 
 nbgrader's metadata follows from what the author writes: a cell with `### BEGIN SOLUTION` is an answer, a cell that
 calls `check("2.1", ...)` is worth that exercise's points, a cell tagged `demo` is the learner's to play with and is not
@@ -32,6 +33,8 @@ MISTAKES = "## Common mistakes"
 def make_course(root: Path, tables: Path = golden.FOLDER, topic: str | None = None) -> None:
     """Write every generated file below `root`, or those of one topic: truth tables, paired and released notebooks."""
     write_tables([topic] if topic else TOPICS.values(), tables)
+    for name in [topic] if topic else TOPICS.values():
+        write_text(root / "docs" / "mistakes" / f"{name}.md", mistakes_page(name))
     for script in sorted((root / "solutions").glob(f"*_{topic or '*'}/*.py")):
         write_text(script.with_suffix(".ipynb"), nbformat.writes(notebook(script)))
         release(root, script.stem)
@@ -84,7 +87,7 @@ def notebook(script: Path) -> NotebookNode:
         cell.id = f"{topic}-{position}"
         if cell.cell_type == "markdown":
             if cell.source.startswith(MISTAKES):
-                cell.source = common_mistakes(topic)
+                cell.source = mistakes_section(topic)
             continue
         if "demo" in cell.metadata.get("tags", ()):
             continue
@@ -107,13 +110,20 @@ def notebook(script: Path) -> NotebookNode:
     return nb
 
 
-def common_mistakes(topic: str) -> str:
-    """The section that closes a chapter: its misconceptions, in the words of their hints."""
-    lines = [MISTAKES, "", "The checks know these mistakes by name."]
+def mistakes_section(topic: str) -> str:
+    """The section near the end of a chapter: where its mistakes can be read. In the chapter they would give answers away."""
+    known = sum(len(exercise.misconceptions) for exercise in exercises(topic).values())
+    page = f"[a page of their own](../../docs/mistakes/{topic}.md)"
+    return f"{MISTAKES}\n\nThe checks of this chapter know {known} mistakes by name. They are on {page}, to read afterwards."
+
+
+def mistakes_page(topic: str) -> str:
+    """All misconceptions of a topic, in the words of their hints."""
+    lines = [f"# Common mistakes: {topic}", "", "The checks know these mistakes by name. Read them when you have passed."]
     for number, exercise in exercises(topic).items():
-        lines += ["", f"**{number} `{exercise.name}`**", ""]
+        lines += ["", f"## {number} `{exercise.name}`", ""]
         lines += [f"- *{wrong.name}.* {wrong.hint}" for wrong in exercise.misconceptions]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def _grade(
