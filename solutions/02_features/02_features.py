@@ -389,7 +389,7 @@ def linear_probe(
 
 
 # %%
-check("2.3", linear_probe)
+check("2.3", linear_probe)  # trains several times: up to some seconds
 
 # %%
 linear_probe = continue_with("2.3")
@@ -682,7 +682,7 @@ from torchvision.models import WeightsEnum
 #
 # *Fine print*
 #
-# 6. Afterwards the model is what it was: its buffers, `requires_grad`, the mode of each module.
+# 6. Afterwards the model is what it was: its buffers, hooks, `requires_grad`, the mode of each module.
 
 
 # %%

@@ -254,7 +254,7 @@ def to_torchscript(model: nn.Module, example: torch.Tensor) -> torch.jit.ScriptM
 
 
 # %%
-check("8.2", to_torchscript)
+check("8.2", to_torchscript)  # exports several times: some seconds
 
 # %%
 to_torchscript = continue_with("8.2")
@@ -370,7 +370,7 @@ def to_program(model: nn.Module, example: torch.Tensor) -> torch.export.Exported
 
 
 # %%
-check("8.3", to_program)
+check("8.3", to_program)  # exports several times: some seconds
 
 # %%
 to_program = continue_with("8.3")
@@ -526,7 +526,7 @@ def to_onnx(model: nn.Module, example: torch.Tensor, path: Path) -> None:
 # The exporter prints what it does; `verbose=False` keeps it quiet. The check exports four times and takes some seconds.
 
 # %%
-check("8.4", to_onnx)
+check("8.4", to_onnx)  # exports several times: some seconds
 
 # %%
 to_onnx = continue_with("8.4")
