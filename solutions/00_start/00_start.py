@@ -11,8 +11,8 @@
 # %% [markdown]
 # # 00 · Start
 #
-# In five minutes you will have run a pre-trained network, written your first function, and seen what the grader says
-# when a function is wrong.
+# In ten minutes you will have run a pre-trained network, written your first function, and seen what the grader says when a
+# function is wrong.
 #
 # | | |
 # |---|---|
@@ -21,14 +21,15 @@
 # | exercises | 1 |
 #
 # **How a chapter works.** You read, predict, run, and write. An exercise is a cell with `raise NotImplementedError`:
-# replace that line with your code, run the cell, then run the check below it. A check tries your function on inputs
-# that it draws itself, and says what it saw: *passed*, *not yet* with the idea that seems to be missing, *not attempted*,
-# or *error* with the line that raised. Below a pass it may say that your code works on the CPU only, and at which line a
-# GPU would stop. That costs no points. Checks can be run as often as you like.
+# replace that line with your code, run the cell, then run the check below it. A check tries your function on inputs that it
+# draws itself, and says what it saw: "passed", "not yet" with the idea that seems to be missing, "not attempted", or
+# "error" with the line that raised it. Below a pass it may say that your code works on the CPU only, and at which line a
+# GPU would stop. That costs no points. Run a check as often as you like.
 #
-# What to write stands in numbered sentences. The *core* is what the exercise is about: once it passes, the chapter goes on
-# with your code. The *fine print* is what a library must survive, too, and has points of its own. One sentence holds in every
-# exercise: unless the statement says otherwise, leave what you are given as it was, and torch's settings too.
+# Numbered sentences say what to write. The **core** is what the exercise is about: once it passes, the chapter goes on with
+# your code. The **fine print** is what a library must also survive, and has points of its own. An exercise with a letter is
+# a step towards the exercise without it: 2.4a is a step towards 2.4. One rule holds in every exercise, and is not repeated:
+# do not change what you are given, nor torch's settings, unless the statement says so.
 
 # %%
 import torch
@@ -76,21 +77,21 @@ for image, winner, label, ax in zip(unseen.inputs, winners, unseen.labels, axes.
     right = winner == label
     ax.set_title(f"{unseen.classes[winner]}" + ("" if right else f", is {unseen.classes[label]}"), fontsize=9)
     ax.axis("off")
-fig.suptitle("what glyphnet says of letters that it has not seen", fontsize=10)
+fig.suptitle("what glyphnet makes of letters that it has not seen", fontsize=10)
 plt.show()
 
 # %% [markdown]
 # ## Exercise 0.1: accuracy
 #
-# A network gives a row of *logits* for each image, one per class, and decides for the class of the largest. Accuracy counts
-# decisions: in how many rows does the largest logit stand at the label? How sure the network was does not enter.
+# For each image a network gives a row of *logits*, one per class. It decides for the class with the largest logit. Accuracy
+# counts decisions: in how many rows is the largest logit at the label? It does not matter how sure the network was.
 #
 # **Exercise 0.1** (5 min, ●○○). Write `accuracy`.
 #
 # *Core*
 #
-# 1. What counts is the number of rows whose largest logit is at the label, however many rows and classes there are.
-# 2. The result is a fraction: 1.0 when all rows are right.
+# 1. Accuracy counts the rows whose largest logit is at the label, for any number of rows and classes.
+# 2. The result is a fraction: 1.0 if all rows are right.
 
 
 # %%
@@ -120,7 +121,7 @@ check("0.1", accuracy)
 # %% [markdown]
 # Stuck? `hint("0.1")` asks a question, `hint("0.1", 2)` suggests what to look at, `hint("0.1", 3)` names the operation.
 #
-# The next cell goes on with your function if it passed, and with the course's own if not. You are never stuck at one
+# The next cell goes on with your function if it passed, and with the course's own if not. So you are never stuck at one
 # exercise.
 
 # %%
@@ -131,7 +132,7 @@ right = round(accuracy(logits, unseen.labels) * len(unseen.labels))
 print(f"glyphnet names {right} of {len(unseen.labels)} unseen letters; your prediction was {my_prediction}")
 
 # %% [markdown]
-# Some letters nobody could name: in some fonts a capital I and a small l are the same stroke.
+# Nobody could name all of them: in some fonts a capital I and a small l are the same stroke.
 #
 # ## See a check disagree
 #
@@ -150,8 +151,8 @@ except Exception as failed:
     print(f"\n{type(failed).__name__}: {failed}")
 
 # %% [markdown]
-# A failed check stops "Run All" there; here the demonstration catches it. JupyterLab jumps to the last cell after "Run
-# All": if the cells at the end have not run, scroll up to the red bar.
+# A failed check stops "Run All" at its cell. The demonstration above catches the error, so "Run All" goes on. After "Run
+# All" JupyterLab jumps to the last cell: if the cells at the end have not run, scroll up to the red bar.
 
 # %% tags=["demo"]
 progress()
