@@ -61,6 +61,13 @@ def test_stub_has_types_and_says_what_it_is_about(number):
 
 
 @every_exercise
+def test_stub_can_be_defined_and_raises_only_when_it_is_used(number):
+    tree = ast.parse(STATEMENTS[number].stub)
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert not [line for body in (tree, *classes) for line in body.body if isinstance(line, ast.Raise)]
+
+
+@every_exercise
 def test_example_in_the_stub_is_what_the_reference_gives(number):
     exercise, statement = EXERCISES[number], STATEMENTS[number]
     definition = next(node for node in statement.definitions if node.name == exercise.name)

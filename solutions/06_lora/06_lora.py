@@ -837,7 +837,7 @@ class LoRAConv2d(nn.Module):
 
     def __init__(self, base: nn.Conv2d, rank: int, alpha: float) -> None:
         super().__init__()
-    ### BEGIN SOLUTION
+        ### BEGIN SOLUTION
         self.base = base
         for parameter in base.parameters():
             parameter.requires_grad = False
