@@ -41,7 +41,7 @@ MEASURED = {
         0.011,
     ),
     "they are {} to {} times what was stored": (stds, 0.011),
-    "Grey paper is further off in every layer, in both.": lambda printed: all(
+    "On grey paper both are further off, in every layer.": lambda printed: all(
         row[2] > row[0] and row[3] > row[1] for row in drifts(printed).values()
     ),
     "the ResNet {} means, {} variances and {} counters": lambda printed: [
@@ -50,9 +50,9 @@ MEASURED = {
     ],
     "after 8 batches 0.9 to the power of 8, more than {}": lambda _: int(10 * 0.9**8) / 10,
     "{} with the worst, {} with the best": (tens, 0.01),
-    "{} images of ones do worse": lambda _: int((digits("test").labels == 1).sum()),
-    "of ones do worse ({})": (lambda printed: ones(printed)[0], 0.01),
-    "than {} of the 12 tens": (lambda printed: ones(printed)[1], 1),
+    "{} images of the digit 1 do worse": lambda _: int((digits("test").labels == 1).sum()),
+    "of the digit 1 do worse ({})": (lambda printed: ones(printed)[0], 0.01),
+    "than {} of the 12 samples of ten": (lambda printed: ones(printed)[1], 1),
     "one head and {} test digits": lambda _: len(digits("test").labels) / 2,
 }
 

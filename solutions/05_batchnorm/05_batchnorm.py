@@ -12,9 +12,9 @@
 # # 05 · BatchNorm
 #
 # A ResNet-18 has 20 BatchNorms, and each holds two vectors that no optimizer moves: the mean and the variance of the
-# data it was trained on. They move in every forward pass in train mode, they stay behind when everything else is
-# adapted, and "frozen" means one thing to one library and another to the next. This chapter counts what moves, measures
-# what wrong statistics cost, and wins most of it back without a single label.
+# data it was trained on. They move in every forward pass in train mode, and they stay behind when everything else is
+# adapted. And "frozen" means one thing in one library and another in the next. This chapter counts what moves,
+# measures what wrong statistics cost, and wins most of it back without a single label.
 #
 # | | |
 # |---|---|
@@ -48,7 +48,7 @@ from grader import check, continue_with, hint, progress, quiz
 #
 # `glyphnet` was trained on black ink on white paper, or rather on ones on zeros. With a linear probe on 10 labelled
 # digits per class, it reads 95 of 100 handwritten digits. Now the same digits come from another scanner: the paper is
-# light grey, 0.3 instead of 0, and the ink is as dark as before. A person reads them as before.
+# light grey, 0.3 instead of 0, and the ink is as dark as before. A person still reads them with ease.
 #
 # **Predict before you run.** What fraction of the digits on grey paper does it get right? And what fraction if all
 # weights stay as they are, no label is used, and only the BatchNorms' running statistics are measured again on the grey
@@ -60,8 +60,8 @@ from helpers.predict import predict
 guess = predict(grey=None, recomputed=None)  # from 0.0 to 1.0; guessing at random gets 0.1
 
 # %% [markdown]
-# (Every shift of this chapter is made from pixels, so it runs on `glyphnet` and digits only. `drift`, `freeze` and
-# `recompute_statistics` of `helpers.batchnorm` take any network, and batches of whatever it takes.)
+# (Every shift in this chapter changes pixels, so the chapter runs on `glyphnet` and digits only. `drift`, `freeze`
+# and `recompute_statistics` of `helpers.batchnorm` take any network, and batches of whatever it takes.)
 
 # %% tags=["demo"]
 from functools import cache
@@ -196,9 +196,9 @@ batch_norm = continue_with("5.1")
 # %% [markdown]
 # ### How far off are the stored statistics?
 #
-# Each BatchNorm stored what letters looked like where it stands. What do handwritten digits look like there, and what
-# do grey ones? The distance is called *drift*: of the mean in units of the stored standard deviation, of the standard
-# deviation as a factor; each a root mean square over channels, so without sign.
+# Each BatchNorm stored what letters look like at its place in the network. What do handwritten digits look like
+# there, and what do grey ones? The distance is called *drift*. For the mean it is in units of the stored standard
+# deviation; for the standard deviation it is a factor. Each is a root mean square over channels, so it has no sign.
 
 # %% tags=["demo"]
 from helpers.batchnorm import drift
@@ -210,10 +210,10 @@ for white, on_grey in zip(drift(model, [test.inputs]), drift(model, [grey(test).
     print(f"{white.name.removeprefix('backbone.'):<24}{numbers}")
 
 # %% [markdown]
-# The means of handwritten digits are close to what the first layers stored, at most 0.14 off up to `layer3`, and less close
-# in `layer4`. The standard deviations are not: they are 1.11 to 1.27 times what was stored, and most of all at the start.
-# Grey paper is further off in every layer, in both. A shift at the input does not stay there: the mean is furthest off in
-# `layer4.0.bn2`, whose output goes into the features.
+# The means of handwritten digits are close to what the first layers stored, at most 0.14 off up to `layer3`, and less
+# close in `layer4`. The standard deviations are not: they are 1.11 to 1.27 times what was stored, and furthest off at
+# the start. On grey paper both are further off, in every layer. A shift at the input does not stay there: the mean is
+# furthest off in `layer4.0.bn2`, whose output goes into the features.
 
 # %% [markdown]
 # ## Exercise 5.2: count what moves
@@ -225,14 +225,14 @@ for white, on_grey in zip(drift(model, [test.inputs]), drift(model, [grey(test).
 #
 # *Core*
 #
-# 1. `action()` runs once, as it would without you, and what it did stays.
+# 1. `action()` runs once, as it would by itself, and what it did stays.
 # 2. A parameter is named if its values changed, trainable or not.
-# 3. So is a buffer, also one of whole numbers, or one that a state dict leaves out.
-# 4. Parameters come first, then buffers, each as `named_parameters()` and `named_buffers()` list them.
+# 3. A buffer that changed is named too, even if it holds whole numbers or a state dict leaves it out.
+# 4. Parameters come first, then buffers, named and ordered as `named_parameters()` and `named_buffers()` list them.
 #
 # *Fine print*
 #
-# 5. Any change counts, be it in the last digit, or two values that change places.
+# 5. Any change counts: in the last digit, or two values that swap places.
 # 6. A NaN that stays has not changed; one that becomes a number has, and so has a number that becomes NaN.
 # 7. Values count, not tensors: an action may put a new tensor under an old name.
 
@@ -305,9 +305,9 @@ for network, images in (("glyphnet", test.inputs), ("ResNet-18", torch.rand(12, 
         print(f"    {sum(name.endswith(kind) for name in names):>2} {kind}")
 
 # %% [markdown]
-# Every buffer of every BatchNorm: in the ResNet 20 means, 20 variances and 20 counters. (Our network has two buffers
-# more, the mean and std of its own preprocessing; those are no BatchNorm's.) The network that was said to be frozen is
-# another one after three batches. What that does:
+# Every buffer of every BatchNorm moved: in the ResNet 20 means, 20 variances and 20 counters. (Our network has two
+# more buffers, the mean and std of its own preprocessing, which belong to no BatchNorm.) The network was said to be
+# frozen, and three batches have changed it. What does that do to its accuracy?
 
 # %% tags=["demo"]
 before, after = [], []
@@ -330,9 +330,9 @@ show(*draws_figure({"accuracy on white paper": {"before": before, "after 50 grey
 # ## Exercise 5.3: four things called frozen
 #
 # A BatchNorm has *affine parameters* (weight and bias), two running statistics, and a choice of what to divide by.
-# "Frozen" has been said of each of them, in papers, in libraries, and in two versions of Keras for different things;
-# the fourth meaning is all of it. Before you fine-tune somebody's network, you want to know which one holds.
-# Documentation, flags and settings may tell. An experiment does.
+# "Frozen" may mean that any one of the three stays as it is, or all of them. Papers and libraries use all four
+# meanings, and two versions of Keras differ. Before you fine-tune somebody's network, you want to know which one
+# holds. Documentation, flags and settings may tell you. An experiment does.
 #
 # **Exercise 5.3** (25 min, ●●●). Write `what_is_frozen`: which of three things are frozen in training?
 #
@@ -341,8 +341,8 @@ show(*draws_figure({"accuracy on white paper": {"before": before, "after 50 grey
 # 1. "affine": neither weight nor bias gets a gradient.
 # 2. "statistics": neither `running_mean` nor `running_var` moves.
 # 3. "normalisation": the stored statistics normalise, not those of the batch.
-# 4. Training is what comes after `layer.train()`, whatever mode you find the layer in.
-# 5. What the layer does counts, whatever its attributes say.
+# 4. "In training" means after `layer.train()`, whatever mode you find the layer in.
+# 5. What counts is what the layer does, whatever its attributes say.
 #
 # *Fine print*
 #
@@ -395,11 +395,11 @@ check("5.3", what_is_frozen)
 what_is_frozen = continue_with("5.3")
 
 # %% [markdown]
-# ### Recipes, put to the experiment
+# ### Recipes, put to the test
 #
-# What people write when they mean "frozen", and what their layer then does in training. Keras is here too, as PyTorch:
-# before TensorFlow 2, `trainable = False` stopped the weights and the moving averages of a BatchNorm, and it went on
-# normalising with the batch; since then it normalises with the stored statistics.
+# Here is what people write when they mean "frozen", and what the layer then does in training. Keras is here too,
+# translated to PyTorch: before TensorFlow 2, `trainable = False` stopped the weights and the moving averages of a
+# BatchNorm, but the layer still normalised with the batch. Since then it normalises with the stored statistics.
 
 # %% tags=["demo"]
 from helpers.batchnorm import freeze as reference_freeze
@@ -432,10 +432,10 @@ for recipe, apply in recipes.items():
 #
 # ### What each meaning costs
 #
-# The target is grey paper now, for training and for testing; 100 labelled images. Only the head trains, for 100 steps,
-# so "affine" alone would be the same as nothing, and "normalisation" alone the same as all: three cases are left. Two
-# numbers, both on the test digits: accuracy in **train mode**, in batches of 32, as a progress bar would show it, and
-# accuracy **afterwards**, in eval mode.
+# The target is now grey paper, for training and for testing, with 100 labelled images. Only the head trains, for 100
+# steps. So freezing "affine" alone is the same as freezing nothing, and "normalisation" alone is the same as all:
+# three cases are left. For each you see two numbers, both on the test digits: accuracy in **train mode**, in batches
+# of 32, as a progress bar would show it, and accuracy **afterwards**, in eval mode.
 
 
 # %% tags=["demo"]
@@ -483,12 +483,12 @@ for name, draw in progress_bar([(name, draw) for name in meanings for draw in ra
 show(*draws_figure({"while training, batches of 32": during, "afterwards, in eval mode": afterwards}))
 
 # %% [markdown]
-# **While training**, the first two are the same computation: the batch normalises. It looks fine. **Afterwards** eval
-# mode takes the stored statistics. Where nothing was frozen they have moved to grey paper, and all is well. In the
-# meaning of Keras before TensorFlow 2 they are still those of letters on white: the head learned on features that it
-# never sees again, and most of its accuracy is gone. Nothing during training gave a hint. Frozen as since then,
-# training and use compute the same, so both numbers agree; they are lower than with statistics that followed the data.
-# Freezing is for statistics that fit.
+# **While training**, the first two compute the same: the batch normalises. All looks fine. **Afterwards**, eval mode
+# uses the stored statistics. Where nothing was frozen, they have moved to grey paper, and all is well. Frozen as in
+# Keras before TensorFlow 2, they are still those of letters on white paper: the head learned on features that it
+# never sees again, and most of its accuracy is gone. Nothing during training gave a hint. Frozen as in Keras since
+# then, the network computes the same in training and in use, so both numbers agree. They are lower than with
+# statistics that followed the data: freeze statistics only where they fit.
 #
 # Run it with `lambda examples: examples` in place of `grey`. How large is the difference on white paper, where the
 # stored statistics nearly fit?
@@ -496,9 +496,9 @@ show(*draws_figure({"while training, batches of 32": during, "afterwards, in eva
 # %% [markdown]
 # ## Exercise 5.4: a freeze that lasts
 #
-# Each epoch begins with `model.train()`. That walks through all modules and sets each one's mode, so a BatchNorm in eval
-# mode is back in train mode, without a word. What keeps a layer frozen has to survive that, and has to be undone when
-# the whole network is to be trained.
+# Each epoch begins with `model.train()`, which goes through all modules and sets the mode of each. A BatchNorm in
+# eval mode is back in train mode, without a word. A freeze has to survive that call, and you must be able to undo it
+# when the whole network is to train.
 #
 # **Exercise 5.4** (30 min, ●●●). Write `freeze`; it returns `undo`.
 #
@@ -507,13 +507,13 @@ show(*draws_figure({"while training, batches of 32": during, "afterwards, in eva
 # 1. From then on BatchNorms normalise as in eval mode, whatever part of the model `train()` is called on.
 # 2. Running statistics stay, and weight and bias get no gradient.
 # 3. Every BatchNorm is frozen, whatever its kind, name and depth.
-# 4. All else goes on as before: dropout, other norms, other parameters, other models.
+# 4. Everything else works as before: dropout, other norms, other parameters, other models.
 # 5. After `undo()` and `train()`, statistics move as they did, and the same parameters train.
 #
 # *Fine print*
 #
 # 6. Right after `undo()` each BatchNorm has its old mode.
-# 7. All this holds for one object in two places, and for a model that is a BatchNorm.
+# 7. All this also holds for one BatchNorm in two places, and for a model that is itself a BatchNorm.
 # 8. `undo()` keeps what the model has learned.
 
 
@@ -534,7 +534,7 @@ def freeze(model: nn.Module) -> Callable[[], object]:
 
     Returns:
         undo, a function without arguments. If `train()` or `eval()` was called in
-        between, a BatchNorm may have the mode that this asked for. A parameter that
+        between, a BatchNorm may have the mode that this call set. A parameter that
         was frozen before freeze is frozen after undo.
     """
     ### BEGIN SOLUTION
@@ -598,16 +598,16 @@ for name, draw in progress_bar([(name, draw) for name in ways for draw in range(
 show(*draws_figure({"accuracy afterwards, in eval mode": small}))
 
 # %% [markdown]
-# With batches of 32 the two are less than a point apart, with batches of 2 about ten (with a lower learning rate for
-# both). In train mode each image is normalised with the statistics of itself and one other, so the head learns from
-# features that change with the company. Frozen, the size of the batch makes no difference to what a layer computes. Try
+# With batches of 32 the two are less than a point apart, with batches of 2 about ten (both with a lower learning
+# rate). In train mode each image is normalised together with one other, so the head learns from features that change
+# with the other image. In a frozen network, the size of the batch makes no difference to what a layer computes. Try
 # `steps=300`: what is left of the ten points?
 #
 # ### Gradient accumulation is not a large batch
 #
-# The usual advice for small memory: run 16 batches of 2, add up their gradients, each divided by 16, then make one step
-# (*gradient accumulation*). "The same as one batch of 32." Compare the two gradients, as one vector over all parameters
-# that get one.
+# The usual advice for small memory: run 16 batches of 2, add up their gradients, each divided by 16, then make one
+# step (*gradient accumulation*). "The same as one batch of 32." Compare the two gradients, each as one vector over
+# all parameters that get one.
 
 
 # %% tags=["demo"]
@@ -633,20 +633,20 @@ for name, apply in (("train mode", lambda model: None), ("frozen", freeze)):
         )
 
 # %% [markdown]
-# Frozen, the sum is the gradient of the large batch, up to rounding. In train mode it is another gradient altogether:
-# each part is normalised by itself, and adding up gradients does not pool statistics. With parts of 2 the sum points
-# elsewhere and is several times too long. Accumulate with frozen BatchNorms, or with norms that do not look at the
-# batch.
+# With frozen BatchNorms, the sum is the gradient of the large batch, up to rounding. In train mode it is a different
+# gradient: each part is normalised by itself, and adding up gradients does not pool statistics. With parts of 2 the
+# sum points elsewhere and is several times too long. Accumulate with frozen BatchNorms, or with norms that do not
+# look at the batch.
 #
 # # Part 3: new statistics
 
 # %% [markdown]
 # ## Exercise 5.5: many batches as one
 #
-# The statistics of a data set are wanted, and it comes in batches: the last one is short, and no computer holds them
-# all. The mean of the batches' means is not the mean, unless all are of one size. The mean of their variances forgets
-# that their means differ. And E[x²] - E[x]², right on paper, is in float32 a difference of two large numbers that have
-# lost what made them differ.
+# You want the statistics of a data set that comes in batches. The last one is short, and memory does not hold them
+# all. The mean of the batches' means is wrong, unless all batches have the same size. The mean of their variances
+# ignores that their means differ. And E[x²] - E[x]² is right on paper, but in float32 it subtracts two large numbers
+# whose last digits, where they differ, are lost.
 #
 # **Exercise 5.5** (25 min, ●●●). Write `pooled_statistics`.
 #
@@ -707,7 +707,8 @@ pooled_statistics = continue_with("5.5")
 # %% [markdown]
 # ### Where the short formula goes wrong
 #
-# E[x²] - E[x]² in float32, on numbers with standard deviation 0.01 around four means, against the variance in float64:
+# E[x²] - E[x]² in float32, on numbers with standard deviation 0.01 around four means, compared with the variance in
+# float64:
 
 # %% tags=["demo"]
 for mean in (0, 1, 10, 100):
@@ -720,14 +721,15 @@ for mean in (0, 1, 10, 100):
     print(f"mean {mean:>3}: E[x²]-E[x]² is off by {off[0]:.0e}, {negative:>2} of 64 negative; pooled: off by {off[1]:.0e}")
 
 # %% [markdown]
-# A negative variance under a square root is NaN. Widely used code has shipped this formula.
+# The square root of a negative variance is NaN. Widely used code has shipped this formula.
 
 # %% [markdown]
 # ## Exercise 5.6: new statistics for every layer
 #
-# The network's weights are good, and its running statistics are those of other data. So measure them again, without
-# labels. A few forward passes in train mode will not do: they mix old statistics with a moving average, and dropout is
-# on. On the network's own data the exact way is called precise BatchNorm (Wu & Johnson 2021), on other data AdaBN.
+# The network's weights are good, but its running statistics are those of other data. So measure them again, without
+# labels. A few forward passes in train mode will not do: they mix old statistics with a moving average, and dropout
+# is on. On the network's own data the exact way is called precise BatchNorm (Wu & Johnson 2021), on other data
+# *AdaBN*.
 #
 # **Exercise 5.6** (30 min, ●●●). Write `recompute_statistics`.
 #
@@ -800,7 +802,7 @@ recompute_statistics = continue_with("5.6")
 # %% [markdown]
 # ### Won back
 #
-# The question of the beginning: nothing but new statistics, no label.
+# Back to the question at the start: new statistics, nothing else, and no label.
 
 
 # %% tags=["demo"]
@@ -824,9 +826,9 @@ for model in models:
 print("one pass in train mode, nothing else:", ", ".join(f"{score:.3f}" for score in passed))
 
 # %% [markdown]
-# This is *AdaBN* (Li et al. 2016), on our data; `helpers.batchnorm.adabn` does it on a copy, layer after layer. One
-# pass in train mode, the recipe that one finds, wins back little of it: after 8 batches 0.9 to the power of 8, more
-# than 0.4, of the old statistics is left.
+# This is AdaBN (Li et al. 2016), on our data; `helpers.batchnorm.adabn` does it on a copy, layer after layer. One
+# pass in train mode, a common recipe, wins back little: after 8 batches 0.9 to the power of 8, more than 0.4, of the
+# old statistics is left.
 #
 # When does it help, and when not? (Printed digits are rendered from fonts: the same classes in another domain.)
 
@@ -848,17 +850,17 @@ for name, examples in progress_bar(shifts.items(), "six shifts"):
 show(*draws_figure(panels))
 
 # %% [markdown]
-# **It helps** with grey paper, and with noise about half-way. **It gains nothing** with ink at a quarter, where little
-# was lost, although that is a pure change of contrast; and nothing with inverted images: there, ink and paper have
-# changed roles, and no mean or variance changes them back. **It costs** two or three points on the images as they are
-# and on printed digits: the head was fitted to features with the stored statistics, and there those still serve. So
+# **It helps** on grey paper, and about half-way with noise. **It gains nothing** with ink at a quarter: that is a
+# pure change of contrast, but little was lost. It gains nothing with inverted images either: ink and paper have
+# swapped roles, and no mean or variance swaps them back. **It costs** two or three points on the images as they are
+# and on printed digits: the head was fitted to features with the stored statistics, and those still fit there. So
 # keep a few labelled images of the target, and measure before and after. On Office-31, a benchmark of photographs, Li
 # et al. (2016) report 75.5 % before and 76.7 % after, on average.
 #
 # ### How much data does it take, and of which classes?
 #
-# The statistics of a target are those of its classes in their proportions. What if the images at hand are few, or all
-# of one class?
+# The statistics of a target depend on its classes and their proportions. What if you have few images, or images of
+# one class only?
 
 # %% tags=["demo"]
 def after(images):
@@ -883,15 +885,16 @@ better = int((means > torch.tensor(ones).mean()).sum())
 print(f"all ones: {torch.tensor(ones).mean():.3f}; better than that are {better} of the twelve tens")
 
 # %% [markdown]
-# Ten images bring most of it, thirty nearly all, without a label. Which ten matters: 0.815 with the worst, 0.920 with the
-# best. 81 images of ones do worse (0.840) than 11 of the 12 tens, although they are eight times as many: the statistics of
-# ones are not those of digits. If the classes of your sample are not in the target's proportions, you adapt to the sample.
+# Ten images win most of it back, thirty nearly all, without a label. It matters which ten: accuracy is 0.815 with the
+# worst, 0.920 with the best. 81 images of the digit 1 do worse (0.840) than 11 of the 12 samples of ten, although
+# they are eight times as many: the statistics of one digit are not those of all. If your sample does not have the
+# classes in the target's proportions, you adapt to the sample.
 #
-# ### What one pass leaves over
+# ### What one pass cannot do
 #
 # While the statistics are measured, each layer normalises with its batch. So what the deeper layers see depends a
-# little on how the data were cut. `passes="sequential"` of the reference measures layer after layer with the earlier
-# ones already set, and does not depend on the cut; it takes one pass per layer.
+# little on how the data are cut into batches. With `passes="sequential"` the reference measures layer after layer,
+# with the earlier ones already set. The result does not depend on the cut, but it takes one pass per layer.
 
 # %% tags=["demo"]
 from helpers.batchnorm import recompute_statistics as reference_recompute
@@ -910,18 +913,19 @@ for passes, rows in found.items():
         print(f"    batches of {batch_size:>3}: off by {(mean - whole).norm() / whole.norm():.1e}   {score:.3f}")
 
 # %% [markdown]
-# Sequential, the cut makes no difference beyond rounding. In one pass, batches of 2 leave the deepest means several
-# percent off, batches of 32 less than one percent. Accuracy differs by about a point, here in favour of the small batches.
-# For use one pass will do; for a number that others should get too, sequential is the one to report.
+# In sequential passes, the cut makes no difference beyond rounding. In one pass, batches of 2 leave the deepest means
+# several percent off, batches of 32 less than one percent. Accuracy differs by about a point, here in favour of the
+# small batches. In practice one pass will do. For a number that others should be able to reproduce, use sequential
+# passes.
 #
 # # At the end
 #
 # ## Turn the knobs
 #
-# Choose a shift and its strength. Left, how far each layer's mean is off, then its standard deviation, with the stored
-# statistics or with new ones; right, some of the images and the accuracy with both (one head and 400 test digits, so
-# the numbers are not quite those above). Find a shift that drifts far and costs little, and one that drifts little more
-# and costs much.
+# Choose a shift and its strength. On the left you see how far each layer's mean is off, then its standard deviation,
+# with the stored statistics or with new ones. On the right are some of the images, and the accuracy with both (one
+# head and 400 test digits, so the numbers are not quite those above). Find a shift that drifts far and costs little,
+# and one that drifts hardly further and costs much.
 
 # %% tags=["demo"]
 from helpers.explorers import explore_drift
@@ -952,9 +956,9 @@ progress()
 # - Eval mode reads what is stored. If training normalised with the batch and the stored statistics did not follow,
 #   training shows one network and you use another.
 # - In train mode a small batch means noisy features, and gradient accumulation does not pool statistics.
-# - Pool counts, means and squared deviations, in float64. E[x²] - E[x]² subtracts what it cannot resolve.
-# - New statistics need no labels and few images. They repaired grey paper, noise in part, inversion not at all, and
-#   cost a little where the old ones served. Measure before and after.
+# - Pool counts, means and squared deviations, in float64. E[x²] - E[x]² loses the digits that matter.
+# - New statistics need no labels and few images. They repaired grey paper, noise in part, and inversion not at all.
+#   They cost a little where the old ones still fitted. Measure before and after.
 #
 # Words: [AdaBN](../../docs/glossary.md#adabn), [affine parameters](../../docs/glossary.md#affine-parameters),
 # [BatchNorm](../../docs/glossary.md#batchnorm), [biased variance](../../docs/glossary.md#biased-variance),
