@@ -12,23 +12,24 @@
 # # 02 · Features
 #
 # The cheapest way to use a pre-trained network: run it once over your data, keep what comes out, and train a linear
-# classifier on that. No gradient enters the network, so a laptop does it in seconds. For images first, then for texts.
+# classifier on that. No gradient enters the network, so a laptop does it in seconds. You do it for images first, then for
+# texts.
 #
 # | | |
 # |---|---|
 # | you need | chapter 00; no GPU, no network |
-# | time | three hours for you, in two parts that stand on their own; 21 seconds for two CPU cores (measured; without a GPU) |
-# | exercises | 8: five on images, three on texts |
+# | time | four hours for you, in two parts (2½ and 1½) that stand on their own; 21 seconds for two CPU cores (measured; without a GPU) |
+# | exercises | 11: seven on images, four on texts |
 #
 # Afterwards you can
 #
-# - take the head off any network, and say where the popular one-liner goes wrong without a word,
+# - take the head off any network, and say where the popular one-liner goes wrong without an error,
 # - turn a network into a feature extractor that leaves the network untouched, and keep its features on disk without ever
 #   using stale ones,
 # - train a linear probe whose answer does not depend on luck,
 # - load torchvision's weights with the preprocessing they were trained with,
 # - turn texts into vectors that depend on their own text alone,
-# - read off a figure how many labels a pre-trained network saves, and where it saves none.
+# - read from a figure how many labels a pre-trained network saves, and where it saves none.
 #
 # Words in *italics* at their first use are in the [glossary](../../docs/glossary.md).
 
@@ -56,7 +57,7 @@ from grader import check, continue_with, hint, progress, quiz
 # made to tell letters apart. Does it tell digits apart?
 #
 # **Predict before you run.** Of 800 test digits, what fraction does a linear classifier get right if it sees the 1,024 raw
-# pixels, and what fraction if it sees the 128 features? Replace `None` by your numbers.
+# pixels, and what fraction if it sees the 128 features? Replace `None` with your numbers.
 
 # %% tags=["demo"]
 from helpers.predict import predict
@@ -107,13 +108,13 @@ show(fig, f"Small pictures: five labelled examples of each of {shown_classes} cl
 #
 # 1. The result maps inputs to what enters the head, with everything that `forward` does before.
 # 2. The name decides: the head may stand inside other modules, and need not be defined last.
-# 3. It works again and again, with batches of any size.
-# 4. The model keeps its head and gives its logits.
-# 5. Its modules keep their modes, and its parameters can be trained.
+# 3. It can be called again and again, with batches of any size.
+# 4. The model keeps its head and still gives its logits.
+# 5. Its modules keep their modes; its parameters can still be trained.
 #
 # *Fine print*
 #
-# 6. Between calls, and after one that raised, no hook or other layer is left in the model.
+# 6. Between calls, and after one that raised, no hook or extra layer is left in the model.
 # 7. Batches do not pile up in memory.
 
 
@@ -158,9 +159,9 @@ drop_head = continue_with("2.1")
 # %% [markdown]
 # ### Where the one-liner is wrong
 #
-# Two networks of torchvision, with random weights (the question is about their `forward`, not about what they learned).
-# A ResNet applies nothing but its children, so cutting off the last child is harmless. A DenseNet calls `F.relu` and a
-# pooling between `features` and `classifier`, in `forward` itself: `children()` does not know about it.
+# Here are two networks of torchvision, with random weights (the question is about their `forward`, not about what they
+# learned). A ResNet applies nothing but its children, so cutting off the last child is harmless. A DenseNet calls `F.relu`
+# and a pooling between `features` and `classifier`, in `forward` itself: `children()` does not know about these steps.
 
 # %% tags=["demo"]
 from torchvision.models import densenet121, resnet18
@@ -175,37 +176,37 @@ for build, name in ((resnet18, "fc"), (densenet121, "classifier")):
         short = nn.Sequential(*list(model.children())[:-1])(photos)
         short = short.mean((2, 3))  # to the same shape: nothing looks wrong now
     off = [(features - wanted).abs().max() / wanted.abs().max() for features in (graph, short)]
-    print(f"{build.__name__:<11} {tuple(wanted.shape)}  off from yours, in the largest feature: ", end="")
-    print(f"the feature extractor {off[0]:.0%}, the one-liner {off[1]:.0%}")
+    print(f"{build.__name__:<11} {tuple(wanted.shape)}  difference from yours, in % of your largest feature: ", end="")
+    print(f"feature extractor {off[0]:.0%}, one-liner {off[1]:.0%}")
 
 # %% [markdown]
 # ## Exercise 2.2a: eval mode for a while
 #
-# In *eval mode* BatchNorm and dropout compute something else than in training. Each module has a mode of its own,
-# `module.training`. `model.eval()` and `model.train()` switch all of them, so neither brings back the modes of a model of
-# which a part was in eval mode before. A *context manager* can. With `@contextmanager`, a function stops at its `yield`
-# while the body of the `with` runs.
+# In *eval mode* BatchNorm and dropout do not compute what they compute in training. Each module has its own mode,
+# `module.training`. `model.eval()` and `model.train()` switch all modules. If only a part was in eval mode before, neither
+# brings the old modes back. A *context manager* can. With `@contextmanager`, a function stops at its `yield` while the body
+# of the `with` runs.
 #
 # **Exercise 2.2a** (15 min, ●●○). Write `eval_mode`.
 #
 # *Core*
 #
 # 1. Inside the `with`, every module of `model` is in eval mode.
-# 2. After it, each module is in the mode that it had before.
+# 2. After the `with`, each module is in the mode that it had before.
 # 3. An exception in the body comes out of the `with`, and the modes are put back all the same.
 #
 # *Fine print*
 #
-# 4. So it is with `KeyboardInterrupt` (Ctrl-C).
-# 5. The body may switch modes itself, and may hold another `eval_mode` of the model or a part.
-# 6. A module may be used in two places.
-# 7. A module may have a `train()` or `eval()` of its own.
+# 4. `KeyboardInterrupt` (Ctrl-C) comes out too, and the modes are put back.
+# 5. The body may switch modes, and contain another `eval_mode` of the model or of a part.
+# 6. A module may stand in two places of the model.
+# 7. A module may define its own `train()` or `eval()`.
 
 
 # %%
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the `with`; then each module of `model` is in its mode again.
+    """Eval mode inside the `with`; after it, each module has its old mode again.
 
     >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(4).eval())
     >>> with eval_mode(model):
@@ -235,24 +236,24 @@ eval_mode = continue_with("2.2a")
 # %% [markdown]
 # ## Exercise 2.2: extract, and leave no trace
 #
-# A backbone is *frozen* while neither its parameters nor its *buffers* move. That is two things: training moves the first,
-# a forward pass in train mode the second. Your `eval_mode` takes care of that, and of the modes afterwards. The rest is
-# memory: a data set does not fit into it at once, and neither do the activations that torch keeps for a backward pass.
+# A backbone is *frozen* while neither its parameters nor its *buffers* move. These are two things: training moves
+# parameters, and a forward pass in train mode moves buffers. Your `eval_mode` keeps the buffers still, and puts the modes
+# back. The rest is about memory: it cannot hold a whole data set, nor the activations that torch keeps for a backward pass.
 #
 # **Exercise 2.2** (15 min, ●●○). Write `extract`.
 #
 # *Core*
 #
-# 1. Each image gives one row, in the order of the images, however many they are.
+# 1. Each image gives one row, in the order of the images, for any number of images.
 # 2. The features of an image depend on that image alone.
 # 3. At most `batch_size` images are in the backbone at once.
-# 4. No graph is behind the features, and none is kept while later batches run.
+# 4. The features have no graph, and no graph is kept while later batches run.
 # 5. The backbone is left as it was.
 #
 # *Fine print*
 #
-# 6. Its modes are put back even if it raises.
-# 7. Later training accepts the features: they are no *inference tensors*.
+# 6. The backbone's modes are put back even if it raises an error.
+# 7. Later training accepts the features: they are not *inference tensors*.
 
 
 # %%
@@ -272,7 +273,7 @@ def extract(backbone: nn.Module, images: Tensor, batch_size: int) -> Tensor:
         batch_size: at least 1. The last batch may be smaller.
 
     Returns:
-        (n, width). Inside `torch.autocast` they are rounded to bfloat16; that works, too.
+        (n, width). Inside `torch.autocast` they are rounded to bfloat16, which is fine.
     """
     ### BEGIN SOLUTION
     with eval_mode(backbone), torch.no_grad():
@@ -289,9 +290,9 @@ extract = continue_with("2.2")
 # %% [markdown]
 # ### Why all this care?
 #
-# Below, the same image goes through the network twice, with different company. In train mode a BatchNorm normalises with
-# the statistics of the batch, so an image's features depend on its neighbours, and each pass moves the buffers,
-# although nothing is trained and no gradient is computed.
+# Below, the same image goes through the network twice, each time beside other images. In train mode a BatchNorm normalises
+# with the statistics of the batch. So an image's features depend on its neighbours, and each pass moves the buffers. Yet
+# nothing is trained, and no gradient is computed.
 
 # %% tags=["demo"]
 import copy
@@ -323,23 +324,23 @@ print({name: tuple(table.shape) for name, table in features.items()})
 # %% [markdown]
 # ## Exercise 2.3: the linear probe
 #
-# A *linear probe* asks what features are worth: a linear head on top, and nothing else is trained. With a *penalty* on its
-# weights there is one best head (but for a constant added to all biases, which softmax does not see),
+# A *linear probe* asks what features are worth: a linear head is trained on them, and nothing else. With a *penalty* on its
+# weights there is one best head (except for a constant added to all biases, which softmax does not see),
 #
 # $$\min_{W, b} \; \frac{1}{n} \sum_{i=1}^{n} \text{cross-entropy}(W f_i + b,\ y_i) \;+\; \frac{\text{penalty}}{2} \sum_{jk} W_{jk}^2$$
 #
-# The objective is convex: every way of minimising it ends there, from any start. So the answer is no matter of luck, if
-# training does not stop too early.
+# The objective is convex: every way of minimising it ends there, from any start. So the answer does not depend on luck,
+# unless training stops too early.
 #
 # **Exercise 2.3** (25 min, ●●●). Write `linear_probe`.
 #
 # *Core*
 #
 # 1. The loss is the mean cross-entropy over all examples.
-# 2. To it comes `penalty / 2` times the sum of the squared weights.
-# 3. The bias is trained, and not penalised.
-# 4. Training goes on until the gradient has all but vanished, here some hundred steps over all examples at once.
-# 5. The head has one output per class, also for a class that has no example.
+# 2. `penalty / 2` times the sum of the squared weights is added to the loss.
+# 3. The bias is trained, but not penalised.
+# 4. Training goes on until the gradient has almost vanished. Here this takes a few hundred steps, each over all examples.
+# 5. The head has one output per class, even for a class without an example.
 
 
 # %%
@@ -358,8 +359,8 @@ def linear_probe(
     Args:
         features: (n, width).
         labels: (n,), whole numbers from 0 to classes - 1.
-        classes: how many. The bias of one without examples sinks for ever, slower
-            and slower: limit the number of steps, too.
+        classes: how many. The bias of a class without examples falls for ever, slower
+            and slower: so limit the number of steps, too.
         penalty: above 0.
 
     Returns:
@@ -397,9 +398,9 @@ linear_probe = continue_with("2.3")
 # %% [markdown]
 # ### What are the features worth?
 #
-# Both classifiers get the same labels and the same choice of three penalties. Which penalty is best is decided on
-# *validation examples*, never on test examples. To see how much is luck, we do it for five *draws* of labelled images, and
-# to see how the gain depends on the number of labels, for several of those.
+# Both classifiers get the same labels and the same three penalties. The best penalty is chosen on *validation examples*,
+# never on test examples. Five *draws* of labelled images show how much is luck. Several numbers of labels show how the gain
+# depends on them.
 
 # %% tags=["demo"]
 from itertools import product
@@ -430,18 +431,18 @@ curves = {name: values for name, values in curves.items() if values[5]}  # photo
 guess.beside({"raw_pixels": curves.get("raw pixels", curves["probe"])[5], "features": curves["probe"][5]})
 
 # %% [markdown]
-# **Predict again.** Two more ways to use the same labels: train the same network *from scratch*, or *fine-tune* it, all
-# layers, from its pre-trained weights. At 5 labels per class, how much does fine-tuning gain on the probe? And at 1? How many
-# times longer does it take?
+# **Predict again.** There are two more ways to use the same labels: train the same network from scratch, or go on training
+# all its layers from the pre-trained weights (*fine-tuning*). At 5 labels per class, how much better than the probe is
+# fine-tuning? And at 1? How many times longer does it take?
 
 # %% tags=["demo"]
 gain = predict(at_1=None, at_5=None)  # accuracy of fine-tuning minus the probe's: -0.1 if it loses 0.1
 cost = predict(times_longer=None)
 
 # %% [markdown]
-# What one number of the probe's curve takes is measured here, and a tenth of one run of fine-tuning. The two new curves are
-# recorded: `helpers.recordings.transfer` measured them with the same labels, three learning rates for each, the best chosen
-# on the same validation digits, 300 steps, five draws.
+# The next cell measures how long one number of the probe's curve takes, and a tenth of one fine-tuning run. The two new
+# curves are recorded. `helpers.recordings.transfer` measured them with the same labels and three learning rates, the best
+# chosen on the same validation digits: 300 steps, five draws.
 
 # %% tags=["demo"]
 from helpers.training import fit
@@ -473,31 +474,31 @@ gain.beside(gains)
 
 # %% [markdown]
 # Read the figure across: take the accuracy that raw pixels reach with 10 labels per class, and look how many labels the
-# probe needs for it. Then look at the left end: with one label per class, fine-tuning all layers ends *below* the probe. It
-# has the same labels, and hundreds of thousands of weights to place with them. From 5 labels on it wins, by little. That a
-# pre-trained network saves labels is true; that more training always helps is not.
+# probe needs for it. Then look at the left end: with one label per class, fine-tuning all layers ends below the probe. It
+# has the same labels, but it has to set hundreds of thousands of weights with them. From 5 labels on it wins, by a little.
+# A pre-trained network does save labels; more training does not always help.
 #
 # ## Exercise 2.4a: a name for a result
 #
-# Extraction is expensive, so keep its result in a file. But after an epoch of fine-tuning, or with one image more, the
-# file still loads, and is out of date. Let its name say what went in: a key made of all that features depend on, and of
-# nothing else.
+# Extraction is expensive, so keep its result in a file. But after an epoch of fine-tuning, or with one more image, the file
+# still loads, although it is out of date. So let its name say what went in: a key made of all that the features depend on,
+# and nothing else.
 #
 # **Exercise 2.4a** (20 min, ●●○). Write `cache_key`.
 #
 # *Core*
 #
-# 1. Equal contents give equal keys: for copies, for settings in another order, and in the next kernel.
-# 2. One number changed in a parameter or buffer gives another key; so do two that change places.
-# 3. So does one changed pixel, a missing image, or another order of the images.
-# 4. So does another name or value of a setting, to the last digit.
-# 5. The key can name a file: 1 to 200 letters, digits, `-` and `_`.
+# 1. Equal contents give equal keys: for copies, settings in another order, and in the next kernel.
+# 2. The key changes if one number of a parameter or buffer changes, or two change places.
+# 3. The key changes with one pixel, a missing image, or another order of the images.
+# 4. The key changes with a setting's name or value, to the last digit.
+# 5. The key can be a file name: 1 to 200 letters, digits, `-` and `_`.
 #
 # *Fine print*
 #
-# 6. Buffers count that `state_dict()` leaves out.
-# 7. Equal bytes in another shape or dtype have another key.
-# 8. How images lie in memory does not count.
+# 6. Buffers that `state_dict()` leaves out count, too.
+# 7. Equal bytes in another shape or dtype give another key.
+# 8. How the images lie in memory makes no difference.
 
 
 # %%
@@ -535,23 +536,25 @@ cache_key = continue_with("2.4a")
 # %% [markdown]
 # ## Exercise 2.4: a cache that notices
 #
-# The key says what belongs together. What is left are the files: when to read one, when to compute, and what to make of a
+# The key says what belongs together. What is left is the files: when to read one, when to compute, and what to do with a
 # file that a full disk has cut short.
 #
 # **Exercise 2.4** (20 min, ●●●). Write `cached_features`.
 #
 # *Core*
 #
-# 1. What was computed once is read from a file, for equal copies and by the next kernel, too; `compute` does not run.
-# 2. Other weights, images or settings are computed, and results stay: going back to an earlier backbone computes nothing.
+# 1. A result that was computed once is read from a file, also for equal copies and in the next kernel; `compute` does not
+#    run again.
+# 2. For other weights, images or settings `compute` runs. Old results stay: going back to an earlier backbone computes
+#    nothing.
 # 3. Only `folder` remembers: in an emptied folder, or in another one, everything is computed again.
 #
 # *Fine print*
 #
-# 4. A file that is empty or cut short counts as no file, and is replaced.
+# 4. A file that is empty or cut short counts as missing, and is replaced.
 # 5. If `compute` raises, so does the call, and nothing is left that a later call takes for a result.
-# 6. Settings in another order are equal. Those that differ in their last digit are not.
-# 7. Images of equal bytes in another shape are other images.
+# 6. Settings in another order are the same settings. Settings that differ in their last digit are not.
+# 7. Images with equal bytes but another shape are other images.
 
 
 # %%
@@ -618,8 +621,8 @@ if isinstance(test.inputs, torch.Tensor):
 
 # %% [markdown]
 # For a network of 0.3 million parameters that is a small gain. It grows with the network: the key costs one pass over
-# weights and data, the features a pass *through* the network. `helpers.features.cached_features` does the same for lists of
-# texts and files, and also notices a file whose bytes were changed.
+# weights and data, the features cost a pass through the network. `helpers.features.cached_features` does the same for lists
+# of texts and files, and also notices a file whose bytes were changed.
 #
 # ## Exercise 2.5: weights that know what they want
 #
@@ -667,18 +670,18 @@ show(
 from torchvision.models import WeightsEnum
 
 # %% [markdown]
-# So let the weights say what to do: an image prepared in another way is an image that the network was not trained on, and it
-# answers all the same.
+# So let the weights say what to do. A network also answers if an image was prepared in another way, but it was not trained
+# on such images.
 #
 # **Exercise 2.5** (20 min, ●●○). Write `classify`: what a network sees in photographs, in words.
 #
 # *Core*
 #
-# 1. Each image goes through `weights.transforms()` as it is, and through nothing else.
-# 2. An output has the name that stands at its index in `weights.meta["categories"]`.
-# 3. Each image, in their order, gets `k` pairs `(category, probability)`, likeliest first.
-# 4. The probabilities are the softmax over all categories, however many are listed, and not rounded.
-# 5. The network runs in eval mode: what an image gets depends on that image alone.
+# 1. Each image goes through `weights.transforms()` as it is, with no other step before or after.
+# 2. The name of an output is at its index in `weights.meta["categories"]`.
+# 3. Each image, in the order given, gets `k` pairs `(category, probability)`, the likeliest first.
+# 4. The probabilities are the softmax over all categories, however many are listed. They are not rounded.
+# 5. The network runs in eval mode: the answer for an image depends on that image alone.
 #
 # *Fine print*
 #
@@ -745,18 +748,18 @@ if profile is helpers.profiles.PROFILES["hub"]:
     for answer in classify(weights, hub.torchvision_model(weights), photos, 3):
         print(", ".join(f"{name} {probability:.2f}" for name, probability in answer))
 else:
-    print(f'{weights} would be downloaded: choose "hub" for it')
+    print(f'to download {weights} and see its answers, choose the profile "hub" above')
 
 # %% [markdown]
 # # Part 2: texts
 #
-# The same plan, another kind of input: an encoder that was trained on pairs of sentences. The task: the first paragraph of a
-# docstring of Python's standard library, and which of six topics it belongs to. The docstrings are read from the Python that
-# runs this notebook.
+# The plan is the same. Now the inputs are texts, and the network is an encoder that was trained on pairs of sentences. The
+# task: to which of six topics does a docstring belong? The texts are first paragraphs of docstrings of Python's standard
+# library, read from the Python that runs this notebook.
 #
 # Has the encoder seen this before? Not the topics. But its model card lists `code_search_net`, 1,151,414 pairs of code and
 # docstring, among the data that it learned from, so the language of docstrings is familiar to it. What follows shows what
-# features are worth *near* home. On texts of a kind that it has never met, expect less.
+# features are worth near home. On texts of a kind that the encoder has never met, expect less.
 
 # %% tags=["demo"]
 splits = progress_bar(("train", "validation", "test"), "reading")
@@ -778,22 +781,23 @@ guess_texts = predict(tf_idf=None, features=None)  # guessing at random gets 0.1
 # ## Exercise 2.6: from texts to numbers
 #
 # An encoder sees *tokens*: pieces of words (*WordPiece*), each with a number. Shorter texts of a batch are filled up with
-# *padding*, and an *attention mask* says which tokens are real. A tokenizer does all of it, and belongs to the weights as
-# the transforms did.
+# *padding*, and an *attention mask* says which tokens are real. A tokenizer does all of this, and belongs to the weights,
+# as the transforms did.
 #
 # **Exercise 2.6** (25 min, ●●○). Write `tokenize`.
 #
 # *Core*
 #
-# 1. Texts are put in small letters and split at white space, of any kind and amount.
-# 2. A word becomes the longest piece it begins with, then the longest its rest begins with, looked up with `##` before it.
-# 3. If no piece fits the rest, the whole word is one `[UNK]`: no piece is given back.
-# 4. A text is `[CLS]`, its pieces, `[SEP]`. More than `max_length` tokens lose pieces at the end.
-# 5. Shorter texts get `[PAD]` at their end, up to the longest of the batch; the mask is 1 on tokens and 0 on padding.
+# 1. Texts are lowercased and split at white space, of any kind and amount.
+# 2. A word becomes the longest piece it begins with, then the longest piece its rest begins with (looked up with `##`
+#    before it), and so on.
+# 3. If no piece fits the rest, the whole word is one `[UNK]`: no piece is exchanged for a shorter one.
+# 4. A text becomes `[CLS]`, its pieces, `[SEP]`. Beyond `max_length` tokens, its last pieces are left out.
+# 5. Shorter texts get `[PAD]` at the end, up to the longest of the batch. The mask is 1 on tokens, 0 on padding.
 #
 # *Fine print*
 #
-# 6. Punctuation, digits and accents are letters like all others.
+# 6. Punctuation, digits and accents are treated like letters.
 
 
 # %%
@@ -858,7 +862,8 @@ tokenize = continue_with("2.6")
 # Hugging Face has a tokenizer for every model: `AutoTokenizer.from_pretrained(name)` loads it, and
 # `tokenizer(texts, padding=True, truncation=True, return_tensors="pt")` gives what `AutoModel.from_pretrained(name)` takes.
 # `text_backbone` has loaded both for `all-MiniLM-L6-v2`, from a package in place of the Hub. The real tokenizer also splits
-# off punctuation and accents before it looks for pieces. With blanks put around punctuation, yours should give the same numbers.
+# off punctuation and accents before it looks for pieces. With spaces around punctuation, yours should give the same
+# numbers.
 
 # %% tags=["demo"]
 import re
@@ -888,9 +893,9 @@ print(f"the same numbers as the real tokenizer: {sum(same)} of {len(same)} texts
 #
 # *Core*
 #
-# 1. Row i is the mean of text i's hidden states over its own tokens. Each of them counts the same, the first and the
-#    last too.
-# 2. What stands at padding changes nothing, even if it is infinite or NaN.
+# 1. Row i is the mean of text i's hidden states over its own tokens. Each of these tokens counts the same, the first and
+#    the last, too.
+# 2. Values at padding change nothing, even if they are infinite or NaN.
 #
 # *Fine print*
 #
@@ -929,8 +934,8 @@ mean_pool = continue_with("2.7")
 # %% [markdown]
 # ### What padding does to a mean
 #
-# One short text, alone and in a batch with a long one. The encoder gets the mask both times. How much of the difference is
-# left when the pooling uses it, too?
+# Take one short text, alone and in a batch with a long one. The encoder gets the mask both times. How much of the
+# difference is left when the pooling uses it, too?
 
 # %% tags=["demo"]
 short, long = min(test_texts.inputs, key=len), max(test_texts.inputs, key=len)
@@ -943,14 +948,14 @@ with torch.no_grad():
         vectors[len(company)] = {"plain mean": hidden.mean(1)[0], "mean_pool": mean_pool(hidden, batch["attention_mask"])[0]}
 for name in ("plain mean", "mean_pool"):
     cosine = F.cosine_similarity(vectors[1][name], vectors[2][name], dim=0)
-    print(f"{name:<11} alone and in company: cosine similarity {cosine:.4f}")
+    print(f"{name:<11} alone and beside the long text: cosine similarity {cosine:.4f}")
 
 # %% [markdown]
 # ## Exercise 2.8a: short texts with short ones
 #
-# In a batch, every text is filled up to the longest, and the encoder spends as much time on padding as on words. Batches
-# of texts of like length waste little. But then the rows come out in another order than the texts went in, and must be
-# put back. Where a row came from and where it has to go are two *permutations*; only for some orders are they the same.
+# In a batch, every text is padded to the longest, and padding costs the encoder as much time as words do. Batches of texts
+# of similar length waste little. But then the rows do not come out in the order of the texts, and must be put back. Where a
+# row came from and where it has to go are two *permutations*; they are the same only for some orders.
 #
 # **Exercise 2.8a** (15 min, ●●○). Write `batches_by_length`.
 #
@@ -958,13 +963,13 @@ for name in ("plain mean", "mean_pool"):
 #
 # 1. Each index from 0 to n - 1 is in one batch, once.
 # 2. No batch holds more than `batch_size` indices, and there are as few batches as that allows.
-# 3. A batch holds texts that follow one another when sorted by length.
-# 4. `back` puts the rows back: `torch.cat([x[part] for part in batches])[back]` is `x` again.
+# 3. The texts of a batch follow one another when all texts are sorted by length.
+# 4. `back` puts rows back in order: `torch.cat([x[part] for part in batches])[back]` is `x` again.
 
 
 # %%
 def batches_by_length(lengths: Tensor, batch_size: int) -> tuple[list[Tensor], Tensor]:
-    """Batches of indices, in which texts of like length meet, and the way back.
+    """Batches of indices, for texts of similar length, and the way back.
 
     >>> batches, back = batches_by_length(torch.tensor([5, 2, 9, 4]), batch_size=3)
     >>> [part.tolist() for part in batches]
@@ -973,7 +978,7 @@ def batches_by_length(lengths: Tensor, batch_size: int) -> tuple[list[Tensor], T
     [2, 0, 3, 1]
 
     Args:
-        lengths: (n,) of int64, n at least 1; some may be equal.
+        lengths: tokens of each text, (n,) of int64, n at least 1; some may be equal.
         batch_size: at least 1.
 
     Returns:
@@ -995,7 +1000,7 @@ batches_by_length = continue_with("2.8a")
 # %% [markdown]
 # ## Exercise 2.8: embeddings, whatever the company
 #
-# Now the whole way, for many texts. An *embedding* stands for its text, so it must not depend on what else is in the
+# Now go the whole way, for many texts. An *embedding* stands for its text, so it must not depend on what else is in the
 # batch. As a *unit vector* it is easy to compare: the dot product of two is the cosine of the angle between them.
 #
 # **Exercise 2.8** (25 min, ●●●). Write `embed` with `batches_by_length`, `mean_pool` and `eval_mode`.
@@ -1006,12 +1011,12 @@ batches_by_length = continue_with("2.8a")
 # 2. Each row is a unit vector.
 # 3. A row depends on its own text alone, whatever other texts are there. Dropout is off.
 # 4. At most `batch_size` texts are in the encoder at once.
-# 5. There is no more padding than batches sorted by length need. One text at a time is allowed too.
+# 5. There is no more padding than in batches sorted by length. One text at a time is allowed, too.
 #
 # *Fine print*
 #
-# 6. The rows have no graph, and are no inference tensors.
-# 7. The encoder is left as it was, each of its modules in the mode it had.
+# 6. The rows have no graph, and are not inference tensors.
+# 7. The encoder is left as it was, each of its modules in the mode that it had.
 
 
 # %%
@@ -1075,7 +1080,7 @@ print(f"{len(texts)} texts in {time.perf_counter() - started:.1f} s")
 
 # %% [markdown]
 # The dot product of two unit vectors is the cosine of the angle between them. Which training texts are nearest to a test
-# text? No label was used for this, and no training.
+# text? This uses no label and no training.
 
 # %% tags=["demo"]
 for row in [int(share * len(test_texts.inputs)) for share in (0, 0.56, 0.92)]:
@@ -1113,12 +1118,13 @@ for number in (5, 50):
     print(f"with {number} labelled texts per topic, {unknown:.0%} of the words of the test texts are in none of them")
 
 # %% [markdown]
-# Word counts know nothing of a word that no labelled text has. The encoder has a vector for each: with 5 labels per topic the
-# probe is ahead of TF-IDF with 50. Training the same encoder from scratch on so few texts is worse than counting words. And
-# fine-tuning all of its millions of weights is ahead of the probe by less than the spread between draws: with these numbers of
-# labels nobody can say that it helps.
+# Word counts know nothing about a word that is in no labelled text. The encoder has a vector for each word: with 5 labels
+# per topic the probe is ahead of TF-IDF with 50. Training the same encoder from scratch on so few texts is worse than
+# counting words. And fine-tuning all of its millions of weights is ahead of the probe by less than the spread between
+# draws: with so few labels nobody can say that it helps.
 #
-# (Both trained arms had 60 steps of 16 texts and the best of three learning rates, the probe the best of three penalties.)
+# (Both ways to train the encoder had 60 steps of 16 texts and the best of three learning rates, the probe the best of three
+# penalties.)
 #
 # ### A split that flatters
 #
@@ -1143,14 +1149,14 @@ for name, values in split_by.items():
     print(f"split {name:<10} {values.mean():.3f} ± {values.std():.3f}")
 
 # %% [markdown]
-# The same texts, the same encoder, 50 labels per topic. The higher number is an answer to another question: how well are
-# texts recognised whose neighbours were labelled? If new texts will come from new modules, the lower number is the true one.
+# The same texts, the same encoder, 50 labels per topic. The higher number answers another question: how well are texts
+# recognised if their neighbours were labelled? If new texts will come from new modules, the lower number is the true one.
 #
 # # At the end
 #
 # ## Turn the knobs
 #
-# All recorded results of both tasks. Choose a task, a number of labels, and which strategies to see.
+# Here are all recorded results of both tasks. Choose a task, a number of labels, and the strategies to see.
 
 # %% tags=["demo"]
 from helpers.explorers import explore_transfer
@@ -1174,15 +1180,15 @@ progress()
 # %% [markdown]
 # ## Takeaways
 #
-# - *Frozen* is two things: `requires_grad=False` keeps parameters from training, eval mode keeps buffers from moving and
-#   an image's features from depending on its neighbours. Neither does the other's work.
+# - Frozen is two things: `requires_grad=False` keeps parameters from training, eval mode keeps buffers from moving and an
+#   image's features from depending on its neighbours. Neither does the other's work.
 # - Put modes back one by one. `train()` at the end switches on what someone else had switched off.
 # - `children()` lists modules, not what `forward` does between them. Replace the head, hook it, or cut the graph.
 # - A linear probe is a convex problem: go on until the gradient has vanished, and what it answers no longer depends on
 #   the optimizer, the start or the seed. So two probes can be compared.
 # - The key of a cache entry is everything the result depends on: weights with buffers, preprocessing, data.
 # - Preprocessing belongs to the weights. Ask them: `weights.transforms()`.
-# - A text's vector must not depend on its batch: give the mask to the encoder *and* to the pooling.
+# - A text's vector must not depend on its batch: give the mask both to the encoder and to the pooling.
 # - Choose settings on validation data, report several draws, and split so that near-copies stay on one side.
 #
 # Words: [backbone](../../docs/glossary.md#backbone), [buffer](../../docs/glossary.md#buffer),
