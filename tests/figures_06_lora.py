@@ -77,7 +77,7 @@ def lost_in_bfloat16(printed):
 MEASURED = {
     "What share of {} new texts": lambda _: TEST_TEXTS,
     "on all {} test texts": lambda _: TEST_TEXTS,
-    "that one draw and {} texts cannot say": lambda _: len(range(0, TEST_TEXTS, 3)),
+    "One draw and {} texts cannot tell": lambda _: len(range(0, TEST_TEXTS, 3)),
     "A layer of 768 x 768 has {} numbers in its weight.": lambda _: 768 * 768,
     "At rank 8, A has 8 x 768 and B has 768 x 8: {} together, {} times fewer": lambda _: [
         2 * 8 * 768,
@@ -113,10 +113,9 @@ GIVEN = [
     "thin matrices of rank 8 beside the queries",
     "has 100 labelled texts of each class",
     "Guessing gets 0.5.",
-    "often 16 or twice the rank",
     "after 50 steps of AdamW",
     "a random choice of 8 directions",
-    "that agree at rank 8",
+    "that agree at rank 8.",
     "grows, up to 15 times",  # held by test_course
     "a layer from 768 to 768 features, rank 8",
     '"LoRA trains 100 times fewer parameters"',
@@ -124,7 +123,7 @@ GIVEN = [
     "a 384 x 384 layer",
     "all 22.6 million parameters",
     "(11.7 million alone",
-    "One batch of 16 texts",
+    "one batch of 16 texts",
     "report 350 GB in place of 1.2 TB",  # Hu et al. 2021, section 4.2
     "LoRA layers at rank 8 on all queries",
     "the same 100 texts per class, 100 steps of 16",
@@ -132,8 +131,7 @@ GIVEN = [
     "0.00005 to 0.0005 for everything, 0.001 to 0.01 for LoRA, 0.01 to 0.1 for the head",
     "for 30 steps of 8, and",
     "draws of 100 steps, on",
-    "with 8 significant bits",
-    "what its ratio differs from 1 by",
+    "difference of its ratio from 1 is noise",
     "where groups = 1.",
     "and one of kernel 1 after it",
     "digits, 10 labels per class",
@@ -148,6 +146,6 @@ GIVEN = [
     '"Rank 4 to 8 suffices for most tasks."',
     "Rank 1 is below rank 8",
     "No order of ranks 2, 8 and 32 holds",
-    "Rank 4 was not tried. That 8 suffices is what we see here, and 2 seems",
+    "Rank 4 was not tried. Here rank 8 suffices, and 2 seems",
     "(alpha was 16 for every rank.",
 ]
