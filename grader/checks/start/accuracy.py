@@ -99,28 +99,57 @@ class IsAFraction(_Counting):
         return {"what stands for all rows": None if factor is None else which(factor, known, "another number")}
 
 
-# The batches above have one size. What depends on sizes is seen with others, one-element cases among them.
-@exercise.experiment("any size", 1, 2)
-class AnySize(Experiment):
-    sizes = ((1, 5), (2, 2), (7, 3), (5, 9))  # rows, classes
+class _Beyond(_Counting):
+    """Beside the batches above, others of a special kind. Who gets those above wrong shows nothing here."""
+
+    def more(self, trial: Trial, batches: list) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the batch is like -> logits and labels."""
+        raise NotImplementedError
 
     def draw(self, trial):
-        batches = {}
-        for rows, classes in self.sizes:
-            labels = trial.permutation(rows) % classes
-            logits = trial.normal(rows, classes)
-            winner = torch.where(torch.arange(rows) > rows // 3, (labels + 1) % classes, labels)
-            logits[torch.arange(rows), winner] = logits.max(1).values + 0.5
-            batches[f"{rows} x {classes}"] = (logits, labels)
-        return {"batches": batches}
+        batches = super().draw(trial)["batches"]
+        return {"batches": batches, "more": self.more(trial, batches)}
 
     def measure(self, subject, inputs):
-        batches = inputs["batches"].items()
-        return {"results": {size: expect_number(subject(*batch), "the accuracy") for size, batch in batches}}
+        more = {kind: expect_number(subject(*batch), "the accuracy") for kind, batch in inputs["more"].items()}
+        return super().measure(subject, inputs) | {"more": more}
 
     def facts(self, raw, inputs):
-        right = {size: _hits(*batch).mean() for size, batch in inputs["batches"].items()}
-        return {"sizes at which the accuracy is right": [s for s, found in raw["results"].items() if near(found, right[s])]}
+        usual = near(raw["results"], [_hits(*batch).mean() for batch in inputs["batches"]])
+        came_right = [kind for kind, batch in inputs["more"].items() if near(raw["more"][kind], _hits(*batch).mean())]
+        return {self.fact: came_right if usual else None}
+
+
+# The batches above have one size. What depends on sizes is seen with others, one-element cases among them.
+@exercise.experiment("any size", 1, 2)
+class AnySize(_Beyond):
+    fact = "sizes at which the accuracy is right"
+    sizes_beside = ((1, 5), (2, 2), (7, 3), (5, 9), (30, 300))  # rows, classes
+
+    def more(self, trial, batches):
+        drawn = {}
+        for rows, classes in self.sizes_beside:
+            labels = trial.permutation(rows) % classes
+            logits = trial.normal(rows, classes)
+            # A winner that is 256 off stands for the label to those who count classes in 8 bits.
+            winner = torch.where(torch.arange(rows) > rows // 3, (labels + (256 if classes > 256 else 1)) % classes, labels)
+            logits[torch.arange(rows), winner] = logits.max(1).values + 0.5
+            drawn[f"{rows} x {classes}"] = (logits, labels)
+        return drawn
+
+
+# A network's logits may be anywhere. Some functions keep their order on paper, and not in the computer.
+@exercise.experiment("any logits", 1)
+class AnyLogits(_Beyond):
+    fact = "logits with which the accuracy is right"
+
+    def more(self, trial, batches):
+        logits, labels = batches[0]
+        return {
+            "all below 0": (logits - logits.max() - 1, labels),
+            "close together": (20 + logits / 256, labels),
+            "in the thousands": (2000 * logits, labels),
+        }
 
 
 def solution(

@@ -59,6 +59,24 @@ def in_tenths(logits, labels):
     return 10 * by_loop(logits, labels)
 
 
+def in_eight_bits(logits, labels):
+    return (logits.argmax(dim=1).byte() == labels.byte()).double().mean()
+
+
+def by_quotients(logits, labels):
+    """A softmax written down as it stands in books."""
+    exponentials = logits.exp()
+    return (torch.argmax(exponentials / exponentials.sum(dim=1, keepdim=True), dim=1) == labels).double().mean()
+
+
+def by_sigmoids(logits, labels):
+    return (logits.sigmoid().argmax(dim=1) == labels).double().mean()
+
+
+def in_half_precision(logits, labels):
+    return (logits.half().argmax(dim=1) == labels).double().mean()
+
+
 CORRECT = [by_loop, by_topk, by_margin]
 REWRITTEN = {
     "percentage": percentage_of_a_loop,
@@ -66,7 +84,10 @@ REWRITTEN = {
     "count": count_in_a_loop,
     "probability of the label": probability_by_hand,
 }
-BROKEN = {1: [over_48, without_axes_of_one, three_best], 2: [in_tenths, percentage_of_a_loop]}
+BROKEN = {
+    1: [over_48, without_axes_of_one, three_best, in_eight_bits, by_quotients, by_sigmoids, in_half_precision],
+    2: [in_tenths, percentage_of_a_loop],
+}
 COMBINED = [
     ({"percentage", "confidence"}, lambda logits, labels: 100 * F.softmax(logits, 1).amax(1).mean()),
     ({"count", "probability of the label"}, lambda logits, labels: F.softmax(logits, 1).gather(1, labels[:, None]).sum()),
