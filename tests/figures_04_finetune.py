@@ -72,11 +72,9 @@ MEASURED = {
 GIVEN = [
     "10 labelled examples of each",
     "on these 100 images",
-    "Howard & Ruder (2018) took 2.6",
     "small as Adam's `eps` of 1e-8 escape",
     "A head trains for 30 steps",
     # Kumar et al. 2022, table 1 and abstract
-    "gains 1 % of accuracy on fine-tuning where the test data are like the training data, and 10 % where they are not",
     "fine-tuning is 2 % ahead of the probe inside the distribution and 7 % behind outside; LP-FT is 1 % ahead of "
     "fine-tuning inside and 10 % outside",
     "question of the beginning: 100 images",
