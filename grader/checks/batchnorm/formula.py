@@ -107,6 +107,7 @@ class _ManyBatches(Experiment):
             "one sample, (1, channels, length)": _batch(trial, 1, c, c),
             "channels last in memory": _batch(trial, 5, c, 4, c).contiguous(memory_format=torch.channels_last),
             "every second sample": _batch(trial, 8, c, c)[::2],
+            "a part of each image": _batch(trial, 4, c, 3, c + 1)[:, :, 1:, :-1],
             "(n, channels, d, h, w)": _batch(trial, 2, c, 3, 2, c),
         }
         if not self.training:
@@ -375,6 +376,7 @@ exercise.misconceptions_of(
         "batch statistics in eval mode": {"normalising": (True, False)},
         "buffers never moved": {"moving": ()},
         "buffers moved in eval mode": {"moving": (True, False)},
+        "layer.training not read": {"normalising": (True, False), "moving": (True, False)},
         "broadcast along the last axis": {"column": lambda values, x: values},
         "weight and bias in train mode only": {"affine": (True,)},
         "statistics without a graph": {"detached": True},

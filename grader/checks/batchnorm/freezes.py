@@ -100,7 +100,8 @@ def from_the_top(model: nn.Module) -> Undo:
             layer.training = mode
 
     model.train = train
-    train(model.training)
+    for layer in modes:
+        layer.training = False
     return let_go
 
 

@@ -22,11 +22,11 @@ from grader.checks.batchnorm.freezes import (
     with_the_default_eps,
     without_momentum,
 )
-from grader.checks.batchnorm.layers import classes_put_back, norms
+from grader.checks.batchnorm.layers import Branches, arrives, backward, classes_put_back, norms
 from grader.checks.networks import with_statistics
 from grader.checks.traces import kept
 from grader.experiment import Exercise, Experiment, Trial, wrong_return
-from grader.near import near, which
+from grader.near import near, same, which
 from helpers.batchnorm import freeze
 
 exercise = Exercise(__name__, "5.4", freeze, core=5)
@@ -51,18 +51,6 @@ class _Freezing(Experiment):
 
         with classes_put_back():
             return self.look(freeze, **inputs)
-
-
-def _backward(output: Tensor) -> None:
-    if output.requires_grad:
-        # Weighted, because the plain sum of a normalised batch is constant.
-        weights = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output)
-        (output.square() * weights).sum().backward()
-
-
-def _arrives(parameter: nn.Parameter) -> bool:
-    """Whether it got any gradient: what keeps one away leaves None or exact zeros, no rounding."""
-    return parameter.grad is not None and bool(parameter.grad.any())
 
 
 def _affine(model: nn.Module) -> list[nn.Parameter]:
@@ -121,8 +109,6 @@ class WhateverTrainSays(_Freezing):
 
 @exercise.experiment("nothing moves", 2)
 class NothingMoves(_Freezing):
-    points = 2
-
     def look(self, freeze, model, x):
         freeze(model)
         with torch.no_grad():
@@ -131,26 +117,25 @@ class NothingMoves(_Freezing):
             for step in range(3):
                 model(x + step)
             after = model.eval()(x)
-        _backward(model.train()(x))
-        return {"before": before, "after": after, "gradients": any(map(_arrives, _affine(model)))}
+        return {"before": before, "after": after}
 
     def facts(self, raw, inputs):
-        moved = {
-            "the running statistics": not near(raw["before"], raw["after"]),
-            "weight and bias": raw["gradients"],
-        }
-        return {"training moves": " and ".join(what for what, moves in moved.items() if moves) or "nothing"}
+        return {"the running statistics of BatchNorms": "stay" if near(raw["before"], raw["after"]) else "move"}
+
+
+@exercise.experiment("no gradients", 2)
+class NoGradients(_Freezing):
+    def look(self, freeze, model, x):
+        freeze(model)
+        backward(model.train()(x))
+        return {"gradients": any(map(arrives, _affine(model)))}
+
+    def facts(self, raw, inputs):
+        return {"gradients of weights and biases of BatchNorms": "some" if raw["gradients"] else "none"}
 
 
 class _Subclass(nn.BatchNorm2d):
     """As many networks define one for themselves."""
-
-
-class _Branches(nn.ModuleDict):
-    """Layers side by side: each maps its own input to its own output."""
-
-    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: branch(inputs[name]) for name, branch in self.items()}
 
 
 @exercise.experiment("every BatchNorm", 3)
@@ -185,17 +170,17 @@ class EveryBatchNorm(_Freezing):
         }
         sizes = {"bn_one": (), "bn_three": (2, 2, 2)}
         x = {name: 3 + 2 * trial.normal(6, c, *sizes.get(name, (3, 2))) for name in branches}
-        return {"model": _Branches(branches), "x": x}
+        return {"model": Branches(branches), "x": x}
 
     def look(self, freeze, model, x):
         affine = {name: list(norms(branch)[0].parameters()) for name, branch in model.items()}
         freeze(model)
         outputs = model.train()(x)
         for output in outputs.values():
-            _backward(output)
+            backward(output)
         return {
             "outputs": {name: output.detach() for name, output in outputs.items()},
-            "gradients": [name for name, parameters in affine.items() if any(map(_arrives, parameters))],
+            "gradients": [name for name, parameters in affine.items() if any(map(arrives, parameters))],
         }
 
     def facts(self, raw, inputs):
@@ -219,20 +204,22 @@ class AllElse(_Freezing):
         layers["instance"] = nn.InstanceNorm2d(c, affine=True, track_running_stats=True)
         layers["conv"].bias.requires_grad_(False)
         dropout = nn.Sequential(OrderedDict(bn=with_statistics(nn.BatchNorm2d(1), trial), dropout=nn.Dropout(0.5)))
+        dropout.resting = nn.Dropout(0.5).eval()
         stranger = with_statistics(nn.BatchNorm2d(1), trial)
         return super().draw(trial) | {"model": nn.Sequential(layers), "dropout": dropout, "stranger": stranger}
 
     def look(self, freeze, model, dropout, stranger, x):
         bn, instance, mean = model.bn, model.instance, model.bn.running_mean.clone()
         freeze(model)
-        _backward(model.train()(x))
+        backward(model.train()(x))
         freeze(dropout)
         with torch.no_grad():
             return {
-                "frozen": torch.equal(bn.running_mean, mean) or not any(map(_arrives, bn.parameters())),
-                "trains": all(map(_arrives, (model.conv.weight, *model.norm.parameters(), *instance.parameters()))),
+                "modes": [dropout.dropout.training, dropout.resting.training],
+                "frozen": torch.equal(bn.running_mean, mean) or not any(map(arrives, bn.parameters())),
+                "trains": all(map(arrives, (model.conv.weight, *model.norm.parameters(), *instance.parameters()))),
                 "moves": bool(instance.running_mean.any()),
-                "stays": _arrives(model.conv.bias),
+                "stays": arrives(model.conv.bias),
                 "dropped": [[dropout.train(mode)(x) for _ in range(2)] for mode in (True, False)],
                 "stranger": [stranger.train(mode)(x) for mode in (False, True)],
             }
@@ -242,6 +229,7 @@ class AllElse(_Freezing):
             stranger = [inputs["stranger"].train(mode)(inputs["x"]) for mode in (False, True)]
         in_train, in_eval = ("off" if near(*pair) else "at work" for pair in raw["dropped"])
         facts = {
+            "right after freeze, dropouts have": "their own modes" if raw["modes"] == [True, False] else "other modes",
             "dropout in train mode": in_train,
             "dropout in eval mode": in_eval,
             "gradients of the convolution and of other norms": "as before" if raw["trains"] else "missing",
@@ -261,7 +249,7 @@ class _Undoing(_Freezing):
             "bn_train": with_statistics(nn.BatchNorm2d(c, momentum=0.4), trial),
             "bn_eval": with_statistics(nn.BatchNorm2d(c, momentum=0.7), trial).eval(),
         }
-        return {"model": _Branches(branches), "x": {name: 3 + 2 * trial.normal(6, c, 3, 2) for name in branches}}
+        return {"model": Branches(branches), "x": {name: 3 + 2 * trial.normal(6, c, 3, 2) for name in branches}}
 
     def look(self, freeze, model, x):
         with torch.no_grad():
@@ -329,21 +317,24 @@ class FlagsAsBefore(_Freezing):
         return inputs
 
     def look(self, freeze, model, x):
-        affine = _affine(model)
+        layers, affine = [model.bn, model.layer1.bn], _affine(model)
         undo = freeze(model)
-        _backward(model(x))
-        meanwhile = any(map(_arrives, affine))
+        backward(model(x))
+        meanwhile = any(map(arrives, affine))
         model.zero_grad()
         with torch.no_grad():
             model.conv.weight += 1
+        stored = [buffer.clone() for layer in layers for buffer in layer.buffers()]
         undo()
-        _backward(model.train()(x))
+        stayed = all(map(same, stored, [buffer for layer in layers for buffer in layer.buffers()]))
+        backward(model.train()(x))
         weight, *others = _affine(model)
         return {
             "meanwhile": meanwhile,
-            "trained": all(map(_arrives, others)),
-            "frozen": _arrives(weight),
+            "trained": all(map(arrives, others)),
+            "frozen": arrives(weight),
             "learned": model.conv.weight.detach().clone(),
+            "statistics": stayed,
         }
 
     def facts(self, raw, inputs):
@@ -361,7 +352,10 @@ class FlagsAsBefore(_Freezing):
 class LearnedInBetween(FlagsAsBefore):
     def flags(self, raw, inputs):
         learned = near(raw["learned"], inputs["model"].conv.weight + 1)
-        return {"what a convolution learned in between": "is kept" if learned else "is lost"}
+        return {
+            "what a convolution learned in between": "is kept" if learned else "is lost",
+            "running statistics, right before undo and right after": "the same" if raw["statistics"] else "different",
+        }
 
 
 @exercise.experiment("two places, and none", 7)
@@ -371,16 +365,16 @@ class TwoPlacesAndNone(_Freezing):
         bn, shared, alone = (with_statistics(nn.BatchNorm2d(c), trial) for _ in range(3))
         blocks = {name: nn.Sequential(OrderedDict(bn=norm)) for name, norm in (("a", bn), ("b", shared), ("c", shared))}
         x = 3 + 2 * trial.normal(6, c, 3, 2)
-        return {"model": _Branches(blocks), "alone": alone, "x": dict.fromkeys(blocks, x)}
+        return {"model": Branches(blocks), "alone": alone, "x": dict.fromkeys(blocks, x)}
 
     def look(self, freeze, model, alone, x):
         def run() -> tuple[dict[str, Tensor], dict[str, bool]]:
             with kept(model, "buffers"), kept(alone, "buffers"):
                 outputs = model.train()(x) | {"alone": alone.train()(x["a"])}
                 for output in outputs.values():
-                    _backward(output)
+                    backward(output)
             parameters = {name: block.bn.parameters() for name, block in model.items()} | {"alone": alone.parameters()}
-            return {name: y.detach() for name, y in outputs.items()}, {n: all(map(_arrives, p)) for n, p in parameters.items()}
+            return {name: y.detach() for name, y in outputs.items()}, {n: all(map(arrives, p)) for n, p in parameters.items()}
 
         undo_model, undo_alone = freeze(model), freeze(alone)
         with torch.no_grad():

@@ -1,9 +1,10 @@
-"""The BatchNorms of a network, and torch's classes of them, for exercises 5.4 and 5.6."""
+"""The BatchNorms of a network, torch's classes of them, and what gradients reach, for exercises 5.4 and 5.6."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 _CLASSES = nn.Module, _NormBase, _BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
@@ -27,3 +28,22 @@ def classes_put_back() -> Iterator[None]:
                     delattr(kind, name)
                 elif value is not attributes[name]:
                     setattr(kind, name, attributes[name])
+
+
+class Branches(nn.ModuleDict):
+    """Layers side by side: each maps its own input to its own output."""
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: branch(inputs[name]) for name, branch in self.items()}
+
+
+def backward(output: Tensor) -> None:
+    if output.requires_grad:
+        # Weighted, because the plain sum of a normalised batch is constant.
+        weights = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output)
+        (output.square() * weights).sum().backward()
+
+
+def arrives(parameter: nn.Parameter) -> bool:
+    """Whether it got any gradient: what keeps one away leaves None or exact zeros, no rounding."""
+    return parameter.grad is not None and bool(parameter.grad.any())

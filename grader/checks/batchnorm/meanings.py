@@ -85,6 +85,13 @@ class _Counting(nn.BatchNorm1d):
         return super().forward(x)
 
 
+class _EvalFromTheFirstTrain(_Counting):
+    """In train mode until train() is called for the first time: that puts it into eval mode, and so does every later call."""
+
+    def train(self, mode: bool = True) -> "_EvalFromTheFirstTrain":
+        return super().train(False)
+
+
 def _into_eval_mode(layer: nn.Module, _) -> None:
     layer.eval()
 
@@ -108,8 +115,8 @@ class _Kinds(Experiment):
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(2, 4)
 
-        def new(kind: type = self.kind, **options: Any) -> nn.Module:
-            return with_statistics(kind(channels, **options), trial)
+        def new(kind: type = self.kind, *, fresh: bool = False, **options: Any) -> nn.Module:
+            return kind(channels, **options) if fresh else with_statistics(kind(channels, **options), trial)
 
         return {"layers": self.layers(new), "x": 4 + 3 * trial.normal(trial.integer(6, 9), channels, *self.size)}
 
@@ -158,7 +165,8 @@ class FourRecipes(_Kinds):
 
     def layers(self, new):
         return {
-            "a BatchNorm as it comes": new(),
+            "a fresh BatchNorm": new(fresh=True),
+            "a BatchNorm that was trained": new(),
             "requires_grad_(False)": new().requires_grad_(False),
             "eval mode that train() does not undo": new(_Stuck),
             "both": new(_Stuck).requires_grad_(False),
@@ -181,7 +189,8 @@ class MeanOrVariance(_Part):
     part = "statistics"
 
     def layers(self, new):
-        return {f"{name} alone stands still": new(_OwnForward, still=name) for name in _RUNNING}
+        slow = {"momentum 0.00005": new(momentum=5e-5)}
+        return {f"{name} alone stands still": new(_OwnForward, still=name) for name in _RUNNING} | slow
 
 
 @exercise.experiment("still and used", 2, 3)
@@ -249,8 +258,9 @@ class LeftAsFound(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         channels = trial.integer(3, 5)
-        in_eval_mode, with_gradients = (with_statistics(_Counting(channels), trial) for _ in range(2))
-        layers = nn.ModuleList([in_eval_mode.eval(), _with_old_gradients(with_gradients)])
+        kinds = _Counting, _Counting, _EvalFromTheFirstTrain
+        in_eval_mode, with_gradients, own_train = (with_statistics(kind(channels), trial) for kind in kinds)
+        layers = nn.ModuleList([in_eval_mode.eval(), _with_old_gradients(with_gradients), own_train])
         with_gradients.bias.requires_grad_(False)
         return {"layers": layers, "x": 4 + 3 * trial.normal(trial.integer(6, 8), channels)}
 

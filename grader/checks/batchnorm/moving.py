@@ -191,6 +191,22 @@ class SmallChanges(_Named):
         model.tiny *= 1.5
 
 
+@exercise.experiment("small changes of a buffer", 5)
+class SmallChangesOfABuffer(_Acting):
+    def draw(self, trial: Trial) -> dict:
+        model = _Average(trial, trial.integer(2, 4))
+        model.average.zero_()[-1] = 1 + trial.integer(0, 7) / 8
+        return {"model": model}
+
+    def act(self, model):
+        model.average[-1] = model.average[-1].nextafter(torch.full_like(model.average[-1], 9))
+        model.start += 1
+
+    def facts(self, raw, inputs):
+        much, little = ("named" if name in raw["names"] else "not named" for name in ("start", "average"))
+        return {"a buffer that changed in the last digit": little if much == "named" else None}
+
+
 @exercise.experiment("new tensors", 7)
 class NewTensors(_Named):
     words: ClassVar = {
@@ -217,10 +233,12 @@ class NewBuffers(_Acting):
     def act(self, model):
         model.average = 0.9 * model.average + 1
         model.start.add_(1)
+        model.last.copy_(model.last.clone())
 
     def facts(self, raw, inputs):
-        in_place, new = ("named" if name in raw["names"] else "not named" for name in ("start", "average"))
-        return {"a new buffer of other values under the old name": new if in_place == "named" else None}
+        in_place, new, rewritten = ("named" if name in raw["names"] else "not named" for name in ("start", "average", "last"))
+        by_values = in_place == "named" and rewritten == "not named"
+        return {"a new buffer of other values under the old name": new if by_values else None}
 
 
 @exercise.experiment("numbers and NaN", 6)
@@ -320,8 +338,13 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def saved(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors_of(model).items() if name in model.state_dict()}
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    buffers = dict(model.named_buffers())
+    return {name: tensor for name, tensor in tensors_of(model).items() if tensor.requires_grad or name in buffers}
+
+
+def floating(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors_of(model).items() if tensor.is_floating_point()}
 
 
 def module_by_module(model: nn.Module) -> dict[str, Tensor]:
@@ -338,7 +361,9 @@ exercise.misconceptions_of(
     {
         "no copies": {"look": lambda tensor: tensor},
         "parameters only": {"find": parameters},
-        "state dict only": {"find": saved},
+        "trainable parameters only": {"find": trainable},
+        "whole numbers left out": {"find": floating},
+        "state dict only": {"find": nn.Module.state_dict},
         "order of the state dict": {"find": module_by_module},
         "running mean and variance only": {"find": _running},
         "totals compared": {"look": torch.nansum},

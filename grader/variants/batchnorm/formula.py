@@ -156,6 +156,10 @@ def mean_of_the_new_values(x, layer):
     return solution(x, layer, stored=around)
 
 
+def in_one_view(x, layer):
+    return solution(x.view(len(x), x.shape[1], -1), layer).view(x.shape) if layer.training else solution(x, layer)
+
+
 def graph_in_the_variance(x, layer):
     var = layer.running_var
     y = solution(x, layer)
@@ -168,7 +172,7 @@ def graph_in_the_variance(x, layer):
 CORRECT = [flattened_to_rows, channel_by_channel, folded_into_scale_and_shift, the_layer_itself]
 REWRITTEN = {"each sample on its own": as_layer_norm_does, "samples counted, not values": bessel_by_len}
 BROKEN = {
-    1: [partial(solution, correction=1), variance_around_zero, pairs_and_more, partial(solution, normalising=())],
+    1: [partial(solution, correction=1), variance_around_zero, pairs_and_more, in_one_view, partial(solution, normalising=())],
     2: [by_whole_batches, counted_in_eval_mode_too, partial(solution, moving=(True, False))],
     3: [cumulative, mean_of_the_new_values, partial(solution, counted=0), partial(solution, share=lambda layer: 0.1)],
     4: [scaled_if_affine_and_training, no_shift_by_the_bias],

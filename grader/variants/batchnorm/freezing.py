@@ -203,6 +203,17 @@ def flags_never_put_back(model):
     return undo
 
 
+def all_in_eval_mode_at_first(model):
+    undo = solution(model)
+    model.eval()
+    return undo
+
+
+def statistics_made_new(model):
+    undo = solution(model)
+    return lambda: (undo(), [layer.reset_running_stats() for layer in norms(model)])
+
+
 def parameters_put_back(model):
     values, let_go = [parameter.detach().clone() for parameter in model.parameters()], solution(model)
 
@@ -244,6 +255,7 @@ BROKEN = {
     3: [partial(solution, find=find) for find in (down_to_the_second_level, of_these_classes)],
     4: [
         whole_model_in_turn,
+        all_in_eval_mode_at_first,
         partial(solution, find=named_after_norms),
         partial(solution, fixed=lambda model, layers: model.modules()),
     ],
@@ -255,7 +267,7 @@ BROKEN = {
     ],
     6: [partial(solution, fix=eval_until_the_next_train), partial(solution, finish=nn.Module.train)],
     7: [partial(solution, find=model_left_out), flags_saved_at_every_place],
-    8: [everything_put_back, parameters_put_back],
+    8: [everything_put_back, parameters_put_back, statistics_made_new],
 }
 COMBINED = [
     (

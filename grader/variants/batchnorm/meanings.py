@@ -96,6 +96,27 @@ def either_statistic(layer, x):
     return solution(layer, x) | {"statistics": any(torch.equal(now, before) for now, before in pairs)}
 
 
+def to_three_digits(layer, x):
+    clone = copy.deepcopy(layer)
+    clone.train()(x)
+    pairs = ((clone.running_mean, layer.running_mean), (clone.running_var, layer.running_var))
+    return solution(layer, x) | {"statistics": all(torch.allclose(*pair, atol=1e-3) for pair in pairs)}
+
+
+def by_mean_and_spread(layer, x):
+    """It forgets that weight and bias come after the normalisation."""
+    output = copy.deepcopy(layer).train()(x).transpose(0, 1).flatten(1)
+    batch = bool((output.mean(1).abs() < 0.01).all() and ((output.std(1) - 1).abs() < 0.1).all())
+    return solution(layer, x) | {"normalisation": not batch}
+
+
+def mode_by_train(layer, x):
+    mode, answer = layer.training, solution(layer, x)
+    layer.train()
+    layer.train(mode)
+    return answer
+
+
 def by_the_counter(layer, x):
     clone = copy.deepcopy(layer).train()
     clone(x)
@@ -151,13 +172,14 @@ CORRECT = [in_place_and_put_back, asked_of_the_stored_statistics, GradientsBetwe
 REWRITTEN = {"settings read off": what_torch_goes_by}
 BROKEN = {
     1: [either_gradient, any_parameter_frozen, partial(solution, read_off=without_the_bias)],
-    2: [either_statistic, by_the_counter, partial(solution, watched=["running_var"])],
-    3: [the_same_batch_twice, still_is_used],
+    2: [either_statistic, by_the_counter, to_three_digits, partial(solution, watched=["running_var"])],
+    3: [the_same_batch_twice, still_is_used, by_mean_and_spread],
     4: [training_set_by_hand, partial(solution, mode=lambda layer: layer.training)],
     5: [by_the_type_of_forward, what_torch_goes_by, partial(solution, read_off=by_flags)],
     6: [partial(solution, read_off=by_old_gradients_too)],
     7: [
         scaled_in_place,
+        mode_by_train,
         leaving(lambda layer, x: layer.train()),
         leaving(lambda layer, x: layer.eval()),
         leaving(lambda layer, x: layer.zero_grad()),

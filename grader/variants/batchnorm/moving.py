@@ -8,15 +8,17 @@ from itertools import chain
 
 import numpy as np
 import torch
+from torch import nn
 
 from grader.checks.batchnorm.moving import (
     differ,
+    floating,
     module_by_module,
     not_equal,
     parameters,
-    saved,
     solution,
     tensors_of,
+    trainable,
     without_nan,
 )
 
@@ -112,19 +114,9 @@ def with_what_it_did_undone(model, action):
     return names
 
 
-def trainable(model):
-    return {name: tensor for name, tensor in tensors_of(model).items() if tensor.requires_grad or "." not in name} | dict(
-        model.named_buffers()
-    )
-
-
 def matrices(model):
     """Parameters of one dimension or more."""
     return {name: tensor for name, tensor in tensors_of(model).items() if tensor.ndim or name in dict(model.named_buffers())}
-
-
-def floating(model):
-    return {name: tensor for name, tensor in tensors_of(model).items() if tensor.is_floating_point() or "." not in name}
 
 
 def buffers_first(model, action):
@@ -148,6 +140,12 @@ def in_float32(before, now):
 
 def above_a_tiny_difference(before, now):
     return differ(before, now) and not bool((now - before).abs().max() < 1e-10)
+
+
+def nearly_equal_if_a_buffer(model, action):
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    names, now = solution(model, action), dict(model.named_buffers())
+    return [n for n in names if n not in before or not torch.allclose(before[n], now[n], equal_nan=True)]
 
 
 def nans_left_out(before, now):
@@ -181,13 +179,17 @@ BROKEN = {
     2: [partial(solution, find=trainable), partial(solution, find=matrices)],
     3: [partial(solution, find=parameters), partial(solution, find=floating)],
     4: [buffers_first, in_reverse, partial(solution, find=under_every_name), partial(solution, find=module_by_module)],
-    5: [partial(solution, differ=in_float32), partial(solution, differ=above_a_tiny_difference)],
+    5: [
+        partial(solution, differ=in_float32),
+        partial(solution, differ=above_a_tiny_difference),
+        nearly_equal_if_a_buffer,
+    ],
     6: [partial(solution, differ=test) for test in (not_equal, without_nan, nans_left_out, nans_counted, differences_added)],
     7: [partial(solution, afresh=False), other_objects],
 }
 COMBINED = [
     ({"parameters only", "NaN differs from itself"}, partial(solution, find=parameters, differ=not_equal)),
-    ({"state dict only", "totals compared"}, partial(solution, find=saved, look=torch.nansum)),
+    ({"state dict only", "totals compared"}, partial(solution, find=nn.Module.state_dict, look=torch.nansum)),
 ]
 
 EQUIVALENT = {
