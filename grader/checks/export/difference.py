@@ -17,6 +17,9 @@ from helpers.parity import largest_error
 
 exercise = Exercise(__name__, "8.1", largest_error, core=5)
 
+SMALL = 2.0**-18  # what 1 can be added to without rounding; torch.allclose takes twice as much for nothing
+WORST = 1.0003  # so much is one element more than those beside it
+
 
 @exercise.experiment("the worst element", 1, 2)
 class TheWorstElement(Experiment):
@@ -30,8 +33,8 @@ class TheWorstElement(Experiment):
         differences = 0.0004 * (0.5 + torch.rand(n, 3, 4, generator=trial.generator)) * trial.normal(n, 3, 4).sign()
         rows = [0, *(1 + trial.permutation(n - 1)[:4]).tolist()]  # a row for each special element
         positive, largest, worst, upwards, ratio = ((row, trial.integer(0, 2), trial.integer(0, 3)) for row in rows)
-        outputs[positive], outputs[largest], outputs[ratio] = 0.6, -1.0, 0.004
-        differences[worst], differences[upwards], differences[ratio] = -0.08, 0.03, -0.02
+        outputs[positive], outputs[largest], outputs[ratio], outputs[worst] = 0.6, -1.0, 0.004, 0.04
+        differences[worst], differences[upwards], differences[ratio] = -0.08, 0.03, -0.02  # the worst changes its sign
         differences[largest] = -0.06  # so the largest output of the export is another one
         scale = 0.005 + 0.005 * torch.rand((), generator=trial.generator)
         return {
@@ -71,9 +74,14 @@ class TheFirstInputs(Experiment):
         }
 
     def measure(self, subject, inputs):
-        model = Table(inputs["inputs"], inputs["outputs"])
-        exported = Table(inputs["inputs"], inputs["outputs"] + inputs["differences"])
-        return ask(subject, model, exported, inputs["inputs"], inputs["sizes"])
+        model, seen = Table(inputs["inputs"], inputs["outputs"]), []
+        table = Table(inputs["inputs"], inputs["outputs"] + inputs["differences"])
+
+        def exported(x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return table(x)
+
+        return ask(subject, model, exported, inputs["inputs"], inputs["sizes"]) | {"seen": seen}
 
     def facts(self, raw, inputs):
         size, output = inputs["differences"].abs().amax(1), inputs["outputs"].abs().amax(1)
@@ -85,7 +93,10 @@ class TheFirstInputs(Experiment):
             "the largest difference over the largest output of its own row": [(size / output)[:7].max()],
             "0": [0.0],
         }
-        return {"the error of rows of different sizes": figure_of(raw, known)}
+        return {
+            "the error of rows of different sizes": figure_of(raw, known),
+            "batch sizes that the export was given": "all" if set(inputs["sizes"]) <= set(raw["seen"]) else "not all",
+        }
 
 
 class _FourSizes(Experiment):
@@ -101,13 +112,18 @@ class _FourSizes(Experiment):
         """Ask about a model whose outputs are all 1, where it is the same how differences are divided and averaged.
 
         Args:
-            wanted: the batch size to name.
+            wanted: the batch size to name; the answer has no kind if the export was not run at it.
         """
         model = Table(inputs["inputs"], inputs["inputs"].new_ones(len(inputs["inputs"]), WIDTH))
-        table = copy.deepcopy(model)
-        answer = ask(subject, model, lambda x: change(table(x)), inputs["inputs"], sizes or inputs["sizes"])
+        table, seen = copy.deepcopy(model), []
+
+        def exported(x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return change(table(x))
+
+        answer = ask(subject, model, exported, inputs["inputs"], sizes or inputs["sizes"])
         named = {wanted: "the worst", None: "None"}.get(answer["batch_size"], "another")
-        return answer | {"batch_size": named}
+        return answer | {"batch_size": named} | ({} if wanted in seen else {"kind": None})
 
 
 @exercise.experiment("every batch size", 2)
@@ -122,23 +138,26 @@ class EveryBatchSize(_FourSizes):
     def measure(self, subject, inputs):
         def spoil(out: Tensor, times: dict[int, float]) -> Tensor:
             out = out + inputs["unit"] * times.get(len(out), 1)
-            out[len(out) // 2, inputs["column"]] *= 1.0003  # the worst element, by less than `figure_of` looks at
+            out[len(out) // 2, inputs["column"]] *= WORST
             return out
 
-        raw = {}
+        largest = inputs["sizes"][-1]
+        raw = {"small": self.ask_ones(subject, inputs, lambda out: out + (2 if len(out) == largest else 1) * SMALL, largest)}
         for place, worst in zip(("first", "second", "third", "last"), inputs["sizes"], strict=True):
             times = {size: 2 + (position + 1) % 3 / 2 for position, size in enumerate(inputs["sizes"])} | {worst: 5}
             raw[place] = self.ask_ones(subject, inputs, lambda out, times=times: spoil(out, times), worst)
         return raw
 
     def facts(self, raw, inputs):
-        worst, another = [5 * inputs["unit"]], [times * inputs["unit"] for times in (1, 2, 2.5, 3)]
-        known = {"that of the worst": worst, "that of another": another, "0": [0.0]}
+        worst, *others = [(1 + times * inputs["unit"]) * WORST - 1 for times in (5, 1, 2, 2.5, 3)]
+        known = {"that of the worst": [worst], "that of another": others, "0": [0.0]}
+        raw, small = {place: answer for place, answer in raw.items() if place != "small"}, raw["small"]
         figures = [figure_of(answer, known) for answer in raw.values()]
         right = all(figure == "that of the worst" for figure in figures)
         return {
             "the error, if it is largest at the first size": figures[0],
             "the error, if it is largest at a later one": figures[1] if len(set(figures[1:])) == 1 else "it depends",
+            "the error, if it is some millionths": figure_of(small, known | {"that of the worst": [2 * SMALL]}),
             "`batch_size`": [answer["batch_size"] for answer in raw.values()] if right else None,
             "`index`": self._index(raw, inputs) if right else None,
         }
@@ -291,7 +310,7 @@ class Modes(_OfModes):
         return raw
 
     def facts(self, raw, inputs):
-        changes = {name: traces.changes(inputs["model"], after, "modes") for name, after in raw.items()}
+        changes = {name: traces.changes(inputs["model"], after) for name, after in raw.items()}
         return {f"after {name}: {fact}": value for name in changes for fact, value in changes[name].items()}
 
 
@@ -396,6 +415,9 @@ exercise.misconceptions_of(
         "relative to the export": {"errors": lambda wanted, got: (got - wanted).abs() / got.abs().max()},
         "each row by itself": {
             "errors": lambda wanted, got: (got - wanted).flatten(1).abs() / wanted.flatten(1).abs().amax(1, keepdim=True)
+        },
+        "close is equal": {
+            "errors": lambda wanted, got: torch.where(got.isclose(wanted), 0, (got - wanted).abs() / wanted.abs().max())
         },
         "an average": {"figure": torch.mean},
         "differences with their sign": {"errors": lambda wanted, got: (got - wanted) / wanted.abs().max()},

@@ -21,6 +21,7 @@ from grader.near import near
 MODEL = "the model's in eval mode"
 SIZES = 1, 4, 8
 BATCHES = "batch sizes at which it runs, of 1, 4 and 8"
+EXAMPLE = "the example that it was exported with"
 ERROR, NO_ERROR = "an error", "no error"
 RANDOM = "other ones in each run"
 
@@ -121,7 +122,7 @@ class Refusal(Exporting):
 
 
 class ModesAsBefore(EachModel):
-    """What becomes of the modes of models that have a frozen BatchNorm; `inputs["refused"]` cannot be exported."""
+    """What becomes of models that have a frozen BatchNorm, and of their modes; `inputs["refused"]` cannot be exported."""
 
     refused: ClassVar[str]  # what that model is
 
@@ -147,7 +148,7 @@ class ModesAsBefore(EachModel):
         return facts | self._switched(self.refused, inputs["refused"], raw["refused"], failed)
 
     def _switched(self, name: str, model: nn.Module, raw: dict, observable: bool) -> dict[str, str | None]:
-        facts = traces.changes(model, raw["traces"], "modes")
+        facts = traces.changes(model, raw["traces"])
         return {f"{name}: {fact}": value if observable else None for fact, value in facts.items()}
 
 
@@ -178,6 +179,11 @@ def outputs(exported: Callable[[Tensor], Any], inputs: list[Tensor]) -> Outputs:
 def sizes(answers: Outputs) -> list[int]:
     """The batch sizes at which it ran."""
     return [n for n, output in zip(SIZES, answers, strict=True) if output is not None]
+
+
+def of_example(answer: Tensor | None) -> str:
+    """Whether an export runs on the example: one that does not is fixed to something else than its batch size."""
+    return "does not run" if answer is None else "runs"
 
 
 def whose(

@@ -35,11 +35,13 @@ class AnyBatchSize(_ToProgram):
 
     def measure(self, subject, inputs):
         exported = self.export(subject, inputs["model"], inputs["example"])
-        return {"outputs": parity.outputs(exported, inputs["batches"]), "large": parity.outputs(exported, [inputs["large"]])}
+        batches = {"outputs": inputs["batches"], "large": [inputs["large"]], "example": [inputs["example"]]}
+        return {name: parity.outputs(exported, each) for name, each in batches.items()}
 
     def facts(self, raw, inputs):
         large = parity.whose(raw["large"], inputs["model"], [inputs["large"]])
         return {
+            parity.EXAMPLE: parity.of_example(*raw["example"]),
             parity.BATCHES: parity.sizes(raw["outputs"]),
             "outputs": parity.whose(raw["outputs"], inputs["model"], inputs["batches"]),
             f"outputs for {LARGE} rows": large or "it does not run",

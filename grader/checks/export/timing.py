@@ -128,14 +128,14 @@ class _Machine:
         self.reads += 1
         return self.now
 
-    def function(self, name: str, times: list[float]) -> Callable[[], str]:
+    def function(self, name: str, times: list[float]) -> Callable[[], str | None]:
         """A function whose calls take these milliseconds, one after the other and then from the beginning again."""
 
-        def run() -> str:
+        def run() -> str | None:
             own = times[self.calls.count(name) % len(times)]
             self.now += MILLISECOND * own * 2 ** (len(self.calls) / self.doubles_after)
             self.calls.append(name)
-            return name
+            return None if name == NAMES[0] else name  # any(), all() and next() over the calls end at one or the other
 
         return run
 

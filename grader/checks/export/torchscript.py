@@ -1,6 +1,7 @@
 """Exercise 8.2: a model as TorchScript, compiled where that is possible, recorded where it is not."""
 
 import traceback
+import warnings
 from functools import partial, partialmethod
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from grader.experiment import Exercise, Trial
 from helpers.export import to_torchscript
 
 exercise = Exercise(__name__, "8.2", to_torchscript, core=3)
+
+FAR = 20.0  # numbers that nobody would make up
 
 
 class _Rows(nn.Linear):
@@ -45,6 +48,15 @@ class _SumOfHeads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (n, width) -> (n, 3)
         features = self.body(x)
         return sum(head(features) for head in self.heads)
+
+
+class _OfItsExample(_Options):
+    """Runs another way for numbers far from 0, silently, and takes rows apart: a trace knows which example it is of."""
+
+    def forward(self, x: Tensor, **options: object) -> Tensor:  # (n, width) -> (n, 3)
+        with warnings.catch_warnings(action="ignore"):
+            far = bool(x.mean() > FAR / 2)
+        return torch.stack([super(_OfItsExample, self).forward(row) for row in x.unbind()]) * (1 if far else -1)
 
 
 class _ToNumpy(nn.Sequential):
@@ -122,6 +134,22 @@ class WhatScriptCannotCompile(_ToTorchScript, parity.EachModel):
             name: parity.ERROR if raw[name]["error"] else f"outputs are {self.whose(name, raw, inputs) or 'errors'}"
             for name in raw
         }
+
+
+@exercise.experiment("traced with the example", 3)
+class TracedWithTheExample(_ToTorchScript, parity.EachModel):
+    points = 1
+
+    def draw(self, trial: Trial) -> dict:
+        inputs = super().draw(trial)
+        return inputs | {"example": inputs["example"] + FAR, "batches": []}
+
+    def draw_models(self, trial, width):
+        return {"models": {"a model": _OfItsExample(width, 3).eval()}}
+
+    def facts(self, raw, inputs):
+        export = raw["a model"]
+        return {"outputs for the example": None if export["error"] else self.whose("a model", raw, inputs) or "errors"}
 
 
 @exercise.experiment("eval mode", 1)

@@ -133,10 +133,21 @@ def the_model_itself(model, example):
         return model
 
 
+def one_row_is_enough(model, example):
+    return script_or_trace(model, example[:1])
+
+
+def made_up(model, example):
+    return script_or_trace(model, torch.rand_like(example))
+
+
 BROKEN = {
     1: [torchscript(script_or_trace, evaluated=only_the_root), without_batchnorm_in_eval_mode, scripted_in_train_mode],
     2: [torchscript(traced_if_it_can_be), torchscript(traced_if_two_batches_agree)],
-    3: [torchscript(two_errors), torchscript(partial(script_or_trace, caught=RuntimeError))],
+    3: [
+        *(torchscript(export) for export in (two_errors, one_row_is_enough, made_up)),
+        torchscript(partial(script_or_trace, caught=RuntimeError)),
+    ],
     4: [torchscript(an_error_printed), torchscript(the_model_itself)],
     5: [torchscript(script_or_trace, keeping=keeping) for keeping in (one_mode_kept, kept_unless_it_raises, children_kept)],
 }
