@@ -11,10 +11,10 @@
 # %% [markdown]
 # # 08 · Export
 #
-# A trained network is a Python object. Whoever is to use it may have another version of PyTorch, no PyTorch, or no
-# Python. An export turns the network into a file that other programs run. Each format keeps something and loses
-# something, and most of what goes wrong raises no error: the file computes something else. So this chapter starts with
-# the test, and applies it to four ways out.
+# A trained network is a Python object. Its users may have another version of PyTorch, no PyTorch, or no Python. An
+# export turns the network into a file that other programs run. Each format keeps something and loses something, and
+# most of what goes wrong raises no error: the file computes something else. So this chapter starts with the test, and
+# applies it to four ways out.
 #
 # | | |
 # |---|---|
@@ -50,13 +50,13 @@ from helpers.modes import eval_mode
 # %% [markdown]
 # ## The model
 #
-# glyphnet with a head for handwritten digits, fine-tuned as in chapter 04. Its preprocessing, (x - mean) / std, is the
-# first step of its `forward`, so it travels inside every file. What a transform outside of the model does has to be
-# written again wherever the file runs, and is a common place for the two to differ.
+# The model is glyphnet with a head for handwritten digits, fine-tuned as in chapter 04. Its preprocessing, (x - mean)
+# / std, is the first step of its `forward`, so it travels inside every file. A transform outside the model has to be
+# written again wherever the file runs, and there the two often differ.
 #
-# **Predict before you run.** Take the time of the model in PyTorch, for one image, as 1. What does the same network
-# take in ONNX Runtime on the same CPU? And as a torch.export program? And how large is the ONNX file, taking the 1.3 MB
-# of the weights as 1?
+# **Predict before you run.** Take the time of the model in PyTorch, for one image, as 1. How much time does the same
+# network take in ONNX Runtime on the same CPU? And as a torch.export program? And how large is the ONNX file, taking
+# the 1.3 MB of the weights as 1?
 
 # %% tags=["demo"]
 from helpers.predict import predict
@@ -83,9 +83,9 @@ print(f"accuracy {evaluate(model, test):.3f}   weights alone: {(folder / 'weight
 # %% [markdown]
 # ## Exercise 8.1: is it still the same model?
 #
-# An export is another program. Run it and the model on the same inputs, at several *batch sizes*: one that was built in
-# shows at no other. A wrong element is lost in an average, so *parity* looks at the largest difference, and holds it
-# against the largest output: beside an output near 0, rounding is a large ratio.
+# An export is another program. Run it and the model on the same inputs, at several *batch sizes*: an export may have
+# one built in, and only the others show it. An average hides a wrong element, so *parity* looks at the largest
+# difference. It compares that with the largest output, since beside an output near 0 rounding is a large ratio.
 #
 # **Exercise 8.1** (25 min, ●●○). Write `largest_error`.
 #
@@ -99,9 +99,9 @@ print(f"accuracy {evaluate(model, test):.3f}   weights alone: {(folder / 'weight
 #
 # *Fine print*
 #
-# 6. Each module is in its own mode again, also if `exported` raised.
-# 7. No graph of the model's run is kept.
-# 8. An exact export has a batch size, too.
+# 6. Each module is in its own mode afterwards, also if `exported` raised.
+# 7. The model's run keeps no graph.
+# 8. An exact export has a batch size too.
 
 
 # %%
@@ -162,7 +162,8 @@ largest_error = continue_with("8.1")
 # %% [markdown]
 # ### Where a tolerance comes from
 #
-# The model against itself: the same weights and the same images, computed in other ways. None of them is wrong.
+# Here the model is compared with itself: the same weights and the same images, computed in different ways. None of
+# them is wrong.
 
 
 # %% tags=["demo"]
@@ -206,22 +207,23 @@ with torch.no_grad():
 # %% [markdown]
 # ## Exercise 8.2: compile it, or record it
 #
-# *TorchScript* runs without the class that a model is made of, and without Python. There are two ways into it. A
-# *script* is compiled from the source of `forward`, branches and loops included, but its compiler knows only a part of
-# Python. A *trace* records the tensor operations of one run. It takes nearly any Python and keeps none of it: of an `if`
-# the side that the example took, of a loop as many steps as it needed, of train mode a dropout that is on for ever.
+# *TorchScript* runs without Python, and without the model's class. There are two ways into it. A *script* is compiled
+# from the source of `forward`, branches and loops included, but its compiler knows only a part of Python. A *trace*
+# records the tensor operations of one run. It accepts nearly any Python and keeps none of it: an `if` becomes the
+# side that the example took, a loop becomes the steps that it needed, and from train mode a dropout stays on for
+# ever.
 #
 # **Exercise 8.2** (20 min, ●●○). Write `to_torchscript`.
 #
 # *Core*
 #
 # 1. Saved and loaded, the result computes what the model computes in eval mode.
-# 2. What script can compile is scripted: right for any batch size, and on both sides of an `if`.
-# 3. What script cannot compile, whatever its error is, is traced with `example`.
+# 2. A model that script can compile is scripted: right for any batch size, and on both sides of an `if`.
+# 3. A model that script cannot compile, whatever the error, is traced with `example`.
 #
 # *Fine print*
 #
-# 4. If the trace fails too, there is an error.
+# 4. If the trace fails too, an error is raised.
 # 5. Each module is in its own mode again, also after an error.
 
 
@@ -262,7 +264,7 @@ to_torchscript = continue_with("8.2")
 # %% [markdown]
 # ### What each of the two loses
 #
-# A model that branches on its input, and one with arguments that TorchScript's compiler does not know:
+# Here are a model that branches on its input, and one with arguments that TorchScript's compiler does not know:
 
 
 # %% tags=["demo"]
@@ -308,15 +310,15 @@ except Exception as error:
 
 # %% [markdown]
 # The trace is right on images like its example, and wrong by more than the largest logit on the others, without an
-# error. The warning of a Python boolean is all there was, while tracing; outside of this cell it goes to stderr. The
-# script kept the `if`. A script loses nothing in silence: it refuses what its compiler does not know, such as arguments
-# collected with `*`, most of Python's libraries, and much of what transformers are made of.
+# error. While tracing there was only a warning about a Python boolean; outside this cell it goes to stderr. The
+# script kept the `if`. A script loses nothing in silence: it refuses what its compiler does not know, such as
+# arguments collected with `*`, most of Python's libraries, and much of what transformers are made of.
 #
 # TorchScript is a legacy today, deprecated since PyTorch 2.5; PyTorch 2.14 warns at each call, and for Python 3.14 it
-# says that TorchScript is not supported. Models had to be written for its compiler, which never caught up with Python,
-# and its trace freezes branches in silence. In its place stand `torch.export`, which the next exercise has, for what
-# leaves Python, and `torch.compile` for speed within it. TorchScript stays worth knowing: there are many such files,
-# and no other way shows so plainly what a recorded run loses.
+# says that TorchScript is not supported. Models had to be written for its compiler, which never caught up with
+# Python, and its trace freezes branches in silence. Today one uses `torch.export`, the subject of the next exercise,
+# for what leaves Python, and `torch.compile` for speed inside it. TorchScript is still worth knowing: there are many
+# such files, and nothing else shows so plainly what a recorded run loses.
 
 # %% tags=["demo"]
 scripted = to_torchscript(model, test.inputs[:2])
@@ -326,23 +328,23 @@ print("parity of the file:", largest_error(model, torch.jit.load(folder / "model
 # %% [markdown]
 # ## Exercise 8.3: a graph for any number of rows
 #
-# `torch.export` runs the model on tensors without numbers and writes every operation down: an *exported program*, a graph
-# with its weights. Where numbers would decide what comes next, it refuses. Sizes are constants, unless `dynamic_shapes`
-# says that they may vary: a tuple with an entry for each argument of `forward`, a dict from a dimension to a
-# `torch.export.Dim("name")`. This is how to get a *dynamic batch*. A size of 1 stays a constant, even so: arithmetic has
-# special rules for it.
+# `torch.export` runs the model on tensors without numbers and writes down every operation. The result is an *exported
+# program*, a graph with its weights. Where numbers would decide what comes next, it refuses. Sizes are constants,
+# unless `dynamic_shapes` says that they may vary. It is a tuple with an entry for each argument of `forward`: a dict
+# from a dimension to a `torch.export.Dim("name")`. This gives you a *dynamic batch*. But a size of 1 stays a
+# constant: arithmetic has special rules for it.
 #
 # **Exercise 8.3** (20 min, ●●○). Write `to_program`.
 #
 # *Core*
 #
 # 1. Saved and loaded, the program computes what the model computes in eval mode.
-# 2. Its batch size is dynamic: 1, 4 and 8 rows will do, and any larger number.
-# 3. So it is if `example` has a single row.
+# 2. Its batch size is dynamic: it takes 1, 4 or 8 rows, or any larger number.
+# 3. Its batch size is dynamic even if `example` has a single row.
 #
 # *Fine print*
 #
-# 4. What `torch.export` refuses stays an error.
+# 4. An error of `torch.export` is passed on.
 # 5. Each module is in its own mode again, also after an error.
 
 
@@ -395,12 +397,12 @@ print("parity of the file:", largest_error(model, loaded, images, (1, 4, 8)))
 # A program shares its weights with the model until it is saved: train on, and the program changes too. Save it at once,
 # or export a copy.
 #
-# Two files of one program, and one is three times as large. A program keeps its example, and `save` writes all of the
-# memory that the example is a slice of: here 800 test images of 4 KB. Export with a row of your training data, and you
-# may send all of it along. A `clone()` of the rows holds nothing else; made-up rows hold nobody's data.
+# Both files are of the same network, and one is three times as large. A program keeps its example, and `save` writes
+# all of the memory that the example is a slice of: here 800 test images of 4 KB. Export with a row of your training
+# data, and you may send all of it along. A `clone()` of the rows holds nothing else; made-up rows hold nobody's data.
 
 # %% [markdown]
-# A branch that depends on numbers in a tensor cannot be in such a list:
+# A list of operators cannot hold a branch that depends on numbers in a tensor:
 
 # %% tags=["demo"]
 import helpers.export
@@ -422,9 +424,9 @@ print(f"rewritten with torch.where, inverted images: {largest_error(bright, rewr
 # %% [markdown]
 # ### Exported in train mode
 #
-# The popular mistake of all formats, with torch's own functions and the model in train mode, as a training loop leaves
-# it. The error is against the model in eval mode. glyphnet has BatchNorm and no dropout, so a second network gets one,
-# before its first layer:
+# This is the popular mistake in all formats: torch's own functions get the model in train mode, as a training loop
+# leaves it. The error is measured against the model in eval mode. glyphnet has BatchNorm and no dropout, so a second
+# network gets a dropout before its first layer:
 
 # %% tags=["demo"]
 from helpers.progress import progress_bar
@@ -462,26 +464,26 @@ for name, exported in ({"(the model in eval mode)": model} | in_train_mode).item
     print(f"{name:<28}{error:>9.1e}   {right[0]:<34}{right[1]}")
 
 # %% [markdown]
-# The trace and the exported program keep BatchNorm as it is in train mode: it takes the statistics of the batch that it
-# gets. Accuracy on 200 images at once does not show it. Parity shows it at any batch size, and one image at a time, as
-# a service gets them, 120 digits of 200 are lost. The ONNX exporter warns, and writes BatchNorm with its running
-# statistics all the same. Dropout it leaves on, and a quarter of the digits is lost, not the same ones each time.
+# The trace and the exported program keep BatchNorm as it is in train mode: it uses the statistics of the batch that
+# it gets. Accuracy on 200 images at once does not show it. Parity shows it at any batch size. One image at a time, as
+# a service gets them, 120 digits of 200 are lost. The ONNX exporter warns, but it writes BatchNorm with its running
+# statistics. It leaves dropout on, and a quarter of the digits is lost, different ones each time.
 
 # %% [markdown]
 # ## Exercise 8.4: a file for other programs
 #
-# *ONNX* is a file format for networks. *ONNX Runtime* and other programs run it, in many languages, without PyTorch; what
-# they have of your model is this file. `torch.onnx.export` goes through `torch.export`. Three of its defaults do not suit
-# a file that you hand on: all sizes are constants, most weights go to a second file, and the output is named after the
-# operation that made it.
+# *ONNX* is a file format for networks. *ONNX Runtime* and other programs run it, in many languages, without PyTorch;
+# all they get of your model is this file. `torch.onnx.export` works by way of `torch.export`. Three of its defaults
+# do not suit a file that you hand on: all sizes are constants, most weights go to a second file, and the output is
+# named after the operation that made it.
 #
 # **Exercise 8.4** (25 min, ●●●). Write `to_onnx`.
 #
 # *Core*
 #
 # 1. ONNX Runtime computes from the file what the model computes in eval mode, its *logits*, to 1e-5 of the largest.
-# 2. Its batch size is dynamic, also if `example` has a single row.
-# 3. It is all that is needed: a copy in another folder opens there.
+# 2. Its batch size is dynamic, even if `example` has a single row.
+# 3. The file is all that is needed: a copy in another folder opens there.
 # 4. Its input is called `input`, whatever `forward` calls it, and its output `output`.
 #
 # *Fine print*
@@ -523,7 +525,8 @@ def to_onnx(model: nn.Module, example: torch.Tensor, path: Path) -> None:
 
 
 # %% [markdown]
-# The exporter prints what it does; `verbose=False` keeps it quiet. The check exports four times and takes some seconds.
+# The exporter prints what it does; `verbose=False` keeps it quiet. The check exports several times and takes some
+# seconds.
 
 # %%
 check("8.4", to_onnx)  # exports several times: some seconds
@@ -559,23 +562,23 @@ print("labels", test.labels[:8].tolist())
 print("parity of the file:", largest_error(model, helpers.export.OnnxSession(path), images, (1, 4, 8)))
 
 # %% [markdown]
-# The file holds the preprocessing, the network and the head, and the process that ran it never saw torch. (Where
-# the model is mistaken, so is the file: parity compares with the model, not with the labels.) What the file does not
-# hold are the names of the classes, and whatever happens to an image before it is a tensor.
+# The file holds the preprocessing, the network and the head, and the process that ran it never saw torch. (Where the
+# model is wrong, the file is wrong too: parity compares with the model, not with the labels.) The file does not hold
+# the names of the classes, or whatever happens to an image before it is a tensor.
 #
-# Who reads it? ONNX Runtime, in C, C++, C#, Java, JavaScript and more, and other runtimes. TensorFlow does not by
-# itself; of the converters, tf2onnx goes the other way, and onnx2tf, kept by one person, goes this way.
+# Who can read it? ONNX Runtime, in C, C++, C#, Java, JavaScript and more, and other runtimes. TensorFlow cannot by
+# itself. Of the converters, tf2onnx goes the other way; onnx2tf, which one person maintains, goes this way.
 #
 # ### TensorRT
 #
 # *TensorRT* builds an engine, a program for one kind of NVIDIA GPU, from an ONNX file.
-# `helpers.tensorrt.to_tensorrt(onnx_path, path)` is the path by its Python API, in full float32. With its command-line
-# tool it is
+# `helpers.tensorrt.to_tensorrt(onnx_path, path)` does this with its Python API, in full float32. With its
+# command-line tool it is
 #
 #     trtexec --onnx=model.onnx --saveEngine=model.engine --noTF32 --minShapes=input:1x1x32x32 --optShapes=input:4x1x32x32 --maxShapes=input:8x1x32x32
 #
-# TF32, which `--noTF32` turns off, keeps 10 bits of a float32's 23 in products; a tolerance of 1e-5 would be too tight
-# for it. The next cell runs TensorRT where it and a GPU are.
+# TF32, which `--noTF32` turns off, keeps 10 bits of a float32's 23 in products; a tolerance of 1e-5 would be too
+# tight for it. The next cell runs TensorRT if you have it and a GPU.
 
 # %% tags=["demo"]
 from helpers.tensorrt import TensorRTEngine, to_tensorrt
@@ -594,14 +597,15 @@ except helpers.export.ExportFailed as error:
 # ## Exercise 8.5: which one is faster?
 #
 # A first call is slow: memory is asked for, code is compiled, caches are filled (*warm-up*). Later the machine does
-# something else for a moment, and one call is an *outlier*; the *median* does not move. Or it slows down for a minute,
-# and whatever ran in that minute looks slow. So functions take turns. The time of one call is its *latency*.
+# something else for a moment, and one call is an *outlier*; the *median* hardly moves. Or the machine slows down for
+# a minute, and whatever ran in that minute looks slow. So functions take turns. The time of one call is its
+# *latency*.
 #
 # **Exercise 8.5** (20 min, ●●○). Write `median_seconds`.
 #
 # *Core*
 #
-# 1. First every function runs at least once, and these calls do not count.
+# 1. First every function runs at least once; these calls do not count.
 # 2. Then come `rounds` rounds. In each of them every function runs once, in any order.
 # 3. Each call is timed by itself with `clock`, from right before it to right after it.
 # 4. The result is the median of a function's `rounds` times. For an even number of times it is the mean of the
@@ -655,9 +659,9 @@ median_seconds = continue_with("8.5")
 # %% [markdown]
 # ### The table
 #
-# The four files, as they are on the disk, beside the model itself, which is called *eager*: PyTorch runs one operation
-# after the other. Your `largest_error` and your `median_seconds`, on one thread, since more of them measure what else
-# the machine does. (A service uses more. Measure yours.)
+# The table shows the files as they are on the disk, beside the model itself, which is called *eager*: PyTorch runs
+# one operation after the other. Your `largest_error` and your `median_seconds` measure them, on one thread, since
+# several threads also measure what else the machine does. (A service uses more. Measure yours.)
 
 # %% tags=["demo"]
 from helpers.recordings.formats import NEEDS, circumstances, recorded
@@ -694,9 +698,9 @@ guess.beside(
 )
 
 # %% [markdown]
-# Compilers make another kind of file, or none, and take longer to do it. *torch.compile* makes kernels for a model
-# while it runs, for this process; *AOTInductor* compiles an exported program into a package for C++. Both need a C++
-# compiler. They were recorded once, with the other formats, for three networks:
+# Compilers make another kind of file, or none, and take longer. *torch.compile* makes kernels for a model while it
+# runs, for this process; *AOTInductor* compiles an exported program into a package for C++. Both need a C++ compiler.
+# They were recorded once, with the other formats, for three networks:
 
 # %% tags=["demo"]
 print(f"recorded on {circumstances()['machine']}, one thread, {circumstances()['date']}; milliseconds as a share of eager's")
@@ -711,14 +715,14 @@ for name in NEEDS:
     print(f"{name:<16}{f'{first.seconds:.1f} s' if first.seconds else '':>10}" + "".join(f"{cell:>18}" for cell in cells))
 
 # %% [markdown]
-# The files hold the weights and little more. In the record ONNX Runtime takes 0.32 of eager's time for one image and this
-# small network, TorchScript 0.67. Is your table above near to that? Both are ratios of times around a millisecond, and they
-# move from run to run. An exported program gains nothing (1.17), since the same kernels run: it is what the compilers and the
-# ONNX exporter start from.
+# The files hold the weights and little more. In the record ONNX Runtime takes 0.32 of eager's time for one image and
+# this small network, TorchScript 0.67. Is your table above close to that? Both are ratios of times around a
+# millisecond, and they move from run to run. An exported program gains nothing (1.17), since the same kernels run: it
+# is what the compilers and the ONNX exporter start from.
 #
-# On a larger network, or with more rows, there may be less to gain, or more: a compiled resnet18 takes 1.01 of eager's time on 1
-# row, 0.82 on 8 and 0.72 on 32, while glyphnet in ONNX Runtime goes from 0.32 to 0.51. On 32 texts for MiniLM the fastest takes
-# 0.92. So measure yours.
+# On a larger network, or with more rows, you may gain less, or more: a compiled resnet18 takes 1.01 of eager's time
+# on 1 row, 0.82 on 8 and 0.72 on 32, while glyphnet in ONNX Runtime goes from 0.32 to 0.51. On 32 texts for MiniLM
+# the fastest takes 0.92. So measure yours.
 #
 # Read the tables by need, not by row: first where it has to run, then what you measured there.
 #
@@ -734,7 +738,7 @@ for name in NEEDS:
 # For phones there is ExecuTorch, which starts from an exported program; it is not tried here.
 # `helpers.recordings.formats.compare` makes this table for a network of yours.
 #
-# ### Formats, to turn by hand
+# ### Turn the knobs
 
 # %% tags=["demo"]
 from helpers.explorers import explore_export
@@ -753,16 +757,16 @@ progress()
 # %% [markdown]
 # ## Takeaways
 #
-# - An export has passed when a test says so: several batch sizes, inputs that take every branch, eval mode, a tolerance
+# - An export is right when a test says so: several batch sizes, inputs that take every branch, eval mode, a tolerance
 #   with a reason.
 # - A trace is one run. Branches on data are frozen; torch warns, once, on stderr.
 # - The batch size of the example is in the file unless you say that it may vary. An example of one row is a special
 #   case.
-# - Export in eval mode. A trace and an exported program keep train mode without a word. The ONNX exporter warns; today
-#   it switches BatchNorm, and leaves dropout on.
+# - Export in eval mode. A trace and an exported program keep train mode without a word. The ONNX exporter warns;
+#   today it switches BatchNorm to eval mode, and leaves dropout on.
 # - Preprocessing that is not in the model is not in the file.
-# - Formats are compared in turns, after a warm-up, by medians. Measured again, a small difference may turn round: look
-#   at the spread.
+# - Formats are compared in turns, after a warm-up, by medians. A small difference may be reversed when you measure
+#   again: look at the spread.
 # - Which format: first where it has to run, then what you measured there.
 #
 # Words: [AOTInductor](../../docs/glossary.md#aotinductor), [batch size](../../docs/glossary.md#batch-size), [dynamic
