@@ -200,7 +200,7 @@ class SmallChangesOfABuffer(_Acting):
 
     def act(self, model):
         model.average[-1] = model.average[-1].nextafter(torch.full_like(model.average[-1], 9))
-        model.start += 1
+        model.start[-1] += 1
 
     def facts(self, raw, inputs):
         much, little = ("named" if name in raw["names"] else "not named" for name in ("start", "average"))
@@ -273,27 +273,33 @@ class NumbersAndNan(_Named):
 @exercise.experiment("once and for good", 1)
 class OnceAndForGood(Experiment):
     def draw(self, trial: Trial) -> dict:
-        return {"model": nn.Linear(3, trial.integer(2, 5)), "x": trial.normal(4, 3)}
+        layers = OrderedDict(body=nn.Linear(3, trial.integer(2, 5)), dropout=nn.Dropout(0.5).eval())
+        return {"model": nn.Sequential(layers), "x": trial.normal(4, 3)}
 
     def measure(self, subject, inputs):
         model, x, calls = inputs["model"], inputs["x"], []
 
+        def modes() -> list[bool]:
+            return [module.training for module in model.modules()]
+
         def action() -> None:
             output = model(x)
-            calls.append([output.requires_grad, model.training])
+            calls.append([output.requires_grad, modes()])
             with torch.no_grad():
-                model.bias += 1
+                model.body.bias += 1
 
         _names(subject(model, action))
-        return {"calls": calls, "bias": model.bias.detach().clone(), "mode": model.training}
+        return {"calls": calls, "bias": model.body.bias.detach().clone(), "modes": modes()}
 
     def facts(self, raw, inputs):
-        there = not torch.equal(raw["bias"], inputs["model"].bias)
+        there = not torch.equal(raw["bias"], inputs["model"].body.bias)
+        modes = [module.training for module in inputs["model"].modules()]
+        found = [raw["modes"], *(during for _, during in raw["calls"])]
         return {
             "calls of the action": len(raw["calls"]),
             "what the action did": None if not raw["calls"] else "is there" if there else "was put back",
             "outputs that the action computes have a graph": "yes" if all(graph for graph, _ in raw["calls"]) else "no",
-            "the model's mode": "as it was" if raw["mode"] and all(mode for _, mode in raw["calls"]) else "changed",
+            "the modes of its modules": "as they were" if all(now == modes for now in found) else "changed",
         }
 
 

@@ -107,6 +107,11 @@ def in_eval_mode(model, action):
     return solution(model, action)
 
 
+def in_train_mode(model, action):
+    model.train()
+    return solution(model, action)
+
+
 def with_what_it_did_undone(model, action):
     state = copy.deepcopy(model.state_dict())
     names = solution(model, action)
@@ -175,7 +180,14 @@ REWRITTEN = {
     "a gradient taken for movement": looked_at_the_gradients,
 }
 BROKEN = {
-    1: [acting_twice, in_eval_mode, with_what_it_did_undone, torch.no_grad()(solution), torch.inference_mode()(in_numpy)],
+    1: [
+        acting_twice,
+        in_eval_mode,
+        in_train_mode,
+        with_what_it_did_undone,
+        torch.no_grad()(solution),
+        torch.inference_mode()(in_numpy),
+    ],
     2: [partial(solution, find=trainable), partial(solution, find=matrices)],
     3: [partial(solution, find=parameters), partial(solution, find=floating)],
     4: [buffers_first, in_reverse, partial(solution, find=under_every_name), partial(solution, find=module_by_module)],
