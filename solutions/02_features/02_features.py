@@ -817,8 +817,8 @@ def tokenize(
     [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
 
     Args:
-        vocabulary: piece to number, [PAD], [UNK], [CLS] and [SEP] among them,
-            each under any number: 0 may be a word's.
+        vocabulary: from piece to number. [PAD], [UNK], [CLS] and [SEP] are among the
+            pieces, under any numbers: 0 may be the number of a word.
         texts: n texts, n at least 1; a text may be empty.
         max_length: at least 2.
 

@@ -516,7 +516,7 @@ show(fig, "Six learning rates: the head's begins at step 0, and every ten steps 
 #
 # *Fine print*
 #
-# 6. The head keeps its last output even if `labels` lack that class.
+# 6. The probe covers all classes of the head, even if `labels` lack the last.
 # 7. No hook or changed `forward` is left.
 
 
