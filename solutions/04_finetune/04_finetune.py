@@ -511,8 +511,8 @@ show(fig, "Six learning rates: the head's begins at step 0, and every ten steps 
 # 1. The head computes what the linear probe with that `penalty` computes on the features.
 # 2. Features are what enters the head when every module is in eval mode.
 # 3. The head is the layer called `head`, wherever it stands.
-# 4. The head stays the same layer with the same `Parameter` objects: an optimizer goes on training it.
-# 5. Everything else stays: other parameters, buffers, `requires_grad`, modes.
+# 4. The head's layer and its `Parameter` objects stay the same: an optimizer goes on training them.
+# 5. Everything else stays: parameters, buffers, `requires_grad`, modes.
 #
 # *Fine print*
 #
