@@ -115,7 +115,7 @@ def describe(verdict: Verdict) -> str:
         named = [wrong for wrong in exercise.misconceptions if wrong.key in verdict.named]
         lines += [_fill("     likely    ", f"{wrong.name}. {wrong.hint}") for wrong in named]
         if named and verdict.unexplained:
-            lines.append("     besides   this does not explain all of what differs")
+            lines.append("     besides   this does not explain everything that differs")
         for finding in sorted(verdict.findings, key=lambda finding: not finding.experiment.in_core):
             lines += _lines(finding)
         lines += _what_holds(verdict)
@@ -177,7 +177,7 @@ def _what_next(verdict: Verdict) -> list[str]:
     if verdict.named:
         return [f'     more      hint("{number}")']
     advice = f'Run the example in the stub, step by step. hint("{number}", 2) says what to look at.'
-    return [_fill("     next      ", f"No mistake that is known here fits. {advice}" if _seen(verdict) else advice)]
+    return [_fill("     next      ", f"No known mistake fits. {advice}" if _seen(verdict) else advice)]
 
 
 def _seen(verdict: Verdict) -> bool:
@@ -195,8 +195,8 @@ def _verdict(exercise: Exercise, thing: Subject, table: Table) -> Verdict:
     if stopped := cells.why_old(exercise.name, thing):
         return _refused(
             exercise,
-            f"the last run of the cell that defines `{exercise.name}` failed ({stopped}), so this would judge what it "
-            "defined before. Mend that cell and run it, then this one.",
+            f"the last run of the cell that defines `{exercise.name}` failed ({stopped}), so this would judge an old "
+            "definition. Mend that cell and run it, then this one.",
         )
     if _is_reference(thing, exercise.reference):
         origin = exercise.reference.__module__

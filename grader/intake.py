@@ -149,7 +149,7 @@ def _exercise_ids(cells: Iterable[NotebookNode]) -> list[str]:
     """The names of answers and checks; those of other cells, such as "run-1", occur in every chapter."""
     metadata = [cell.metadata.get("nbgrader") for cell in cells]
     names = [str(meta.get("grade_id")) for meta in metadata if isinstance(meta, dict)]
-    return [name for name in names if re.fullmatch(r"(answer|check)-\d+_\d+", name)]
+    return [name for name in names if re.fullmatch(r"(answer|check)-\d+_\d+[a-z]?", name)]
 
 
 def _chapter_of(name: str) -> str:

@@ -172,7 +172,7 @@ def _explain(error: BaseException, number: str, seconds: float, setting: Setting
     text = " ".join(_text(error).split())
     if where is None and ("on the same device" in text or "and weight type" in text):  # of what the subject had returned
         on = ("on the CPU", "on the GPU") if setting != CPU else ("not on the CPU", "there")
-        return Problem(kind, f"what your code returned is {on[0]}, and its inputs are {on[1]}")
+        return Problem(kind, f"what your code returned is {on[0]}, but its inputs are {on[1]}")
     text = text if len(text) <= 300 else text[:300] + " …"
     return Problem(kind, f"{where or 'your code'} raised {_named(error)}{': ' + text if text else ''}")
 

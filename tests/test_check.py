@@ -92,7 +92,7 @@ def test_an_unknown_mistake_is_described_and_not_guessed(capsys):
     text = said(capsys, lambda backbone, images, batch_size: 2 * right(backbone, images, batch_size))
     assert "features compared with those of eval mode: differ" in text
     assert "likely" not in text
-    assert text.endswith('hint("2.2", 2) says what to look at.') and "No mistake that is known here fits." in text
+    assert text.endswith('hint("2.2", 2) says what to look at.') and "No known mistake fits." in text
 
 
 def test_a_stub_is_not_attempted_and_does_not_stop_the_notebook(capsys):

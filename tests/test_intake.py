@@ -81,6 +81,7 @@ def test_a_name_that_does_not_say_whose_it_is(name):
             "expected a notebook, got JSON of something else.",
         ),
         (notebook("answer-0_1", "check-0_1"), "expected the exercises of 02_features, got 00_start."),
+        (notebook("answer-0_1a"), "expected the exercises of 02_features, got 00_start."),  # a step
         (notebook("answer-99_1", "check-0_1"), "expected the exercises of 02_features, got 00_start and chapter 99."),
         (notebook(), "expected the exercises of 02_features, got none."),
         (notebook(None, 7, ["check-2_1"]), "expected the exercises of 02_features, got none."),

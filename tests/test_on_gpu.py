@@ -21,7 +21,7 @@ ALL = [exercise for topic in TOPICS.values() for exercise in exercises(topic).va
 EXERCISES = [pytest.param(exercise, id=exercise.number) for exercise in ALL]
 # Right solutions that a GPU would refuse, and why: the only ones of which a check may say so.
 NUMPY = "can't convert cuda:0 device type tensor to numpy"
-MADE_THERE = "on the CPU, and its inputs are on the GPU"  # a tensor or a module made without naming a device
+MADE_THERE = "on the CPU, but its inputs are on the GPU"  # a tensor or a module made without naming a device
 CPU_ONLY = {
     ("2.3", "by_gradient_descent"): MADE_THERE,
     ("2.3", "by_hand"): NUMPY,
@@ -152,7 +152,7 @@ def test_what_comes_back_on_the_cpu_is_told(capsys):
     reference = exercises("features")["2.3"].reference
     assert reference(torch.randn(6, 2), torch.arange(6) % 2, 2, 0.1).weight.device.type == "cpu"
     check("2.3", linear_probe)
-    assert "it works on the CPU only: what your code returned is on the CPU, and its inputs are on the GPU." in told(capsys)
+    assert "it works on the CPU only: what your code returned is on the CPU, but its inputs are on the GPU." in told(capsys)
 
 
 def test_autocast_is_tried_where_the_statement_says_so(capsys):
