@@ -21,7 +21,7 @@ _COSINE = (lr_scheduler.CosineAnnealingLR, lr_scheduler.CosineAnnealingWarmResta
 def lr_now(scheduler: LRScheduler, optimizer: Optimizer, lr: float) -> float:
     """What a group of initial learning rate `lr` would have now, had it been there from the start."""
     if scheduler.optimizer is not optimizer:
-        raise ValueError("scheduler must be of this optimizer, got one of another. Build it as Scheduler(optimizer, ...).")
+        raise ValueError("scheduler must belong to this optimizer, got that of another. Build it as Scheduler(optimizer, ...).")
     leaves = _leaves(scheduler)
     for leaf in leaves:
         _check_leaf(leaf, len(optimizer.param_groups))

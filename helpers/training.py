@@ -271,7 +271,9 @@ def _check_measuring(model: nn.Module, validation, every: int | None, early_stop
     if early_stopping is not None and every is None:
         raise ValueError("early_stopping must know when to measure, got no `every`. Pass every=20, say.")
     if early_stopping is not None and getattr(early_stopping, "model", model) is not model:
-        raise ValueError("early_stopping must be of the model that trains, got one of another: EarlyStopping(model, patience).")
+        raise ValueError(
+            "early_stopping must belong to the model that trains, got that of another: EarlyStopping(model, patience)."
+        )
 
 
 def _batches(count: int, batch_size: int):

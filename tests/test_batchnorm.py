@@ -536,7 +536,7 @@ def test_what_cannot_be_frozen_is_said_and_nothing_changes(net):
     with pytest.raises(ValueError) as raised:
         freeze(net, "affine", "stats")
     assert str(raised.value) == (
-        "what must be of ['affine', 'statistics', 'normalisation'], got 'stats'. Leave it out to freeze all of it."
+        "what must be one of ['affine', 'statistics', 'normalisation'], got 'stats'. Leave it out to freeze all of it."
     )
     with pytest.raises(ValueError) as raised:
         freeze(net)

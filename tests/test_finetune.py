@@ -645,7 +645,7 @@ def forgotten(optimizer):
         ),
         (
             lambda o: lr_scheduler.ExponentialLR(torch.optim.SGD([parameter()], lr=1.0), 0.9),
-            "scheduler must be of this optimizer, got one of another. Build it as Scheduler(optimizer, ...).",
+            "scheduler must belong to this optimizer, got that of another. Build it as Scheduler(optimizer, ...).",
         ),
     ],
 )

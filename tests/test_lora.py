@@ -472,7 +472,7 @@ REFUSED = {
     "nothing": ({"targets": []}, r"targets must name a module of Net, got none. Choose from \['tokens', 'query', .*\]."),
     "one in another": (
         {"targets": ["blocks.0", "query"]},
-        r"targets must not lie in one another, got 'blocks.0' and 'blocks.0.query'. Name one of them.",
+        r"targets must not lie inside each other, got 'blocks.0' and 'blocks.0.query'. Name one of them.",
     ),
     "a norm": (
         {"targets": ["query", "1.query_norm"]},

@@ -292,7 +292,7 @@ def test_accuracy_by_hand():
         ),
         (
             {"early_stopping": EarlyStopping(nn.Linear(1, 1), 1), "validation": 1, "every": 1},
-            "early_stopping must be of the model that trains, got one of another: EarlyStopping(model, patience).",
+            "early_stopping must belong to the model that trains, got that of another: EarlyStopping(model, patience).",
         ),
     ],
 )

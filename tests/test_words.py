@@ -72,14 +72,14 @@ HINTS = '["9.1"]\nhints = ["?", ".", "."]\n'
     [
         ("", 'must have a table ["9.1"] with the words of that exercise, and has none. Add it.'),
         ('["9.1"]\nhints = ["?"]', 'must have 3 hints in ["9.1"], got 1: a question, an observation, the formula.'),
-        (HINTS, 'must have the key "it adds" in ["9.1".claims], and has not. Add it.'),
+        (HINTS, 'must have the key "it adds" in ["9.1".claims], but does not. Add it.'),
         (
             HINTS + '["9.1".claims]\n"it adds" = "It adds."',
-            'must have the key "adds one" in ["9.1".misconceptions], and has not. Add it.',
+            'must have the key "adds one" in ["9.1".misconceptions], but does not. Add it.',
         ),
         (
             HINTS + '["9.1".claims]\n"it adds" = "It adds."\n["9.1".misconceptions."adds one"]\nsource = "a test"',
-            'must have the key "hint" in ["9.1".misconceptions."adds one"], and has not. Add it.',
+            'must have the key "hint" in ["9.1".misconceptions."adds one"], but does not. Add it.',
         ),
         (
             '["9.1"\n',

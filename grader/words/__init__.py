@@ -50,7 +50,7 @@ class Words:
 
     def _entry(self, entries: dict, table: str, key: str):
         if key not in entries:
-            raise NoWords(f'{self.file} must have the key "{key}" in {table}, and has not. Add it.')
+            raise NoWords(f'{self.file} must have the key "{key}" in {table}, but does not. Add it.')
         return entries[key]
 
 

@@ -32,7 +32,7 @@ def freeze(model: nn.Module, *what: str) -> Callable[[], None]:
     """
     unknown = [word for word in what if word not in MEANINGS]
     if unknown:
-        raise ValueError(f"what must be of {list(MEANINGS)}, got {unknown[0]!r}. Leave it out to freeze all of it.")
+        raise ValueError(f"what must be one of {list(MEANINGS)}, got {unknown[0]!r}. Leave it out to freeze all of it.")
     what = what or MEANINGS
     layers = layers_of(model)
     homeless = [name for name, layer in layers.items() if layer.running_mean is None]

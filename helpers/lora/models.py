@@ -190,7 +190,7 @@ def _find(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module
     for outer in chosen:
         for inner in chosen:
             if inner.startswith(f"{outer}."):
-                raise ValueError(f"targets must not lie in one another, got {outer!r} and {inner!r}. Name one of them.")
+                raise ValueError(f"targets must not lie inside each other, got {outer!r} and {inner!r}. Name one of them.")
     return chosen
 
 
