@@ -135,7 +135,7 @@ show(fig, "Ten handwritten digits, black ink on white paper, and below the same 
 # *Core*
 #
 # 1. In train mode mean and variance are the batch's, over all axes but the channels.
-# 2. In *eval mode* they are the *running statistics*, and no buffer moves.
+# 2. In *eval mode* mean and variance are the *running statistics*, and no buffer moves.
 # 3. In train mode the three buffers become what `layer(x)` would make of them.
 # 4. `weight` and `bias` act on each channel, in both modes.
 # 5. Gradients are those of `layer(x)`: they flow through mean and variance too.
@@ -232,7 +232,7 @@ for white, on_grey in zip(drift(model, [test.inputs]), drift(model, [grey(test).
 #
 # *Fine print*
 #
-# 5. Any change counts: in the last digit, or two values that swap places.
+# 5. Any change counts, even the last digit, even two swapped values.
 # 6. A NaN that stays has not changed; one that becomes a number has, and so has a number that becomes NaN.
 # 7. Values count, not tensors: an action may put a new tensor under an old name.
 
@@ -504,7 +504,7 @@ show(*draws_figure({"while training, batches of 32": during, "afterwards, in eva
 #
 # *Core*
 #
-# 1. From then on BatchNorms normalise as in eval mode, whatever part of the model `train()` is called on.
+# 1. Frozen BatchNorms normalise as in eval mode, whatever part of the model `train()` is called on.
 # 2. Running statistics stay, and weight and bias get no gradient.
 # 3. Every BatchNorm is frozen, whatever its kind, name and depth.
 # 4. Everything else works as before: dropout, other norms, other parameters, other models.
@@ -513,7 +513,7 @@ show(*draws_figure({"while training, batches of 32": during, "afterwards, in eva
 # *Fine print*
 #
 # 6. Right after `undo()` each BatchNorm has its old mode.
-# 7. All this also holds for one BatchNorm in two places, and for a model that is itself a BatchNorm.
+# 7. `freeze` also works for one BatchNorm in two places, and for a model that is itself a BatchNorm.
 # 8. `undo()` keeps what the model has learned.
 
 
@@ -654,7 +654,7 @@ for name, apply in (("train mode", lambda model: None), ("frozen", freeze)):
 #
 # 1. The mean of a channel is that of all its values, in all batches: every sample and every position counts alike.
 # 2. The variance is the unbiased one of the same values, as if they were a single batch.
-# 3. With a mean of 100 and a standard deviation of 0.01, it is still right to 1 %.
+# 3. With a mean of 100 and a standard deviation of 0.01, the variance is still right to 1 %.
 # 4. Batches are read once and not kept.
 #
 # *Fine print*
@@ -735,9 +735,9 @@ for mean in (0, 1, 10, 100):
 #
 # *Core*
 #
-# 1. While the batches run, BatchNorms normalise with their current batch, and all else works as in eval mode.
+# 1. While the batches run, BatchNorms normalise with their current batch, and everything else works as in eval mode.
 # 2. Afterwards a BatchNorm's statistics are those of all inputs that it saw, as if they were one batch.
-# 3. This holds for every BatchNorm, in train or eval mode.
+# 3. Sentences 1 and 2 hold for every BatchNorm, in train or eval mode.
 #
 # *Fine print*
 #

@@ -107,14 +107,14 @@ for label in (0, 1):
 # 1. It computes `base(x) + alpha / rank * B A x`.
 # 2. A new layer computes what `base` computes, and yet a gradient reaches `A` or `B`.
 # 3. Only `A` and `B` train.
-# 4. Once neither is zero, gradients reach both, and the input through `base` and update.
+# 4. Once neither `A` nor `B` is zero, gradients reach both, and the input through `base` and update.
 #
 # *Fine print*
 #
 # 5. Inputs may have any dimensions before the last.
 # 6. It works with `base` itself, not with a copy, and never changes its weight.
 # 7. `A` and `B` have the dtype and device of `base.weight`, and follow `.to(...)`.
-# 8. The one that starts nonzero starts as the weight of an `nn.Linear` does.
+# 8. The one that starts nonzero starts like the weight of an `nn.Linear`.
 
 
 # %%
@@ -598,10 +598,10 @@ print(f"three draws, {circumstances('word order')}")
 #
 # *Core*
 #
-# 1. In the block every `layer.base.weight` is W + delta, and every `layer.merged` True.
+# 1. In the block every `layer.base.weight` is W + delta, and every `layer.merged` is True.
 # 2. Afterwards every weight has its old bits, in bfloat16 too, and every `merged` is False.
-# 3. This holds after an error too, which still comes out.
-# 4. If a layer is merged already, as by an outer block, it raises a `ValueError` and changes nothing.
+# 3. After an error the same holds, and the error still comes out.
+# 4. A layer that is merged already, as by an outer block, raises a `ValueError` before anything changes.
 #
 # *Fine print*
 #
@@ -609,7 +609,7 @@ print(f"three draws, {circumstances('word order')}")
 # 6. `KeyboardInterrupt` is treated like an error.
 # 7. Gradients are recorded as outside the block; nothing else in the model changes.
 # 8. A model without LoRA layers raises a `ValueError`.
-# 9. It raises one if another module has the `Parameter` of a base weight (*tied weights*), not an equal one.
+# 9. A base weight whose `Parameter` another module has too (*tied weights*) raises one; equal values do not.
 
 
 # %%
@@ -935,8 +935,8 @@ print(f"{'after remove':<16}                            letters kept {letters_ke
 # ## Exercise 6.6: save what was trained, and nothing else
 #
 # One pre-trained model serves many small files, each with an adapter and a head. These files lack the frozen weights,
-# so `load_state_dict` needs `strict=False`, and then passes over every other difference without a word. So compare
-# first, then copy.
+# so `load_state_dict` needs `strict=False`, and then silently passes over every other difference. So compare first,
+# then copy.
 #
 # **Exercise 6.6** (25 min, ●●○). Write `AdapterFile`.
 #
@@ -946,7 +946,7 @@ print(f"{'after remove':<16}                            letters kept {letters_ke
 #    *safetensors*.
 # 2. `load` puts them into another copy of the model, which then computes what the saved one did.
 # 3. A name that only the file has, or that the model trains and the file lacks, raises a `ValueError` with that name.
-# 4. A tensor of another shape raises one too.
+# 4. A tensor of another shape raises a `ValueError` too.
 # 5. After a `ValueError` no parameter has changed.
 #
 # *Fine print*
