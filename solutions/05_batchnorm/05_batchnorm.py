@@ -678,8 +678,8 @@ def pooled_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     Args:
         batches: tensors (n_i, channels) or (n_i, channels, ...) of float32, all with
             the same number of channels, and two values per channel or more in all. A
-            list, or a generator, which has no length: when it gives a batch, memory
-            holds a few others at most.
+            list, or a generator, which has no len(). While it gives a batch, memory
+            may hold a few others, no more.
 
     Returns:
         (mean, var), both (channels,).

@@ -638,7 +638,7 @@ def merged(model: nn.Module) -> Iterator[None]:
             without dropout here. `layer.base` is the frozen nn.Linear. `layer.delta()`
             is the update in the shape of its weight, alpha / rank included, in float32
             even where the weight is bfloat16. While `layer.merged` is True, `layer(x)`
-            is `layer.base(x)` and nothing more: read and set it yourself.
+            is `layer.base(x)` and nothing more: read and set the flag yourself.
 
     Raises:
         ValueError: see 4, 8 and 9; the model is as it was.
@@ -783,7 +783,7 @@ torch.manual_seed(0)
 tied = nn.ModuleDict({"embed": nn.Embedding(100, 16), "norm": nn.LayerNorm(16), "head": nn.Linear(16, 100, bias=False)})
 tied["head"].weight = tied["embed"].weight
 lora.inject(tied, ["head"], rank=2, alpha=4)
-nn.init.normal_(tied["head"].B)  # as if it had been trained, and far
+nn.init.normal_(tied["head"].B)  # as if it had been trained for long
 before = tied["embed"](torch.arange(100)).detach().clone()
 try:
     lora.merge(tied)

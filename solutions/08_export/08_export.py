@@ -120,16 +120,16 @@ def largest_error(
     Args:
         model: in any mode. Its outputs (b, ...) are right: finite, not all 0.
         exported: any function of one batch (b, ...). Its output may have a shape
-            that only broadcasts with the model's: that is another shape.
+            that only broadcasts with the model's: that counts as another shape.
         inputs: (n, ...).
         batch_sizes: each from 1 to n.
 
     Returns:
         "error": over all elements of the output, 0 or more.
-        "batch_size": one of `batch_sizes`; of equals, any.
-        "index": a whole number for each dimension of the batch's output; of equals,
-            any; None will do where the error is infinite. `torch.unravel_index`
-            makes it of the one number that `argmax` gives.
+        "batch_size": one of `batch_sizes`; any of them if several errors are equal.
+        "index": a whole number for each dimension of the batch's output; any of them
+            if several are equal, and None is fine if the error is infinite.
+            `torch.unravel_index` makes it from the one number that `argmax` gives.
     """
     ### BEGIN SOLUTION
     worst = {"error": -1.0}
@@ -631,11 +631,13 @@ def median_seconds(
     {'slow': 2.5, 'fast': 0.5}
 
     Args:
-        functions: name -> a function without arguments. What it returns does not matter. On a
-            GPU it ends with `torch.cuda.synchronize()`, or only the start of the work is timed.
+        functions: name -> a function without arguments. What it returns does not
+            matter. On a GPU it ends with `torch.cuda.synchronize()`, or you would time
+            only the start of the work.
         rounds: at least 1.
-        clock: gives the time in seconds; only differences mean anything. In earnest this is
-            `time.perf_counter`. The check has a clock on which minutes pass in no time.
+        clock: gives the time in seconds; only differences mean anything. In real use
+            this is `time.perf_counter`. The check has a clock of its own, on which
+            minutes pass in no time.
     """
     ### BEGIN SOLUTION
     seconds = {name: [] for name in functions}
