@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from grader.checks import traces
-from grader.checks.export.errors import RELATIVE_ERROR, WIDTH, Remembering, Table, ask, figure_of, figures_of, read
+from grader.checks.export.errors import (
+    AVERAGE,
+    BY_EXPORT,
+    OF_PROBABILITIES,
+    RELATIVE_ERROR,
+    WIDTH,
+    Remembering,
+    Table,
+    ask,
+    figure_of,
+    figures_of,
+    read,
+)
 from grader.experiment import Exercise, Experiment, Trial
 from grader.near import near
 from helpers.parity import largest_error
@@ -93,6 +105,9 @@ class TheFirstInputs(Experiment):
             "the largest difference over the largest output of its own row": [(size / output)[:7].max()],
             "0": [0.0],
         }
+        exported = inputs["outputs"] + inputs["differences"]
+        each = [figures_of(inputs["outputs"][:b], exported[:b]) for b in inputs["sizes"]]
+        known |= {word: [figure for figures in each for figure in figures[word]] for word in (AVERAGE, OF_PROBABILITIES)}
         return {
             "the error of rows of different sizes": figure_of(raw, known),
             "batch sizes that the export was given": "all" if set(inputs["sizes"]) <= set(raw["seen"]) else "not all",
@@ -149,8 +164,17 @@ class EveryBatchSize(_FourSizes):
         return raw
 
     def facts(self, raw, inputs):
-        worst, *others = [(1 + times * inputs["unit"]) * WORST - 1 for times in (5, 1, 2, 2.5, 3)]
-        known = {"that of the worst": [worst], "that of another": others, "0": [0.0]}
+        worst, *others = [self._figures(times, inputs) for times in (5, 1, 2, 2.5, 3)]
+        known = {
+            "that of the worst": worst[RELATIVE_ERROR],
+            "that of another": [figures[RELATIVE_ERROR][0] for figures in others],
+            "0": [0.0],
+            **{
+                word: [figure for figures in (worst, *others) for figure in figures[word]]
+                for word in (BY_EXPORT, OF_PROBABILITIES)
+            },
+            "1": [1.0],
+        }
         raw, small = {place: answer for place, answer in raw.items() if place != "small"}, raw["small"]
         figures = [figure_of(answer, known) for answer in raw.values()]
         right = all(figure == "that of the worst" for figure in figures)
@@ -161,6 +185,13 @@ class EveryBatchSize(_FourSizes):
             "`batch_size`": [answer["batch_size"] for answer in raw.values()] if right else None,
             "`index`": self._index(raw, inputs) if right else None,
         }
+
+    def _figures(self, times: float, inputs: dict) -> dict[str, list[float]]:
+        """What can be made of a row that is off by so many units."""
+        ones = torch.ones(1, WIDTH)
+        spoilt = ones + times * inputs["unit"]
+        spoilt[0, inputs["column"]] *= WORST
+        return figures_of(ones, spoilt)
 
     def _index(self, raw: dict, inputs: dict) -> str:
         worst = [[size // 2, inputs["column"]] for size in inputs["sizes"]]

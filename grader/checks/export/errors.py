@@ -11,8 +11,11 @@ from grader.experiment import WrongReturn, expect_number
 from grader.near import near
 from helpers import expect
 
+ROUNDING = 1e-7  # of a probability in float32, and of its difference from another
 WIDTH = 4  # outputs of a row, where the model gives ones
 RELATIVE_ERROR = "the largest absolute difference over the largest absolute output"
+BY_EXPORT = "the largest absolute difference over the largest absolute output of the export"
+AVERAGE, OF_PROBABILITIES = "an average over all elements", "the largest difference of probabilities"
 
 
 class Table(nn.Module):
@@ -91,7 +94,7 @@ def figures_of(wanted: Tensor, got: Tensor) -> dict[str, list[float]]:
         "the largest absolute difference, not divided": [size.max()],
         "the largest absolute difference over the largest output, signs included": [size.max() / wanted.max()],
         "the largest absolute difference over the mean absolute output": [size.max() / wanted.abs().mean()],
-        "the largest absolute difference over the largest absolute output of the export": [size.max() / got.abs().max()],
+        BY_EXPORT: [size.max() / got.abs().max()],
         "the largest absolute difference over the largest absolute output of its own row": [
             (size.flatten(1).amax(1) / wanted.flatten(1).abs().amax(1)).max()
         ],
@@ -99,8 +102,8 @@ def figures_of(wanted: Tensor, got: Tensor) -> dict[str, list[float]]:
         "the largest difference upwards over the largest output, signs included": [difference.max() / wanted.max()],
         "the largest difference upwards, not divided": [difference.max()],
         "the largest ratio of a difference to its own element": [(size / wanted.abs()).max()],
-        "an average over all elements": averages,
-        "the largest difference of probabilities": [apart, apart / p.max(), logs, logs / p.log().abs().max()],
+        AVERAGE: averages,
+        OF_PROBABILITIES: [apart, apart / p.max(), logs, logs / p.log().abs().max()],
         "0": [0.0],
     }
     return {word: [float(figure) for figure in figures] for word, figures in words.items()}
@@ -110,7 +113,7 @@ def figure_of(raw: dict, known: dict[str, list[float]]) -> str:
     """Which of the known figures the error is.
 
     The first of them, which is right, to within 2 %: there may be an epsilon in what it was divided by. The others to within
-    0.2 %, of which there are so many that something else would soon be near one of them.
+    0.2 %, or the rounding of tiny ones: there are so many that something else would soon be near one of them.
     """
     if raw["kind"] != "a number":
         return raw["kind"]
@@ -118,6 +121,6 @@ def figure_of(raw: dict, known: dict[str, list[float]]) -> str:
     error = 0.0 if near(raw["error"], 0, scale=least) else raw["error"]  # softmax makes nearly 0 of equal differences
     for name, figures in known.items():
         margin = 0.02 if name == next(iter(known)) else 0.002
-        if any(abs(error - figure) <= margin * abs(figure) for figure in figures):
+        if any(abs(error - figure) <= max(margin * abs(figure), min(ROUNDING, 0.01 * abs(figure))) for figure in figures):
             return name
     return "another number"

@@ -76,18 +76,20 @@ class Median(Experiment):
     points = 2
 
     def draw(self, trial: Trial) -> dict:
-        return {"odd": _times(trial, 2 * trial.integer(2, 3) + 1), "even": _times(trial, 6)}
+        odd, even = _times(trial, 2 * trial.integer(2, 3) + 1), _times(trial, 6)
+        return {"odd": odd, "even": even, "alike": [8000.0, 125.0, 1000.0, 125.0, 2000.0, 500.0, 125.0]}
 
     def measure(self, subject, inputs):
         return {name: _ask(subject, {"eager": times}, len(times), starts_at=0.0) for name, times in inputs.items()}
 
     def facts(self, raw, inputs):
-        facts = {}
+        facts, slow = {}, "one of them far too long"
+        what = {"odd": f"odd number of times, {slow}", "even": f"even number of times, {slow}", "alike": "times that are alike"}
         for name, times in inputs.items():
             figure = _which(raw[name]["seconds"], _summaries(times))
             if figure != "the median" and len(raw[name]["calls"]) >= 2 * len(times):
                 figure = DIFFERENT  # of other calls, so that its likeness to one of these figures says nothing
-            facts[f"{name} number of times, one of them far too long"] = figure if raw[name]["reads"] else None
+            facts[what[name]] = figure if raw[name]["reads"] else None
         return facts
 
 

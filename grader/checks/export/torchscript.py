@@ -148,8 +148,10 @@ class TracedWithTheExample(_ToTorchScript, parity.EachModel):
         return {"models": {"a model": _OfItsExample(width, 3).eval()}}
 
     def facts(self, raw, inputs):
-        export = raw["a model"]
-        return {"outputs for the example": None if export["error"] else self.whose("a model", raw, inputs) or "errors"}
+        right = self.whose("a model", raw, inputs) == parity.MODEL
+        return {
+            "outputs for the example": None if raw["a model"]["error"] else parity.MODEL if right else "different, or an error"
+        }
 
 
 @exercise.experiment("eval mode", 1)
@@ -187,6 +189,7 @@ exercise.misconceptions_of(
         "always traced": {"export": torch.jit.trace},
         "always scripted": {"export": lambda model, example: torch.jit.script(model)},
         "one kind of error expected": {"caught": RuntimeError},
+        "another input traced": {"export": lambda model, example: script_or_trace(model, torch.rand_like(example))},
         **parity.MODES,
     },
 )
