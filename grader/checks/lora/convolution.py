@@ -167,6 +167,7 @@ class StrideAndPadding(_Arguments):
 
 @exercise.experiment("dilation", 4)
 class Dilation(_Arguments):
+    controls: ClassVar = ({"stride": (1, 2), "padding": (2, 1)},)
     bases: ClassVar = {
         "dilation 2": {"dilation": 2},
         "dilation (1, 2)": {"dilation": (1, 2)},

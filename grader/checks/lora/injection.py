@@ -14,7 +14,6 @@ from helpers.lora import replace
 
 exercise = Exercise(__name__, "6.3", replace, core=5)
 
-
 FROM_ANOTHER = "made from another object"
 
 
@@ -417,6 +416,7 @@ exercise.misconceptions_of(
         "a dot that stands for any sign": {"ends": lambda name, target: re.search(rf"(^|\.){target}$", name)},
         "last component only": {"ends": lambda name, target: name.rpartition(".")[2] == target},
         "whole names only": {"ends": str.__eq__},
+        "never a whole name": {"ends": lambda name, target: name.endswith("." + target)},
         "direct children only": {"search": lambda model: list(model.named_children())},
         "an attribute with dots": {"put": as_attributes},
         "only nn.Linear": {"kinds": nn.Linear},

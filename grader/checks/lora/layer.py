@@ -36,14 +36,17 @@ class FreshLayer(adapters.FreshLayer):
             layer = layer_of(subject, inputs)
         y = _output(layer, inputs["x"], inputs)
         raw = {"y": y.detach(), "gradients": gradients((y * inputs["g"]).sum(), _adapter(layer, inputs))}
-        if _fill(layer, inputs, times=0):
+        if _fill(layer, inputs):
+            raw["filled"] = _output(layer, inputs["x"], inputs).detach()
+            _fill(layer, inputs, times=0)
             raw["zero"] = _output(layer, inputs["x"], inputs).detach()
         return raw
 
     def facts(self, raw, inputs):
         reached = "A or B" if any(gradient.any() for gradient in raw["gradients"]) else "neither A nor B"
+        used = "zero" in raw and not near(raw["filled"], raw["zero"])  # what does not reach the outputs has no gradient
         return super().facts(raw, inputs) | {
-            "a gradient reaches": reached if raw["gradients"] else None,
+            "a gradient reaches": reached if used else None,
             "once A and B are zero, its outputs are": beside_base(raw["zero"], inputs["y"]) if "zero" in raw else None,
         }
 
@@ -92,10 +95,12 @@ class Gradients(Experiment):
         layer = layer_of(subject, inputs)
         if not _fill(layer, inputs):
             return {}
-        matrix = _matrix(layer, inputs)
+        raw = {"matrix": _matrix(layer, inputs)}
         x = inputs["x"].clone().requires_grad_(True)
         y = _output(layer, x, inputs)
-        return {"matrix": matrix, "gradients": gradients((y * inputs["g"]).sum(), [*_adapter(layer, inputs), x])}
+        raw["gradients"] = gradients((y * inputs["g"]).sum(), [*_adapter(layer, inputs), x])
+        _fill(layer, inputs, times=0)
+        return raw | {"without": _matrix(layer, inputs)}
 
     def facts(self, raw, inputs):
         if not raw:
@@ -107,9 +112,9 @@ class Gradients(Experiment):
             "the update alone": g @ (raw["matrix"] - weight),
             "neither base nor update": torch.zeros_like(x),
         }
-        return {
-            "a gradient reaches A": "yes" if a.any() else "no",
-            "a gradient reaches B": "yes" if b.any() else "no",
+        used = not near(raw["matrix"], raw["without"])
+        reached = {name: ("yes" if gradient.any() else "no") if used else None for name, gradient in (("A", a), ("B", b))}
+        return {f"a gradient reaches {name}": word for name, word in reached.items()} | {
             "the input's gradient comes through": which(x, ways, otherwise="something else"),
         }
 
@@ -257,9 +262,15 @@ class TheStart(Experiment):
         return {"starts": [] if uninitialised else starts, "uninitialised": uninitialised}
 
     def facts(self, raw, inputs):
-        words = {_start(start) for start in raw["starts"] if start.any()}
+        words = {_start(*start) for start in zip(raw["starts"], self._sides(raw, inputs), strict=True) if start[0].any()}
         word = words.pop() if len(words) == 1 else "in different ways" if words else None
         return {"what is not zero at first is": "uninitialised memory" if raw["uninitialised"] else word}
+
+    @staticmethod
+    def _sides(raw, inputs):
+        """What may be called the columns of each: of a matrix that is kept the other way round, either."""
+        for start, name in zip(raw["starts"], ("A", "B"), strict=False):
+            yield start.shape[1:] if start.shape == inputs[name].shape else start.shape
 
 
 # --- what the experiments observe -----------------------------------------------------------------------------------
@@ -304,8 +315,8 @@ def _filled_with_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _start(numbers: Tensor) -> str:
-    """How the numbers of a matrix were drawn. nn.Linear draws from -b to b, b = columns ** -0.5, whichever way it lies."""
+def _start(numbers: Tensor, sides: tuple[int, ...]) -> str:
+    """How the numbers of a matrix were drawn. nn.Linear draws from -b to b, b = columns ** -0.5; columns is one of `sides`."""
     numbers = numbers.double()
     low, high, spread = float(numbers.min()), float(numbers.max()), float(numbers.std())
     if spread < 1e-6 * max(abs(low), abs(high)):
@@ -315,7 +326,7 @@ def _start(numbers: Tensor) -> str:
         return "normal, with a standard deviation of 1" if 0.9 < spread < 1.1 else "normal, with another standard deviation"
     if low >= 0:
         return "never negative"
-    bounds = [side**-0.5 for side in numbers.shape]
+    bounds = [side**-0.5 for side in sides]
     if fourth < 2 and any(0.97 * bound < min(-low, high) and max(-low, high) < 1.001 * bound for bound in bounds):
         return "as nn.Linear draws its weight"
     return "drawn from another range"

@@ -1,10 +1,14 @@
 """What exercise 6.4 is made of: networks with LoRA layers, and a right solution in pieces."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from itertools import combinations
+
 import torch
 from torch import nn
 
-from grader.experiment import Trial
-from helpers import lora
+from grader.experiment import Trial, WrongReturn
+from helpers import expect, lora
 
 SCALING = 3  # alpha / rank: a delta that is scaled again is three times as large
 
@@ -48,6 +52,14 @@ def bits_of(model: nn.Module) -> list[list]:
     return [weight.detach().contiguous().view(torch.uint8).tolist() for weight in weights_of(model)]
 
 
+def manager_of(value: object) -> AbstractContextManager:
+    if not (hasattr(type(value), "__enter__") and hasattr(type(value), "__exit__")):
+        question = " Is it decorated with @contextmanager?" if isinstance(value, Iterator) else ""
+        question = question or (" Is there a return, or a yield?" if value is None else "")
+        raise WrongReturn(f"merged must return a context manager, got {expect.describe(value)}.{question}")
+    return value
+
+
 def some_layer(model: nn.Module, layers: list[lora.Linear]) -> None:
     if not layers:
         raise ValueError("there is no LoRA layer")
@@ -63,6 +75,12 @@ def none_tied(model: nn.Module, layers: list[lora.Linear]) -> None:
         users = [module for module in model.modules() if any(p is layer.base.weight for p in module._parameters.values())]
         if len(users) > 1:
             raise ValueError("a base weight is used by another module too")
+
+
+def none_equal(model: nn.Module, layers: list[lora.Linear]) -> None:
+    parameters = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+    if any(torch.equal(*pair) for pair in combinations(parameters, 2)):
+        raise ValueError("a base weight is used by another module too")
 
 
 class Solution:

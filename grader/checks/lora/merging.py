@@ -1,9 +1,7 @@
 """Exercise 6.4: merged inside the block, every bit as it was afterwards."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from itertools import combinations
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +15,9 @@ from grader.checks.lora.lora_networks import (
     language_model,
     layers_of,
     lora_layer,
+    manager_of,
     network,
+    none_equal,
     none_merged,
     none_tied,
     some_layer,
@@ -26,7 +26,7 @@ from grader.checks.lora.lora_networks import (
 from grader.checks.refusals import raised
 from grader.experiment import Exercise, Experiment, Fact, Trial, WrongReturn
 from grader.near import near
-from helpers import expect, lora
+from helpers import lora
 
 exercise = Exercise(__name__, "6.4", lora.merged, core=4)
 
@@ -56,7 +56,7 @@ class _Blocks(Experiment):
     def _run(subject, model: nn.Module, ending: type[BaseException] | None, x: Tensor) -> dict:
         def block() -> None:
             nonlocal merged
-            with _manager(subject(model)):
+            with manager_of(subject(model)):
                 merged = bits_of(model) != before
                 if ending is not None:
                     raise ending
@@ -92,15 +92,22 @@ class InsideTheBlock(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(4, 6)
-        alone = lora_layer(trial, nn.Linear(width, width), 2)
-        return {"model": network(trial, width), "alone": alone, "x": trial.normal(5, width)}
+        alone, twice = (lora_layer(trial, nn.Linear(width, width), 2) for _ in range(2))
+        model = network(trial, width)
+        model["layers"][1].requires_grad_(False)  # an adapter that no longer trains
+        return {"model": model, "alone": alone, "twice": nn.Sequential(twice, nn.ReLU(), twice), "x": trial.normal(5, width)}
 
     def measure(self, subject, inputs):
         model, alone, x = inputs["model"], inputs["alone"], inputs["x"]
-        with _manager(subject(model)):
+        with manager_of(subject(model)):
             raw = _outputs(model, x)
-        with _manager(subject(alone)):
-            return raw | {"alone": _outputs(alone, x)["base"]}
+        with manager_of(subject(alone)):
+            raw["alone"] = _outputs(alone, x)["base"]
+        try:
+            with manager_of(subject(inputs["twice"])):
+                return raw | {"twice": _outputs(inputs["twice"], x)["base"]}
+        except ValueError:  # no harm is done
+            return raw
 
     def facts(self, raw, inputs):
         return {
@@ -110,6 +117,9 @@ class InsideTheBlock(Experiment):
             "a model that is a LoRA layer itself: what delta added": _updates(
                 raw["alone"], inputs | {"model": inputs["alone"]}
             ),
+            "a layer at two places of a model: what delta added": _updates(raw["twice"], inputs | {"model": inputs["twice"]})
+            if "twice" in raw
+            else [1.0],
         }
 
 
@@ -133,7 +143,7 @@ class OldBits(Experiment):
         raw = {}
         for name, model in inputs.items():
             bits = bits_of(model)
-            with _manager(subject(model)):
+            with manager_of(subject(model)):
                 merged = bits_of(model) != bits
             dtypes = sorted({str(weight.dtype).rpartition(".")[2] for weight in weights_of(model)})
             raw[name] = {"merged": merged, "bits": bits_of(model), "dtypes": dtypes}
@@ -177,11 +187,11 @@ class NotTwice(Experiment):
     def measure(self, subject, inputs):
         raw = {which: _refusal(subject, inputs[which]) for which in self.partly}
         model, x = inputs["model"], inputs["x"]
-        with _manager(subject(model)):
+        with manager_of(subject(model)):
             inside = _outputs(model, x)
         raw |= {"inside": inside, "after one": _outputs(model, x)}
         if inside["flags"] == "all True" and raw["after one"]["flags"] == "all False":  # else it shows in one block
-            with _manager(subject(model)):
+            with manager_of(subject(model)):
                 nested = _raised(subject, model)
                 again = _outputs(model, x)
             raw |= {"nested": nested, "again": again, "after": _outputs(model, x)}
@@ -217,7 +227,7 @@ class TheParameters(Experiment):
     def measure(self, subject, inputs):
         model = inputs["model"]
         before = weights_of(model)
-        with _manager(subject(model)):
+        with manager_of(subject(model)):
             dtypes = sorted({str(weight.dtype) for weight in weights_of(model)})
         after = weights_of(model)
         return {
@@ -257,12 +267,16 @@ class NothingElse(Experiment):
 
     def measure(self, subject, inputs):
         model = inputs["model"]
-        with torch.no_grad(), _manager(subject(inputs["without"])):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.ones_like(parameter)
+        with torch.no_grad(), manager_of(subject(inputs["without"])):
             recorded = [torch.is_grad_enabled()]
-        with _manager(subject(model)):
+        with manager_of(subject(model)):
             recorded.append(torch.is_grad_enabled())
             inside = traces.of(model)
-        return {"recorded": recorded, "inside": inside, "after": traces.of(model)}
+        lost = [parameter for parameter in trained if parameter.grad is None or (parameter.grad != 1).any()]
+        return {"recorded": recorded, "inside": inside, "after": traces.of(model), "lost": lost}
 
     def facts(self, raw, inputs):
         model = inputs["model"]
@@ -271,7 +285,7 @@ class NothingElse(Experiment):
             return [name for name in traces.changed(model, raw[when], kind) if not name.endswith("base.weight")]
 
         how = "as around it" if raw["recorded"] == [False, True] else "always" if all(raw["recorded"]) else "never"
-        facts = {"gradients are recorded in the block": how}
+        facts = {"gradients are recorded in the block": how, "gradients that changed": traces.some(raw["lost"])}
         for kind, what in (("parameters", "other parameters"), ("flags", "their requires_grad"), ("modes", "modes")):
             facts[f"{what} that changed"] = traces.some(changed("inside", kind) + changed("after", kind))
         return facts
@@ -317,14 +331,6 @@ class TiedWeight(Experiment):
         }
 
 
-def _manager(value: object) -> AbstractContextManager:
-    if not (hasattr(type(value), "__enter__") and hasattr(type(value), "__exit__")):
-        question = " Is it decorated with @contextmanager?" if isinstance(value, Iterator) else ""
-        question = question or (" Is there a return, or a yield?" if value is None else "")
-        raise WrongReturn(f"merged must return a context manager, got {expect.describe(value)}.{question}")
-    return value
-
-
 def _outputs(model: nn.Module, x: Tensor) -> dict[str, Any]:
     """What each base layer and each LoRA layer makes of the same inputs, and what the flags say."""
     layers = layers_of(model)
@@ -354,7 +360,7 @@ def _raised(subject, model: nn.Module) -> str:
     """What the block raises that does nothing."""
 
     def block() -> None:
-        with _manager(subject(model)):
+        with manager_of(subject(model)):
             pass
 
     return raised(block)[0]
@@ -369,12 +375,6 @@ def _refusal(subject, model: nn.Module) -> dict[str, str | None]:
     before = state()
     error = _raised(subject, model)
     return {"raised": error, "changed": None if error == "nothing" else "none" if state() == before else "some"}
-
-
-def none_equal(model: nn.Module, layers: list[lora.Linear]) -> None:
-    parameters = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
-    if any(torch.equal(*pair) for pair in combinations(parameters, 2)):
-        raise ValueError("a base weight is used by another module too")
 
 
 def added_in_float32(self, weight, update):

@@ -46,7 +46,13 @@ class SharesOfSquares(Experiment):
 
         longer = SIDE + trial.integer(2, 5)
         line = _scale(trial) * trial.normal(longer)
-        return {"tall": update(longer, SIDE), "wide": update(SIDE, longer), "one-row": line[None], "one-column": line[:, None]}
+        return {
+            "tall": update(longer, SIDE),
+            "wide": update(SIDE, longer),
+            "diagonal": _scale(trial) * torch.diag(torch.tensor(SPECTRUM)),  # rows of many lengths
+            "one-row": line[None],
+            "one-column": line[:, None],
+        }
 
     def measure(self, subject, inputs):
         return {

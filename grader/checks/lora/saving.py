@@ -131,11 +131,11 @@ class _DoesNotFit(_IfItComesBack):
 
     def draw(self, trial: Trial) -> dict:
         width, ranks = sizes(trial)
-        models = {name: Network(width, ranks) for name in ("with bias", "more", "turned", "one column", "other head")}
+        models = {name: Network(width, ranks) for name in ("with bias", "more", "turned", "one column", "other head", "frozen")}
         models |= {"without": Network(width, ranks, bias=False), "rank 1": Network(width, [*ranks[:-1], 1])}
         models["turned"].blocks[2].A = nn.Parameter(torch.randn(width, ranks[0]))
         models["one column"].blocks[2].B = nn.Parameter(torch.randn(width, 1))
-        models["other head"].head = nn.Linear(width, 4)
+        models["other head"].head, models["frozen"].head = nn.Linear(width, 4), nn.Linear(width, 4).requires_grad_(False)
         return super().draw(trial) | models
 
     def look(self, subject, inputs):
@@ -166,6 +166,7 @@ SHAPES = {
     "A of the last layer with its two axes swapped": ("turned", "more", [f"{LAST}A"]),
     "one column in B of the last layer, more in the model": ("one column", "more", [f"{LAST}B"]),
     "4 classes in the file, 3 in the model": ("other head", "more", ["head.weight", "head.bias"]),
+    "3 classes in the file, 4 in the model, whose head is frozen": ("more", "frozen", ["head.weight", "head.bias"]),
 }
 
 
@@ -301,8 +302,7 @@ class FailedSave(_IfItComesBack):
     names = "what the caller gets", "the file afterwards"
 
     def draw(self, trial: Trial) -> dict:
-        models = super().draw(trial)
-        return models | {"second": another_copy(models["trained"])}
+        return (models := super().draw(trial)) | {"second": another_copy(models["trained"])}
 
     def look(self, subject, inputs):
         with path_in_a_folder() as path:

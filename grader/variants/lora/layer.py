@@ -284,6 +284,13 @@ class StartsSmall(StartsOtherwise):
         return nn.init.normal_(weight, std=1e-3)
 
 
+class StartsByTheRank(StartsOtherwise):
+    """As the weight of an nn.Linear from rank to in_features."""
+
+    def start(self, weight):
+        weight.data = nn.init.kaiming_uniform_(weight.detach().T.contiguous(), a=5**0.5).T.contiguous()
+
+
 class StartsAsOnes(StartsOtherwise):
     def start(self, weight):
         return nn.init.ones_(weight)
@@ -331,7 +338,7 @@ BROKEN = {
     5: [TwoDimensions, AlwaysABatch, FlattenedBatch],
     6: [MergedInEvalMode, NumbersOfBase],
     7: [HalfPrecisionForgotten, CastBackInForward, PlainLinears],
-    8: [StartsOtherwise, StartsAsForReLU, StartsPositive, StartsSmall, StartsAsOnes],
+    8: [StartsOtherwise, StartsAsForReLU, StartsByTheRank, StartsPositive, StartsSmall, StartsAsOnes],
 }
 COMBINED = [
     ({first, second}, type("Both", (Layer,), CHANGES[first] | CHANGES[second]))

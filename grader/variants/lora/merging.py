@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from grader.checks.lora.lora_networks import Solution, none_merged, none_tied, some_layer
+from grader.checks.lora.lora_networks import Solution, none_equal, none_merged, none_tied, some_layer
 from grader.checks.lora.merging import (
     ANewParameterAfterwards,
     OldWeightNotCopied,
@@ -14,7 +14,6 @@ from grader.checks.lora.merging import (
     RefusalThatUnmerges,
     added_in_float32,
     no_gradients_in_the_block,
-    none_equal,
 )
 from helpers import lora
 
@@ -176,6 +175,21 @@ class TheFirstLayers(Solution):
             super().merge(layer)
 
 
+class EveryPlace(Solution):
+    """Merges a layer once for each of its places."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        modules = model.named_modules(remove_duplicate=False)
+        self.layers = [module for _, module in modules if isinstance(module, lora.Linear)]
+
+
+class WhatTrains(Solution):
+    def __init__(self, model):
+        super().__init__(model)
+        self.layers = [layer for layer in self.layers if layer.A.requires_grad] or self.layers
+
+
 class InsideOtherModules(Solution):
     """Looks into the model, and so never at the model itself."""
 
@@ -289,6 +303,12 @@ class AdaptersSetToZero(Solution):
         layer.B.data.copy_(layer.kept)
 
 
+class GradientsDropped(Solution):
+    def __exit__(self, kind, error, trace):
+        super().__exit__(kind, error, trace)
+        self.model.zero_grad()
+
+
 @contextmanager
 def always_recorded(model):
     with torch.enable_grad(), Solution(model):
@@ -321,7 +341,15 @@ REWRITTEN = {
     "a new Parameter afterwards": unmerged_into_new_parameters,
 }
 BROKEN = {
-    1: [HalfOfIt, TheFirstLayers, InsideOtherModules, FlagsOfTheModel, _changed("FlagNeverSet", flag_inside=False)],
+    1: [
+        HalfOfIt,
+        TheFirstLayers,
+        InsideOtherModules,
+        EveryPlace,
+        WhatTrains,
+        FlagsOfTheModel,
+        _changed("FlagNeverSet", flag_inside=False),
+    ],
     2: [
         *(NothingInTheFlag, TheSumRounded, NextToOldBits, OldWeightNotCopied),
         _changed("Subtracted", restore=lambda self, layer: layer.base.weight.data.sub_(layer.delta().detach())),
@@ -338,7 +366,7 @@ BROKEN = {
     ],
     5: [ANewParameterAfterwards, ANewParameterInside, Trainable, _changed("InFloat32", add=added_in_float32)],
     6: [OnlyErrorsCaught, InterruptSwallowed, interrupts_not_caught],
-    7: [EvalMode, AdaptersFrozen, AdaptersSetToZero, no_gradients_in_the_block, always_recorded],
+    7: [EvalMode, GradientsDropped, AdaptersFrozen, AdaptersSetToZero, no_gradients_in_the_block, always_recorded],
     8: [
         _changed("AnAssertion", checks=(an_assertion, none_merged, none_tied)),
         _changed("Silent", checks=(none_merged, none_tied)),

@@ -314,6 +314,10 @@ class ShapesNotTold(_OtherError):
             raise ValueError(f"{names}, and {len(shapes)} of another shape")
 
 
+def _of_what_trains(self, model, tensors):
+    return {name for name, p in self.chosen(model).items() if name in tensors and tensors[name].shape != p.shape}
+
+
 class OldFileFirst(Solution):
     def write(self, tensors, path):
         self.path.unlink(missing_ok=True)
@@ -349,9 +353,7 @@ BROKEN = {
             for chosen, own in ((adapters_alone, Solution.own), (_by_their_names, Solution.own), (every_name, every_name))
         ),
         _changed("Empty", save=saved_of_the_state_dict),
-        _changed(
-            "Pickle", write=_pickled, read=lambda self: torch.load(self.path)
-        ),
+        _changed("Pickle", write=_pickled, read=lambda self: torch.load(self.path)),
         NamesWithoutTheirLayer,
     ],
     2: [_changed("Put", put=put) for put in (_into_a_copy, _in_the_order_of_the_file, _all_but_the_head)],
@@ -367,6 +369,7 @@ BROKEN = {
             _changed("Repeated", misshapen=no_names, put=_repeated),
         ),
         _changed("Elements", misshapen=_one_of("elements"), put=_viewed),
+        _changed("OfWhatTrains", misshapen=_of_what_trains),
         *(_changed("InPart", misshapen=_one_of(what), put=_repeated) for what in ("rows", "axes")),
     ],
     5: [ChangedBeforeTheError, ShapesComparedWhileCopying, CopyComplains],
