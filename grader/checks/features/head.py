@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.checks import traces
+from grader.checks.features import left_behind
 from grader.checks.networks import named, with_statistics
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor, wrong_return
 from grader.near import near, which
@@ -139,6 +140,8 @@ class HeadByName(_KnownFeatures):
             "what `head` gives": model(images),
             "what `head` gives without the layer defined last": model.head(torch.tanh(torch.tanh(first))),
             "what the layer defined before `head` gives": first,
+            "what enters the layer defined last": model.act(first),
+            "what enters `pre_head`": images,
             "what the children give, one after the other": model.head_mix(model.head(first)),
         }
 
@@ -177,10 +180,11 @@ class ModelKeepsItsHead(Experiment):
 
     def measure(self, subject, inputs):
         model, images = inputs["model"], inputs["images"]
+        fc = model.fc
         backbone = _backbone(subject, model, "fc")
         before = _features(model, images).clone()
         _features(backbone, images)
-        return {"before": before, "after": _features(model, images)}
+        return {"before": before, "after": _features(model, images), "its own": model.get_submodule("fc") is fc}
 
     def facts(self, raw, inputs):
         model, images = inputs["model"], inputs["images"]
@@ -189,6 +193,7 @@ class ModelKeepsItsHead(Experiment):
         return {
             "what the model gives once drop_head has returned": which(raw["before"], known),
             "what the model gives once features were computed": which(raw["after"], known),
+            "the layer called `fc` afterwards": "its own" if raw["its own"] else "another",
         }
 
 
@@ -239,16 +244,16 @@ class NothingLeftInTheModel(Experiment):
     def measure(self, subject, inputs):
         left, logits = {}, {}
         for name, model in inputs["models"].items():
-            before = _attributes(model)
+            before = left_behind.attributes(model)
             backbone = _backbone(subject, model, name)
             for images in (inputs["images"], inputs["images"][:2]):
                 _features(backbone, images, rows="n")
             logits[name] = [_features(model, inputs["images"]).clone()]
-            left[name] = [_what_is_new(before, _attributes(model))]
+            left[name] = [left_behind.what_is_new(before, left_behind.attributes(model))]
             with suppress(Exception):
                 backbone(inputs["images"][:, :-1])  # too narrow for the model
-            logits[name].append(_features(model, inputs["images"]))
-            left[name].append(_what_is_new(before, _attributes(model)))
+            logits[name].append(_logits_after_all(model, inputs["images"]))
+            left[name].append(left_behind.what_is_new(before, left_behind.attributes(model)))
         return {"left": left, "logits": logits}
 
     def facts(self, raw, inputs):
@@ -299,20 +304,11 @@ class BatchesDoNotPileUp(Experiment):
         return {fact: "at most the last" if sum(raw["left"]) <= 1 else "earlier ones"}
 
 
-def _attributes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """The attributes of every module, and how much is in those that hold something: a hook is in one of them."""
-    return {
-        name: {key: len(value) if isinstance(value, dict | list | set) else 0 for key, value in vars(module).items()}
-        for name, module in model.named_modules()
-    }
-
-
-def _what_is_new(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> str:
-    if before.keys() != after.keys():
-        return "another module"
-    if any(after[name].get(key) != size for name, sizes in before.items() for key, size in sizes.items()):
-        return "a hook"
-    return "nothing" if before == after else "another attribute"
+def _logits_after_all(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's logits; none if it raises, as one does whose hook ends every forward."""
+    with suppress(Exception):
+        return _features(model, images)
+    return images.new_zeros(0)
 
 
 def _backbone(subject, model: nn.Module, name: str):
@@ -336,9 +332,8 @@ def solution(model, name, copied=copy.deepcopy, place=lambda model, name: name.r
     return backbone
 
 
-def _last_linear(model, name):
-    *_, last = (key for key, module in model.named_modules() if isinstance(module, nn.Linear))
-    return last.rpartition(".")[::2]
+def _name_of_the_last(model):
+    return [key for key, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
 
 
 exercise.misconceptions_of(
@@ -348,7 +343,7 @@ exercise.misconceptions_of(
         "whole classifier removed": {"place": lambda model, name: ("", name.split(".")[0])},
         "dotted name as one attribute": {"place": lambda model, name: ("", name)},
         "always fc": {"place": lambda model, name: ("", "fc")},
-        "last layer by order of definition": {"place": _last_linear},
+        "last layer by order of definition": {"place": lambda model, name: _name_of_the_last(model).rpartition(".")[::2]},
         "model put into eval mode": {"copied": lambda model: copy.deepcopy(model.eval())},
         "model frozen": {"copied": lambda model: copy.deepcopy(model.requires_grad_(False))},
     },
@@ -360,16 +355,30 @@ def children_without_the_last(model, name):
     return nn.Sequential(*list(model.children())[:-1])
 
 
-def hooked(model, name, layer=nn.Module.get_submodule, catch=lambda entered, left: entered[0]):
+@contextmanager
+def hook_at(module, hook):
+    """A hook that goes whatever happens."""
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def hook_while_all_goes_well(module, hook):
+    handle = module.register_forward_hook(hook)
+    yield
+    handle.remove()
+
+
+def hooked(model, name, layer=nn.Module.get_submodule, catch=lambda entered, left: entered[0], at=hook_at):
     """A right solution, a hook at the head that catches what enters it, in pieces that a misconception replaces."""
 
     def features(images):
         caught = []
-        hook = layer(model, name).register_forward_hook(lambda module, entered, left: caught.append(catch(entered, left)))
-        try:
+        with at(layer(model, name), lambda module, entered, left: caught.append(catch(entered, left))):
             model(images)
-        finally:
-            hook.remove()
         return caught[0]
 
     return features
@@ -380,47 +389,44 @@ def _layer_before(model, name):
     return model.get_submodule(names[names.index(name) - 1])
 
 
-@contextmanager
-def hook_at(module, hook):
-    """A hook that goes whatever happens."""
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 exercise.misconceptions_of(
     hooked,
     {
         "output of the head": {"catch": lambda entered, left: left},
         "output of the layer before": {"layer": _layer_before, "catch": lambda entered, left: left},
+        "hook at the layer defined last": {"layer": lambda model, name: model.get_submodule(_name_of_the_last(model))},
+        "hook removed only if all goes well": {"at": hook_while_all_goes_well},
     },
 )
 
 
-@exercise.misconception("first batch kept")
-def first_batch_kept(model, name):
-    caught = []
+@exercise.misconception("head put back only if all goes well")
+def head_put_back_only_if_all_goes_well(model, name):
+    place, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
 
     def features(images):
-        with hook_at(model.get_submodule(name), lambda module, args: caught.append(args[0])):
-            model(images)
-        return caught[0]
+        head = getattr(place, attribute)
+        setattr(place, attribute, nn.Identity())
+        found = model(images)
+        setattr(place, attribute, head)
+        return found
 
     return features
 
 
-@exercise.misconception("batches pile up")
-def batches_pile_up(model, name):
+def in_one_list(model, name, place):
+    """All that is ever caught goes into a list, and what is returned has its place there."""
     caught = []
 
     def features(images):
-        with hook_at(model.get_submodule(name), lambda module, args: caught.append(args[0].detach())):
+        with hook_at(model.get_submodule(name), lambda module, entered, left: caught.append(entered[0].detach())):
             model(images)
-        return caught[-1]
+        return caught[place]
 
     return features
+
+
+exercise.misconceptions_of(in_one_list, {"first batch kept": {"place": 0}, "batches pile up": {"place": -1}})
 
 
 @exercise.misconception("hook left behind")

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 from torch import nn
 
-from grader.checks.features.head import solution
+from grader.checks.features.head import head_put_back_only_if_all_goes_well, solution
 
 
 def by_torchvision(model, name):
@@ -161,16 +161,18 @@ def for_evaluation(model, name):
     return UpToTheHead(model.eval(), name)
 
 
-def put_back_if_all_goes_well(model, name):
+def head_copied_back(model, name):
+    """What stands there afterwards computes the same, and is another layer."""
     parent, _, attribute = name.rpartition(".")
     place = model.get_submodule(parent)
 
     def features(images):
-        head = getattr(place, attribute)
+        head = copy.deepcopy(getattr(place, attribute))
         setattr(place, attribute, nn.Identity())
-        found = model(images)
-        setattr(place, attribute, head)
-        return found
+        try:
+            return model(images)
+        finally:
+            setattr(place, attribute, head)
 
     return features
 
@@ -182,6 +184,38 @@ def removed_if_all_goes_well(model, name):
         model(images)
         handle.remove()
         return kept["found"]
+
+    return features
+
+
+def at_the_last_layer(model, name):
+    *_, last = (module for module in model.modules() if hasattr(module, "in_features"))
+
+    def features(images):
+        entered = []
+        handle = last.register_forward_pre_hook(lambda *given: entered.extend(given[1]))
+        try:
+            model(images)
+        finally:
+            handle.remove()
+        return entered.pop()
+
+    return features
+
+
+def stopped_by_a_hook(model, name):
+    """Only what the hook raises is caught, so an error before it leaves the hook there."""
+
+    def stop(head, args):
+        raise _Stop(args[0])
+
+    def features(images):
+        handle = model.get_submodule(name).register_forward_pre_hook(stop)
+        try:
+            model(images)
+        except _Stop as stopped:
+            handle.remove()
+            return stopped.args[0]
 
     return features
 
@@ -209,6 +243,7 @@ CORRECT = [by_torchvision, put_back_afterwards, UpToTheHead, head_that_passes_on
 REWRITTEN = {
     "whole classifier removed": classifier_that_passes_on,
     "always fc": wrapped_after_fc,
+    "hook at the layer defined last": at_the_last_layer,
     "hook left behind": attribute_on_the_head,
     "batches pile up": EveryBatchKept,
 }
@@ -216,9 +251,9 @@ BROKEN = {
     1: [output_of_what_runs_before, modules_in_the_order_they_run],
     2: [one_dot, all_that_end_so],
     3: [first_features_kept, without_axes_of_one],
-    4: [without_a_head_until_used, scaled_head],
+    4: [without_a_head_until_used, scaled_head, head_copied_back],
     5: [frozen_in_place, for_evaluation],
-    6: [put_back_if_all_goes_well, removed_if_all_goes_well, attribute_on_the_head],
+    6: [removed_if_all_goes_well, head_put_back_only_if_all_goes_well, stopped_by_a_hook, attribute_on_the_head],
     7: [EveryBatchKept],
 }
 COMBINED = [
