@@ -635,10 +635,11 @@ def merged(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: its LoRA layers are those of `model.modules()` that are a `lora.Linear`,
-            without dropout here. `layer.base` is the frozen nn.Linear. `layer.delta()`
-            is the update in the shape of its weight, alpha / rank included, in float32
-            even where the weight is bfloat16. While `layer.merged` is True, `layer(x)`
-            is `layer.base(x)` and nothing more: read and set the flag yourself.
+            each once, whether they train or not, and without dropout here. `layer.base`
+            is the frozen nn.Linear. `layer.delta()` is the update in the shape of its
+            weight, alpha / rank included, in float32 even where the weight is bfloat16.
+            While `layer.merged` is True, `layer(x)` is `layer.base(x)` and nothing more:
+            read and set the flag yourself.
 
     Raises:
         ValueError: see 4, 8 and 9; the model is as it was.
