@@ -58,10 +58,13 @@ class _OwnForward(nn.BatchNorm2d):
         stored: whether the stored statistics normalise, and so stay where they are.
         still: the names of the statistics that stay where they are.
         detached: whether weight and bias get no gradient.
+        momentum: as in every BatchNorm.
     """
 
-    def __init__(self, channels: int, stored: bool = False, still: str = "", detached: bool = False) -> None:
-        super().__init__(channels)
+    def __init__(
+        self, channels: int, stored: bool = False, still: str = "", detached: bool = False, momentum: float = 0.1
+    ) -> None:
+        super().__init__(channels, momentum=momentum)
         self.stored, self.still, self.detached = stored, still, detached
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,7 +169,7 @@ class FourRecipes(_Kinds):
     def layers(self, new):
         return {
             "a fresh BatchNorm": new(fresh=True),
-            "a BatchNorm that was trained": new(),
+            "a BatchNorm that was trained": new(momentum=0.9),
             "requires_grad_(False)": new().requires_grad_(False),
             "eval mode that train() does not undo": new(_Stuck),
             "both": new(_Stuck).requires_grad_(False),
@@ -181,7 +184,11 @@ class WeightOrBias(_Part):
         weight, bias = new(), new()
         weight.weight.requires_grad_(False)
         bias.bias.requires_grad_(False)
-        return {"its weight frozen, its bias not": weight, "its bias frozen, its weight not": bias}
+        return {
+            "its weight frozen, its bias not": weight,
+            "its bias frozen, its weight not": bias,
+            "neither, in eval mode for good": new(_Stuck),
+        }
 
 
 @exercise.experiment("mean or variance", 2)
@@ -190,10 +197,10 @@ class MeanOrVariance(_Part):
 
     def layers(self, new):
         slow = {"momentum 0.00005": new(momentum=5e-5)}
-        return {f"{name} alone stands still": new(_OwnForward, still=name) for name in _RUNNING} | slow
+        return {f"{name} alone stands still": new(_OwnForward, still=name, momentum=0.9) for name in _RUNNING} | slow
 
 
-@exercise.experiment("still and used", 2, 3)
+@exercise.experiment("still and used", 2, 3, 4)
 class StillAndUsed(_Kinds):
     points = 2
 
@@ -204,6 +211,7 @@ class StillAndUsed(_Kinds):
             "momentum 0": new(momentum=0.0),
             "track_running_stats off": untracked,
             "Keras before TensorFlow 2": new(momentum=0.0).requires_grad_(False),
+            "eval mode for good": new(_Stuck),
         }
 
 
@@ -242,13 +250,14 @@ class FoundInEvalMode(_Pairs):
 
 @exercise.experiment("old gradients", 6)
 class OldGradients(_Part):
-    kind, size, part = nn.BatchNorm1d, (4,), "affine"
+    part = "affine"
 
     def layers(self, new):
         return {
             "requires_grad_(False) with old gradients": _with_old_gradients(new()).requires_grad_(False),
             "requires_grad_(False) without": new().requires_grad_(False),
             "a BatchNorm with old gradients": _with_old_gradients(new()),
+            "one in eval mode for good, with old gradients": _with_old_gradients(new(_Stuck)),
         }
 
 

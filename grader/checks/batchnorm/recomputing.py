@@ -22,7 +22,7 @@ from grader.checks.batchnorm.cuts import (
     uneven,
 )
 from grader.checks.batchnorm.layers import norms
-from grader.checks.batchnorm.pooling import difference_of_squares, divided_by_n
+from grader.checks.batchnorm.pooling import difference_of_squares, divided_by_n, mean_of_the_variances
 from grader.checks.networks import named, with_statistics
 from grader.experiment import Exercise, Experiment, Trial, expect_tensor
 from helpers.batchnorm import pooled_statistics, recompute_statistics
@@ -65,7 +65,7 @@ class DeeperLayers(Experiment):
             conv2=nn.Conv2d(width, 4, 1),
             bn3=_used(nn.BatchNorm2d(4), trial),
         )
-        return {"model": model.eval(), "batches": uneven(trial, [(3, 2, 2), (9, 2, 2), (2, 2, 2)], channels)}
+        return {"model": model, "batches": uneven(trial, [(3, 2, 2), (9, 2, 2), (2, 2, 2)], channels)}
 
     def measure(self, subject, inputs):
         subject(inputs["model"], inputs["batches"])
@@ -73,7 +73,7 @@ class DeeperLayers(Experiment):
 
     @torch.no_grad()
     def facts(self, raw, inputs):
-        model, batches = copy.deepcopy(inputs["model"]).double(), [batch.double() for batch in inputs["batches"]]
+        model, batches = copy.deepcopy(inputs["model"]).double().eval(), [batch.double() for batch in inputs["batches"]]
         guesses = {}
         for name, (first, second) in _WAYS.items():
             at_bn2 = [model.relu(model.conv1(y)) for y in first(model.bn1, batches)]
@@ -424,10 +424,12 @@ exercise.misconceptions_of(
     {
         "difference of two large numbers": {"pool": difference_of_squares},
         "divided by n": {"pool": divided_by_n},
+        "spread between batches lost": {"pool": mean_of_the_variances},
         "measured behind the stored statistics": {"norms_train": lambda place: False},
         "only the first BatchNorm in train mode": {"norms_train": lambda place: place == 0},
         "all batches run as one": {"run": lambda batches: [torch.cat(list(batches))]},
         "only BatchNorm2d": {"chosen": lambda name, module: isinstance(module, nn.BatchNorm2d)},
+        "only those in train mode": {"chosen": lambda name, module: module.training},
         "found by name": {"chosen": lambda name, module: "bn" in name},
         "dropout active": {"all_else_trains": True},
         "only dropout switched off": {"all_else_trains": True, "always_in_eval_mode": (nn.Dropout,)},
