@@ -108,9 +108,9 @@ show(fig, f"Small pictures: five labelled examples of each of {shown_classes} cl
 #
 # 1. The result maps inputs to what enters the head, with everything that `forward` does before.
 # 2. The name decides: the head may stand inside other modules, and need not be defined last.
-# 3. It can be called again and again, with batches of any size.
+# 3. The result can be called again and again, with batches of any size.
 # 4. The model keeps its head and still gives its logits.
-# 5. Its modules keep their modes; its parameters can still be trained.
+# 5. The model's modules keep their modes; its parameters can still be trained.
 #
 # *Fine print*
 #
@@ -481,14 +481,14 @@ gain.beside(gains)
 # ## Exercise 2.4a: a name for a result
 #
 # Extraction is expensive, so keep its result in a file. But after an epoch of fine-tuning, or with one more image, the file
-# still loads, although it is out of date. So let its name say what went in: a key made of all that the features depend on,
-# and nothing else.
+# is out of date, and still loads. So name it by a key, made of all that features depend on, and nothing else.
 #
 # **Exercise 2.4a** (20 min, ●●○). Write `cache_key`.
 #
 # *Core*
 #
-# 1. Equal contents give equal keys: for copies, settings in another order, and in the next kernel.
+# 1. Equal contents give equal keys: for copies, frozen or not, in either mode; for settings in another order; in the next
+#    kernel.
 # 2. The key changes if one number of a parameter or buffer changes, or two change places.
 # 3. The key changes with one pixel, a missing image, or another order of the images.
 # 4. The key changes with a setting's name or value, to the last digit.
@@ -792,7 +792,7 @@ guess_texts = predict(tf_idf=None, features=None)  # guessing at random gets 0.1
 # 2. A word becomes the longest piece it begins with, then the longest piece its rest begins with (looked up with `##`
 #    before it), and so on.
 # 3. If no piece fits the rest, the whole word is one `[UNK]`: no piece is exchanged for a shorter one.
-# 4. A text becomes `[CLS]`, its pieces, `[SEP]`. Beyond `max_length` tokens, its last pieces are left out.
+# 4. A text becomes `[CLS]`, its pieces, `[SEP]`: at most `max_length` tokens, by leaving out last pieces.
 # 5. Shorter texts get `[PAD]` at the end, up to the longest of the batch. The mask is 1 on tokens, 0 on padding.
 #
 # *Fine print*

@@ -346,13 +346,14 @@ show(fig, "Six learning rates, one per stage: a rise over the first tenth of ste
 # *Core*
 #
 # 1. Afterwards all of `parameters` are trainable, whatever iterable they come in.
-# 2. Those that the optimizer did not have, frozen or not, join it with the learning rate `lr` and otherwise its defaults.
+# 2. Parameters that the optimizer did not have, frozen or not, join it with the learning rate `lr` and otherwise its
+#    defaults.
 # 3. Parameters that the optimizer already had stay in their group.
 # 4. Everything else stays: learning rates, what the optimizer remembers, gradients that wait for a step.
 #
 # *Fine print*
 #
-# 5. A parameter that comes twice is in the optimizer once. Two with equal values are two.
+# 5. A parameter that comes twice is in the optimizer once. Two parameters with equal values are two.
 # 6. If nothing is new, no group is added.
 
 
@@ -892,7 +893,7 @@ show(*draws_figure({"accuracy on test images": cured}))
 # *Core*
 #
 # 1. Parameters and buffers have the values that they had before the block.
-# 2. Each module is in the mode that it was in.
+# 2. Each module is in the mode that it was in before.
 # 3. Each group of the optimizer has its old learning rate and other settings.
 # 4. The optimizer remembers what it did before; a new one remembers nothing.
 # 5. Model and optimizer hold the same `Parameter` objects.
@@ -965,7 +966,7 @@ put_back = continue_with("4.6a")
 # *Core*
 #
 # 1. Batch `k` of `n`, from 0, has the learning rate `lowest * (highest / lowest) ** (k / (n - 1))`.
-# 2. The group whose own rate is largest gets this rate; the others keep their ratio to it.
+# 2. The group whose own rate is largest gets the batch's rate; the others keep their ratio to it.
 # 3. Each batch is one step of `optimizer` in train mode, whatever modes the model comes in. Its cross-entropy before that step
 #    is noted.
 # 4. A loss above 4 times the smallest so far, or not finite, ends the search. It is noted only if it is finite.
