@@ -116,7 +116,7 @@ def describe(verdict: Verdict) -> str:
         lines += [_fill("     likely    ", f"{wrong.name}. {wrong.hint}") for wrong in named]
         if named and verdict.unexplained:
             lines.append("     besides   this does not explain everything that differs")
-        for finding in sorted(verdict.findings, key=lambda finding: not finding.experiment.in_core):
+        for finding in sorted(verdict.findings, key=lambda f: (f.outcome == "not seen", not f.experiment.in_core)):
             lines += _lines(finding)
         lines += _what_holds(verdict)
     lines += [_fill("     note      ", line) for line in verdict.messages]
