@@ -147,6 +147,14 @@ def _rows_by_themselves(wanted, got):
     return (got - wanted).abs().flatten(1) / wanted.abs().flatten(1).amax(1, keepdim=True)
 
 
+def _without_signs(wanted, got):
+    return (got.abs() - wanted.abs()).abs() / wanted.abs().max()
+
+
+def exported_in_one_piece(model, exported, inputs, batch_sizes):
+    return of_a_copy(model, lambda x: exported(inputs)[: len(x)], inputs, batch_sizes)
+
+
 def last_index(model, exported, inputs, batch_sizes):
     answer = of_a_copy(model, exported, inputs, batch_sizes)
     return answer | {"index": of_a_copy(model, exported, inputs, batch_sizes[-1:])["index"]}
@@ -262,6 +270,8 @@ BROKEN = {
         partial(solution, batch=lambda inputs, size: inputs[torch.arange(size) * (len(inputs) // size)]),
         partial(solution, errors=lambda wanted, got: (got - wanted).abs() / wanted.max()),
         partial(solution, errors=_rows_by_themselves),
+        partial(solution, errors=_without_signs),
+        exported_in_one_piece,
     ],
     2: [last_index, flat_index, first_that_is_off, smallest_and_largest],
     3: [partial(solution, caught=(RuntimeError, AssertionError, ValueError)), partial(solution, skipped=IndexError)],
