@@ -91,6 +91,12 @@ def put_back(model: nn.Module, snapshot: dict[str, dict]) -> None:
         parameter.grad = snapshot.get("gradients", {}).get(name, parameter.grad)
 
 
+def hooks(model: nn.Module) -> int:
+    """How many hooks hang in the modules of a model."""
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
 def some(things: Iterable) -> str:
     """ "some" or "none": whether there is any of them."""
     return "some" if list(things) else "none"

@@ -13,7 +13,20 @@ from helpers.text import batches_by_length
 
 exercise = Exercise(__name__, "2.8a", batches_by_length, core=4)
 
-SIZES = ((11, 4), (12, 4), (14, 5), (1, 1), (1, 8), (5, 1), (6, 3), (7, 7), (3, 9), (2, 1))  # texts, batch_size
+SIZES = (
+    (11, 4),
+    (12, 4),
+    (14, 5),
+    (1, 1),
+    (1, 8),
+    (5, 1),
+    (6, 3),
+    (7, 7),
+    (3, 9),
+    (2, 1),
+    (13, 6),
+    (230, 4),
+)  # texts, batch_size
 
 
 def _result(subject: Subject, lengths: Tensor, batch_size: int) -> dict[str, list]:
@@ -80,7 +93,13 @@ class EachIndexOnce(_Batches):
             return self.right
         if not set(together) <= set(range(len(lengths))):
             return "numbers that are no index"
-        return "some index more than once" if len(together) > len(set(together)) else "not every index"
+        if len(together) > len(set(together)):
+            return "some index more than once"
+        held = [lengths[i] for i in together]
+        missing = [lengths[i] for i in range(len(lengths)) if i not in together]
+        if set(missing) <= set(held):
+            return "of equal lengths not every index"
+        return "all but the longest" if not held or max(held) <= min(missing) else "not every index"
 
 
 @exercise.experiment("at most batch_size", 2)
@@ -91,6 +110,8 @@ class AtMostBatchSize(_Batches):
         most, indices = max(map(len, batches), default=0), sum(map(len, batches))
         if most <= batch_size and len(batches) == math.ceil(indices / batch_size):
             return self.right
+        if not all(batches):
+            return "an empty batch, too"
         if len(batches) == batch_size:
             return "batch_size batches"
         return "batches larger than batch_size" if most > batch_size else "more batches than that needs"
@@ -161,6 +182,13 @@ exercise.misconceptions_of(
         "last batch dropped": {"cut": _whole_batches},
     },
 )
+
+
+@exercise.misconception("one text of each length")
+def one_text_of_each_length(lengths, batch_size):
+    text_of = {length: text for text, length in enumerate(lengths.tolist())}
+    order = torch.tensor([text_of[length] for length in sorted(text_of)])
+    return list(order.split(batch_size)), order.argsort()
 
 
 @exercise.misconception("sorted within each batch")

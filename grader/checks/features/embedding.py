@@ -17,7 +17,7 @@ from helpers.text import embed, mean_pool
 
 exercise = Exercise(__name__, "2.8", embed, core=5, autocast=True)
 
-_PAD, _CLS, _WORDS = 0, 1, 2  # numbers of padding, of what every text begins with, and of the first word
+_CLS, _PAD, _WORDS = 0, 1, 2  # numbers of what every text begins with, of padding, which is not always 0, and of the first word
 _WIDTH = 16
 _CLS_NORM = 3.0  # of the hidden state of [CLS]; that of all others is 1
 
@@ -46,8 +46,12 @@ class _Encoder(nn.Module):
         self.calls = SharedList()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        self.calls.append((len(input_ids), int((input_ids == _PAD).sum())))
-        return self.dropout(self.axes(input_ids))
+        padding = input_ids == _PAD
+        if attention_mask is not None:
+            padding = padding | (attention_mask == 0)  # whatever number it has
+        self.calls.append((len(input_ids), int(padding.sum())))
+        # Once as a module and once as a function, as in the attention of most encoders, which asks for the mode itself.
+        return F.dropout(self.dropout(self.axes(input_ids)), self.dropout.p / 2, self.training)
 
 
 class _Attention(nn.Module):
@@ -79,7 +83,7 @@ class _Vectors(Experiment):
         n = trial.integer(9, 12)
         middle = (3 + trial.permutation(n - 4)).tolist()
         ranks = [1, 2, 0, n - 1, *middle]  # the place of each text among all, by length; the first four in two cycles
-        lengths = [1, 2, 3, *(4 + i // 2 * 2 for i in range(n - 4)), 24]  # by rank: the middle ones in pairs
+        lengths = [1, 2, 3, *(4 + i // 2 * 2 for i in range(n - 4)), 70]  # by rank: the middle ones in pairs
         words = trial.permutation(_WIDTH - _WORDS).tolist()
         words[4] = words[3]  # and one pair is the same text twice
         return {
@@ -113,11 +117,20 @@ class RowPerText(_Vectors):
 
 @exercise.experiment("mean of own tokens", 1)
 class MeanOfOwnTokens(_Vectors):
+    def draw(self, trial: Trial) -> dict:
+        return super().draw(trial) | {"alone": (trial.permutation(_WIDTH - _WORDS)[:4]).tolist()}  # a text of four words
+
+    def measure(self, subject, inputs):
+        alone = _run(subject, _Encoder(), [_text(inputs["alone"])], inputs["batch_size"]).detach()[0]
+        return super().measure(subject, inputs) | {"alone": alone}
+
     def facts(self, raw, inputs):
         vectors = F.normalize(raw["vectors"].double(), dim=1)
+        *_, before, last = (raw["alone"][_WORDS + word].item() for word in inputs["alone"])
         return {
             "padding in the mean": "none" if near(vectors[:, _PAD], 0) else "some",
             "the tokens of a text in the mean": self.counted(vectors, torch.tensor(inputs["lengths"]).double()),
+            "the last of them counts": "as the one before it" if near(last, before) else "more" if last > before else "less",
         }
 
     def counted(self, vectors: Tensor, lengths: Tensor) -> str:
@@ -242,8 +255,8 @@ class LittlePadding(Experiment):
     def measure(self, subject, inputs):
         encoder = _Encoder()
         _run(subject, encoder, inputs["texts"], inputs["batch_size"])
-        padding = sum(padding for _, padding in encoder.calls)
-        return {"batches": len(encoder.calls), "padding": padding, "most": max((n for n, _ in encoder.calls), default=0)}
+        padding, calls = sum(padding for _, padding in encoder.calls), list(encoder.calls)
+        return {"batches": calls, "padding": padding, "most": max((n for n, _ in calls), default=0)}
 
     def facts(self, raw, inputs):
         lengths, size = inputs["lengths"], inputs["batch_size"]
@@ -251,11 +264,11 @@ class LittlePadding(Experiment):
         least = max(_padding(rising, size), _padding(rising.flip(0), size))  # the short batch may be the first or the last
         if raw["most"] > size:
             return {"padding in the encoder": None}  # larger batches need more; how large they are is asked above
-        known = {
-            _padding(lengths, size): "as much as in the order of the texts",
-            _padding(rising, len(rising)): "every text up to the longest of all",
-        }
-        more = known.get(raw["padding"], "more than sorting by length leaves")
+        more = "more than sorting by length leaves"
+        if raw["batches"] == [(len(part), _padding(part, size)) for part in lengths.split(size)]:
+            more = "as much as in the order of the texts"
+        elif raw["padding"] == _padding(rising, len(rising)):
+            more = "every text up to the longest of all"
         words = more if raw["padding"] > least else "no more than sorting by length leaves"
         return {"padding in the encoder": words if raw["batches"] else "no text was in the encoder"}
 
@@ -274,12 +287,14 @@ class LeftAsFound(Experiment):
     def measure(self, subject, inputs):
         encoder, texts = inputs["encoder"], list(inputs["texts"])
         expect_tensor(subject(encoder, _tokenizer, texts, 3), (len(texts), _WIDTH), "the vectors")
-        return {"calls": len(encoder.calls), "traces": traces.of(encoder), "texts": texts, "p": encoder.dropout.p}
+        left = {"traces": traces.of(encoder), "hooks": traces.hooks(encoder), "p": encoder.dropout.p}
+        return left | {"calls": len(encoder.calls), "texts": texts}
 
     def facts(self, raw, inputs):
         return {
             "the texts went through the encoder": "yes" if raw["calls"] else "no",
             **traces.changes(inputs["encoder"], raw["traces"], "modes", "parameters", "flags"),
+            "hooks that are left": traces.some(range(raw["hooks"])),
             "the probability of dropout": "as it was" if raw["p"] == inputs["encoder"].dropout.p else "changed",
             "the list of texts": "as it was" if raw["texts"] == inputs["texts"] else "changed",
         }

@@ -25,6 +25,7 @@ SIZES = {  # name -> the lengths of the texts, places, width
     "as many texts as places and columns": ([3, 1, 2], 3, 3),
     "width 1": ([3, 1], 4, 1),
     "padding behind every text": ([2, 5, 1, 3], 8, 6),
+    "texts with a hidden state of zeros": ([4, 2], 6, 3),
 }
 AT_PADDING = {"a large number": 1e4, "infinity": torch.inf, "minus infinity": -torch.inf, "NaN": torch.nan}
 
@@ -95,6 +96,8 @@ class AnySize(Experiment):
         batches = {}
         for name, (lengths, tokens, width) in SIZES.items():
             hidden = trial.normal(tokens, len(lengths), width).transpose(0, 1)  # as encoders give it that go place by place
+            if "zeros" in name:
+                hidden[:, 1] = 0
             batches[name] = hidden, (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
         return {"batches": batches}
 

@@ -54,15 +54,17 @@ class PiecesOfAnyLength(_OneText):
         (a, b), (c, d), (e, f), (g, h), *_ = batches.blocks(trial, 4)
         long = a + b + c + d + e + f + g + h + 8 * a
         pieces = [b, a, c + d + e, e, e + f, long]
-        pieces += [f"##{piece}" for piece in (a, b, c, long, g, h, f + g + h)]
+        pieces += [f"##{piece}" for piece in (a, b, c, long, long + h, g, h, f + g + h)]
+        several = f"{long} {a + long} {c + d + e + b + long + a}"
         return {
             "vocabulary": batches.numbered(trial, *pieces),
-            "texts": [f"{a} {b} {a}", f"{a + b + a + c}", f"{long} {a + long} {c + d + e + b + long + a}", e + f + g + h],
+            "texts": [f"{a} {b} {a}", f"{a + b + a + c}", several, e + f + g + h, a + long + h],
             "cuts": {
                 "words of one letter": [a, b, a],
                 "pieces of one letter": [a, b, a, c],
                 "pieces of sixteen letters": [long, a, long, c + d + e, b, long, a],
                 "pieces before a longer one": [e + f, g, h],
+                "a piece inside a word that is longer than all that begin one": [a, long + h],
             },
         }
 
@@ -134,32 +136,46 @@ class MarkInsideAWordAlone(_OneText):
 class SmallLetters(_OneText):
     def draw(self, trial: Trial) -> dict:
         a, b, c = batches.blocks(trial, 3)
-        texts = [f"{a} {b} {c}", f"{a.capitalize()} {b} {c.upper()}"]
-        return {"vocabulary": batches.numbered(trial, a, b, c), "texts": texts}
+        d, e = "\u00e9" + a, "\u0436" + b  # an accent, and a letter that is not Latin
+        texts = [f"{a} {b} {c}", f"{a.capitalize()} {b} {c.upper()}", f"{d} {c} {e}", f"{d.upper()} {c} {e.upper()}"]
+        return {"vocabulary": batches.numbered(trial, a, b, c, d, e, f"##{a}"), "texts": texts}
 
     def facts(self, raw, inputs):
-        small, capitals = self.words(raw, inputs)
-        return {"words in capitals become": "what they are in small letters" if small == capitals else "something else"}
+        small, capitals, *beyond = self.words(raw, inputs)
+        return {
+            "words in capitals become": "what they are in small letters" if small == capitals else "something else",
+            "words in capitals beyond A to Z become": "what they are in small letters"
+            if beyond[0] == beyond[1]
+            else "something else",
+        }
 
 
 @exercise.experiment("any white space", 1)
 class AnyWhiteSpace(_OneText):
     def draw(self, trial: Trial) -> dict:
         a, b, c, d = batches.blocks(trial, 4)
-        texts = [f"{a} {b} {c} {d}", f" {a}\t{b}\n{c}   {d}\n", f"\r\n{a}\r{b}\f{c} \v {d}"]
+        texts = [f"{a} {b} {c} {d}", f" {a}\t{b}\n{c}   {d}\n", f"\r\n{a}\r{b}\f{c} \v {d}", f"{a}\u00a0{b}\u2003{c}\u3000{d}"]
         return {"vocabulary": batches.numbered(trial, a, b, c, d), "texts": texts}
 
     def facts(self, raw, inputs):
-        spaced, mixed, rare = self.words(raw, inputs)
+        spaced, mixed, rare, wide = self.words(raw, inputs)
         return {
             "tabs, line ends and many spaces part words": "as one space does" if spaced == mixed else "otherwise",
-            "so do returns, form feeds and vertical tabs": "as one space does" if spaced == rare else "otherwise",
+            "returns, form feeds and vertical tabs part words": "as one space does" if spaced == rare else "otherwise",
+            "spaces that do not break a line, or are wide, part words": "as one space does" if spaced == wide else "otherwise",
         }
 
 
 @exercise.experiment("white space alone", 6)
 class WhiteSpaceAlone(_OneText):
-    marks: ClassVar = {"dots": ".", "hyphens": "-", "apostrophes": "'", "digits": "7", "accents": "\u00e9"}
+    marks: ClassVar = {
+        "dots": ".",
+        "hyphens": "-",
+        "apostrophes": "'",
+        "digits": "7",
+        "accents": "\u00e9",
+        "raised digits": "\u00b2",
+    }
 
     def draw(self, trial: Trial) -> dict:
         a, b, c, d, e = batches.blocks(trial, 5)
@@ -235,6 +251,7 @@ class _RaggedBatch(Experiment):
         counts = [trial.integer(1, 2), 0, trial.integer(5, 7), trial.integer(2, 4)]
         texts = [[zero, *(blocks[trial.integer(0, 4)] for _ in range(count - 1))] if count else [] for count in counts]
         texts[3][-1] = unknown
+        texts.append(texts[3])  # the same text twice
         order = trial.permutation(len(texts)).tolist()
         return {
             "vocabulary": batches.numbered(trial, zero, *blocks),
@@ -250,10 +267,12 @@ class _RaggedBatch(Experiment):
 
     def places(self, raw: dict, inputs: dict) -> list[tuple[list[str], int, int | None]]:
         """Of each text: the row, the number of tokens, and where they begin in the row."""
-        words = [[word if word in inputs["vocabulary"] else "[UNK]" for word in text.split()] for text in inputs["texts"]]
-        wanted = [["[CLS]", *some, "[SEP]"] for some in words]
         rows = self.read(raw["ids"], inputs)
-        return [(row, len(tokens), batches.place(tokens, row)) for row, tokens in zip(rows, wanted, strict=True)]
+        return [(row, len(tokens), batches.place(tokens, row)) for row, tokens in zip(rows, self.wanted(inputs), strict=True)]
+
+    def wanted(self, inputs: dict) -> list[list[str]]:
+        words = [[word if word in inputs["vocabulary"] else "[UNK]" for word in text.split()] for text in inputs["texts"]]
+        return [["[CLS]", *some, "[SEP]"] for some in words]
 
 
 @exercise.experiment("padded to the longest", 5)
@@ -278,16 +297,23 @@ class FilledWithPad(_RaggedBatch):
     def facts(self, raw, inputs):
         places, width = self.places(raw, inputs), raw["ids"].shape[1]
         if any(start is None for _, _, start in places):
-            return {"padding stands": None, "padding is": None}
+            return {"row i is that of": self.other(raw, inputs), "padding stands": None, "padding is": None}
         after = all(start == 0 for _, _, start in places)
         before = all(start == width - n for _, n, start in places)
         zero = batches.read(inputs["vocabulary"], torch.tensor([0]))[0]
         padding = {token for row, n, start in places for token in row[:start] + row[start + n :]}
         names = {"[PAD]": "[PAD]", zero: "the piece with number 0"}
         return {
+            "row i is that of": "text i",
             "padding stands": "after the text" if after else "before the text" if before else "elsewhere",
             "padding is": names.get("".join(padding), "something else"),
         }
+
+    def other(self, raw: dict, inputs: dict) -> str | None:
+        """Whether each text is in another row than its own; if not, its tokens are wrong, which others ask."""
+        rows = self.read(raw["ids"], inputs)
+        somewhere = (any(batches.place(tokens, row) is not None for row in rows) for tokens in self.wanted(inputs))
+        return "another text" if all(somewhere) else None
 
 
 @exercise.experiment("mask of tokens", 5)

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from grader.checks import networks, traces
+from grader.checks import traces
+from grader.checks.features import photographs
+from grader.checks.features.photographs import ALL, CATEGORIES
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_number, wrong_return
 from grader.near import near, which
 from helpers import expect
@@ -17,59 +19,11 @@ from helpers.features import extract
 
 exercise = Exercise(__name__, "2.5", classify, core=5)
 
-_CATEGORIES = ("accordion", "beaver", "gondola", "kite", "lighthouse", "pretzel", "teapot", "zebra")
-_ALL = len(_CATEGORIES)
 NUMBERS = "the numbers of all categories of an image"  # one fact in two experiments: a name has to explain both
+_CALL = "weights", "model", "images", "k"
+_MANY = 1000  # categories; sorts of few numbers go well by chance
 _RED_AND_BLUE = (220, 40, 60), (30, 70, 210)
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
-
-def _weights(trial: Trial):
-    """A member of a weights enum: torchvision's own preset with unusual numbers, and categories in random order."""
-    from torchvision.models import ResNet18_Weights, Weights, WeightsEnum  # here: it takes as long to import as torch
-
-    preset = partial(
-        ResNet18_Weights.DEFAULT.transforms.func,
-        resize_size=16,
-        crop_size=8,  # the central half of an image: ImageNet's 224 of 256 is more
-        mean=[trial.integer(10, 30) / 100 for _ in range(3)],
-        std=[trial.integer(45, 65) / 100 for _ in range(3)],
-    )
-    categories = [_CATEGORIES[i] for i in trial.permutation(_ALL)]
-    return WeightsEnum("TinyNet_Weights", {"V1": Weights("", preset, {"categories": categories})}).V1
-
-
-def _plain_network(trial: Trial) -> nn.Sequential:
-    """Logits that are an affine function of the mean colour, the same in train and in eval mode."""
-    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, _ALL))
-    network[2].weight.data.copy_(trial.normal(_ALL, 3))
-    network[2].bias.data.copy_(torch.linspace(-1, 1, _ALL)[trial.permutation(_ALL)])
-    return network
-
-
-def _trained_network(trial: Trial, norm: bool = True, dropout: bool = True) -> nn.Sequential:
-    """A network with BatchNorm, dropout or both, in train mode.
-
-    LeakyReLU lets something of every image through; with LayerNorm no probability is near 1, however large the pixels are;
-    with that eps, a BatchNorm makes nothing of what rounding leaves of equal pixels.
-    """
-    head = nn.Linear(6, _ALL)
-    head.weight.data.copy_(trial.normal(_ALL, 6) / 3)
-    norms = [networks.with_statistics(nn.BatchNorm2d(6, eps=0.1), trial) if norm else nn.Identity() for _ in range(2)]
-    return nn.Sequential(
-        *(nn.Conv2d(3, 6, 3), norms[0], nn.LeakyReLU(0.5), nn.Conv2d(6, 6, 1), norms[1], nn.LeakyReLU(0.5)),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(6), nn.Dropout(0.3 if dropout else 0.0), head),
-    )
-
-
-def _photos(trial: Trial, n: int) -> list[Tensor]:
-    """Images of n sizes, each with a colour and a texture of its own."""
-    images = []
-    for _ in range(n):
-        colour, texture = 40 + 175 * torch.rand(3, 1, 1, generator=trial.generator), trial.normal(3, 20, 24)
-        size = trial.integer(12, 20), trial.integer(12, 24)
-        images.append((colour + 15 * texture).clamp(0, 255).to(torch.uint8)[:, : size[0], : size[1]].clone())
-    return images
 
 
 @exercise.experiment("own normalisation", 1, 3)
@@ -82,7 +36,7 @@ class OwnNormalisation(Experiment):
         colours = dark.where(torch.eye(3) == 0, bright).to(torch.uint8)[trial.permutation(3)]
         sizes = (12, 20), (20, 14), (17, 17)
         images = [colour.view(3, 1, 1).repeat(1, *size) for colour, size in zip(colours, sizes, strict=True)]
-        return {"weights": _weights(trial), "model": _plain_network(trial), "images": images}
+        return {"weights": photographs.weights(trial), "model": photographs.plain_network(trial), "images": images}
 
     def measure(self, subject, inputs):
         return _answer(subject, **inputs)
@@ -103,10 +57,10 @@ class OwnNormalisation(Experiment):
         }
         how, order = None, None
         if (probabilities := _as_probabilities(raw["numbers"])) is not None:
-            how = "in another way"
+            how, half = "in another way", _half_a_digit(raw["numbers"])
             for name, prepared in known.items():
                 with torch.no_grad():
-                    places = _places(probabilities, model(prepared).softmax(1))
+                    places = _places(probabilities, model(prepared).softmax(1), half)
                 if places is not None:
                     how, order = name, "that of the images" if places == sorted(places) else "another"
                     break
@@ -122,22 +76,25 @@ class OwnCrop(Experiment):
         for turn, size in enumerate(self.shapes.values()):
             colour = torch.tensor([90.0, 125.0, 160.0]).roll(turn).view(3, 1, 1)
             images.append((colour + 20 * trial.normal(3, *size)).clamp(60, 190).to(torch.uint8))
+        plain = torch.tensor([90, 125, 160], dtype=torch.uint8).view(3, 1, 1)
         # The preset keeps the central 20 x 20 pixels; of an image that was squeezed to a square, it would keep 20 x 40.
         calls = {
             "as drawn": images,
-            "before": [_bright(image, -math.inf, -15) for image in images],
-            "behind": [_bright(image, 15, math.inf) for image in images],
-            "inside": [_bright(image, 5, 9) for image in images],
+            "before": [photographs.bright(image, -math.inf, -15) for image in images],
+            "behind": [photographs.bright(image, 15, math.inf) for image in images],
+            "inside": [photographs.bright(image, 5, 9) for image in images],
+            "one colour": [plain.expand(3, *size).clone() for size in ((40, 40), (24, 90), (90, 24))],
+            "striped": [photographs.striped(images[0], first) for first in (2, 4)],
         }
-        model = _trained_network(trial, norm=False, dropout=False)
-        return {"weights": _weights(trial), "model": model, "calls": calls}
+        model = photographs.trained_network(trial, norm=False, dropout=False)
+        return {"weights": photographs.weights(trial), "model": model, "calls": calls}
 
     def measure(self, subject, inputs):
         calls = inputs["calls"].items()
         return {what: _answer(subject, inputs["weights"], inputs["model"], images) for what, images in calls}
 
     def facts(self, raw, inputs):
-        drawn, before, behind, inside = map(_by_category, raw.values())
+        drawn, before, behind, inside, plain, striped = map(_by_category, raw.values())
         facts = {}
         for number, shape in enumerate(self.shapes):
             values = list(drawn[number].values())
@@ -146,15 +103,20 @@ class OwnCrop(Experiment):
                 count = {not _close(drawn[number], changed[number]) for changed in calls}
                 word = "count on one side" if len(count) == 2 else "count" if count == {True} else "do not count"
                 facts[f"pixels of {shape} {where}"] = word if seen else None
+        values = list(plain[0].values())
+        alike = "the same" if all(_close(image, plain[0]) for image in plain) else "different"
+        facts["the numbers of images of one colour and any shape"] = None if near(values, values[0]) else alike
+        skipped = any(_close(drawn[0], image) for image in striped)
+        facts["pixels between those that a resize without antialiasing looks at"] = "do not count" if skipped else "count"
         return facts
 
 
 @exercise.experiment("names of the outputs", 2)
 class NamesOfTheOutputs(Experiment):
     def draw(self, trial: Trial) -> dict:
-        model = _plain_network(trial)
+        model = photographs.plain_network(trial)
         model[2].weight.data.zero_()  # the same logits whatever the image
-        return {"weights": _weights(trial), "model": model, "images": _photos(trial, 2)}
+        return {"weights": photographs.weights(trial), "model": model, "images": photographs.photos(trial, 2)}
 
     def measure(self, subject, inputs):
         return _answer(subject, **inputs)
@@ -178,19 +140,27 @@ class _FewAndAll(Experiment):
 
     def draw(self, trial: Trial) -> dict:
         k = trial.integer(3, 5)
-        model = _trained_network(trial, norm=False, dropout=False)
-        return {"weights": _weights(trial), "model": model, "images": _photos(trial, 3), "k": k}
+        model = photographs.trained_network(trial, norm=False, dropout=False)
+        return {"weights": photographs.weights(trial), "model": model, "images": photographs.photos(trial, 3), "k": k}
 
     def measure(self, subject, inputs):
-        return {"some": _answer(subject, **inputs), "all": _answer(subject, **inputs | {"k": _ALL})}
+        return {"some": _answer(subject, **inputs), "all": _answer(subject, **inputs | {"k": ALL})}
 
 
 @exercise.experiment("likeliest first", 3)
 class LikeliestFirst(_FewAndAll):
+    def draw(self, trial: Trial) -> dict:
+        names = [f"{word} {number}" for word in CATEGORIES for number in range(_MANY // ALL)]
+        model = photographs.plain_network(trial, _MANY)
+        model[2].weight.data.zero_()  # the same outputs whatever the image, and none near another
+        model[2].bias.data.mul_(3)
+        return super().draw(trial) | {"many": {"weights": photographs.weights(trial, names), "model": model}}
+
     def measure(self, subject, inputs):
-        one = inputs | {"images": inputs["images"][:1]}
-        single = {"single": _answer(subject, **one | {"k": 1}), "single, all": _answer(subject, **one | {"k": _ALL})}
-        return super().measure(subject, inputs) | single
+        one, many = inputs | {"images": inputs["images"][:1]}, inputs | inputs["many"]
+        calls = {"some": inputs, "all": inputs | {"k": ALL}, "single": one | {"k": 1}, "single, all": one | {"k": ALL}}
+        calls |= {"many": many | {"k": _MANY // 3}, "many, all": many | {"k": _MANY}}
+        return {name: _answer(subject, **{part: call[part] for part in _CALL}) for name, call in calls.items()}
 
     def facts(self, raw, inputs):
         k, numbers = inputs["k"], raw["some"]["numbers"]
@@ -204,7 +174,18 @@ class LikeliestFirst(_FewAndAll):
             "the categories listed": which,
             "a single category of a single image": None if near(every, every[0, 0].item()) else alone,
             "their numbers": "falling" if falling else "rising" if rising else "neither falling nor rising",
+            f"the categories listed, of {_MANY}": self.listed(raw),
         }
+
+    def listed(self, raw: dict) -> str | None:
+        if near(raw["many, all"]["numbers"], raw["many, all"]["numbers"][0, 0].item()):
+            return None
+        found = set()
+        for numbers, names in zip(_by_category(raw["many, all"]), raw["many"]["names"], strict=True):
+            listed, wanted = [numbers[name] for name in names], sorted(numbers.values(), reverse=True)[: len(names)]
+            right = "the likeliest in another order" if sorted(listed, reverse=True) == wanted else "different"
+            found.add("the likeliest in their order" if listed == wanted else right)
+        return found.pop() if len(found) == 1 else "different"
 
 
 @exercise.experiment("probabilities", 4)
@@ -229,10 +210,10 @@ class Probabilities(_FewAndAll):
 @exercise.experiment("softmax of the outputs", 4)
 class SoftmaxOfTheOutputs(Experiment):
     def draw(self, trial: Trial) -> dict:
-        model = _plain_network(trial)
+        model = photographs.plain_network(trial)
         model[2].weight.data.zero_()  # the same outputs whatever the image
         model[2].bias.data.mul_(6)  # so that small probabilities are small indeed, and cannot be rounded without loss
-        return {"weights": _weights(trial), "model": model, "images": _photos(trial, 2)}
+        return {"weights": photographs.weights(trial), "model": model, "images": photographs.photos(trial, 2)}
 
     def measure(self, subject, inputs):
         return _answer(subject, **inputs)
@@ -246,7 +227,10 @@ class SoftmaxOfTheOutputs(Experiment):
         found = set()
         for row in numbers:
             comparable = row.clamp_min(1e-12).log() if (row >= 0).all() else row
-            found.add(which(comparable, known | {"all alike": row.mean().expand(_ALL).log()}, "something else"))
+            how = which(comparable, known | {"all alike": row.mean().expand(ALL).log()}, "something else")
+            half = _half_a_digit(row)
+            rounded = half and how == "something else" and (row - outputs.softmax(0)).abs().max() <= half
+            found.add("the softmax of the outputs, rounded" if rounded else how)
         return {NUMBERS: found.pop() if len(found) == 1 else "something else"}
 
     def notes(self, raw, inputs):
@@ -257,9 +241,12 @@ class SoftmaxOfTheOutputs(Experiment):
 class ByItself(Experiment):
     def draw(self, trial: Trial) -> dict:
         return {
-            "weights": _weights(trial),
-            "models": {"BatchNorm": _trained_network(trial, dropout=False), "dropout": _trained_network(trial, norm=False)},
-            "images": _photos(trial, 5),
+            "weights": photographs.weights(trial),
+            "models": {
+                "BatchNorm": photographs.trained_network(trial, dropout=False),
+                "dropout": photographs.trained_network(trial, norm=False),
+            },
+            "images": photographs.photos(trial, 5),
             "colours": [torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).repeat(1, 16, 16) for colour in _RED_AND_BLUE],
         }
 
@@ -289,20 +276,22 @@ class ByItself(Experiment):
 @exercise.experiment("left as found", 6)
 class LeftAsFound(Experiment):
     def draw(self, trial: Trial) -> dict:
-        model = _trained_network(trial)
-        model[4].eval()  # one BatchNorm is in eval mode, as a frozen one would be
-        model[0].requires_grad_(False)
-        return {"weights": _weights(trial), "model": model, "images": _photos(trial, 3)}
+        layers = photographs.trained_network(trial)
+        layers[4].eval()  # one BatchNorm is in eval mode, as a frozen one would be, and the block that it is in is not
+        layers[0].requires_grad_(False)
+        model = nn.Sequential(layers[:3], layers[3:7], layers[7:])
+        return {"weights": photographs.weights(trial), "model": model, "images": photographs.photos(trial, 3)}
 
     def measure(self, subject, inputs):
         _answer(subject, **inputs, k=2)
-        return {"traces": traces.of(inputs["model"])}
+        return {"traces": traces.of(inputs["model"]), "hooks": traces.hooks(inputs["model"])}
 
     def facts(self, raw, inputs):
-        return traces.changes(inputs["model"], raw["traces"], "buffers", "flags", "modes")
+        changes = traces.changes(inputs["model"], raw["traces"], "buffers", "flags", "modes")
+        return changes | {"hooks that are left": traces.some(range(raw["hooks"]))}
 
 
-def _answer(subject, weights, model: nn.Module, images: list[Tensor], k: int = _ALL) -> dict:
+def _answer(subject, weights, model: nn.Module, images: list[Tensor], k: int = ALL) -> dict:
     """The answer as names, a list of k strings for each image, and numbers, (n, k); or a sentence about its form."""
     names, numbers = [], []
     for result in _listed(subject(weights, model, list(images), k), len(images), "the results, one per image,"):
@@ -339,12 +328,14 @@ def _ranked(raw: dict) -> list[list[str]]:
 
 
 def _close(numbers: dict[str, float], expected: dict[str, float]) -> bool:
-    return numbers.keys() == expected.keys() and near([numbers[name] for name in expected], list(expected.values()))
+    values = list(expected.values())
+    largest = max(map(abs, values)) or 1.0  # of small numbers the changes are small, too
+    return numbers.keys() == expected.keys() and near([numbers[name] for name in expected], values, largest)
 
 
 def _nature(numbers: Tensor, images: list[dict[str, float]]) -> str:
     """What the numbers of all categories are, n images in the rows of `numbers`."""
-    if (numbers >= 0).all() and near(numbers.sum(1), 1):
+    if (numbers >= 0).all() and (near(numbers.sum(1), 1) or _add_up(numbers)):
         return "are at least 0 and add up to 1"
     if (numbers <= 0).all() and near(numbers.exp().sum(1), 1):
         return "are logarithms of probabilities"
@@ -352,7 +343,7 @@ def _nature(numbers: Tensor, images: list[dict[str, float]]) -> str:
         return "are below 0 in part"
     if near(numbers.sum(1) / 100, 1):
         return "add up to 100"
-    if near([sum(image.get(name, 0.0) for image in images) for name in _CATEGORIES], 1):
+    if near([sum(image.get(name, 0.0) for image in images) for name in CATEGORIES], 1):
         return "do not add up to 1, but those of a category in all images do"
     return "are at least 0 and do not add up to 1"
 
@@ -362,24 +353,33 @@ def _as_probabilities(numbers: Tensor) -> Tensor | None:
     if (numbers < 0).any():
         return numbers.softmax(1)
     total = numbers.sum(1, keepdim=True)
+    if _add_up(numbers):
+        return numbers
     return next((numbers / whole for whole in (1, 100) if near(total / whole, 1)), None)
 
 
-def _places(rows: Tensor, expected: Tensor) -> list[int] | None:
-    """Where each row of `expected` is found in `rows`, whatever the order of the columns."""
-    # As logarithms, which are far apart where small probabilities differ.
-    rows, expected = (values.double().clamp_min(1e-9).log().sort(dim=1).values for values in (rows, expected))
-    places = [next((i for i, row in enumerate(rows) if near(row, wanted)), None) for wanted in expected]
+def _half_a_digit(numbers: Tensor) -> float:
+    """How far numbers that are all rounded to 2, 3 or 4 digits can be from what they were; 0 for all others."""
+    scaled = ((digits, numbers * 10**digits) for digits in (2, 3, 4))
+    return next((0.51 / 10**digits for digits, values in scaled if (values - values.round()).abs().max() < 1e-3), 0.0)
+
+
+def _add_up(numbers: Tensor) -> bool:
+    """Whether numbers that were rounded add up to 1, as far as they can."""
+    return bool(((numbers.sum(1) - 1).abs() < _half_a_digit(numbers) * numbers.shape[1]).all())
+
+
+def _places(rows: Tensor, expected: Tensor, half: float) -> list[int] | None:
+    """Where each row of `expected` is found in `rows`, rounded by up to `half`, whatever the order of the columns."""
+    rows, expected = (values.double().sort(dim=1).values for values in (rows, expected))
+    if not half:  # as logarithms, which are far apart where small probabilities differ
+        rows, expected = (values.clamp_min(1e-9).log() for values in (rows, expected))
+
+    def found(row: Tensor, wanted: Tensor) -> bool:
+        return bool((row - wanted).abs().max() < half) if half else near(row, wanted)
+
+    places = [next((i for i, row in enumerate(rows) if found(row, wanted)), None) for wanted in expected]
     return None if None in places else places
-
-
-def _bright(image: Tensor, start: float, stop: float) -> Tensor:
-    """A copy whose pixels from `start` to `stop` are bright, counted from the centre, along either axis."""
-    rows, columns = (torch.arange(size) - (size - 1) / 2 for size in image.shape[1:])
-    bright = ((start < rows) & (rows < stop))[:, None] | ((start < columns) & (columns < stop))
-    if math.isfinite(start + stop):  # then only what lies before `stop` along the other axis, too
-        bright &= (rows.abs() < stop)[:, None] & (columns.abs() < stop)
-    return image.where(~bright, torch.tensor(255, dtype=torch.uint8))
 
 
 def _prepare(weights, image: Tensor, **changes) -> Tensor:
@@ -428,6 +428,7 @@ CHANGES = {
     "sigmoid in place of softmax": {"shares": torch.sigmoid},
     "softmax over the images": {"shares": nn.Softmax(dim=0)},
     "softmax over the k listed": {"shares": nn.Identity(), "best": _shares_of_the_best},
+    "rounded": {"shares": lambda logits: logits.softmax(1).double().mul(1e4).round() / 1e4},
     "categories in alphabetical order": {"names": sorted},
     "least likely": {"best": partial(torch.topk, largest=False)},
     "likeliest last": {"best": lambda shares, k: [part.flip(1) for part in shares.topk(k)]},

@@ -1,5 +1,7 @@
 """Exercise 2.8a in other styles."""
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -80,6 +82,23 @@ def without_the_last(lengths, batch_size):
     return [order[k : k + batch_size] for k in range(0, len(order) - 1, batch_size)], order.argsort()
 
 
+def last_one_taken_along(lengths, batch_size):
+    batches, back = solution(lengths, batch_size)
+    if len(batches) > 1 and len(batches[-1]) == 1 < batch_size:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches, back
+
+
+def sorted_in_windows(lengths, batch_size, most=4):
+    starts = range(0, len(lengths), most * batch_size)
+    order = torch.cat([start + lengths[start : start + most * batch_size].argsort() for start in starts])
+    return list(order.split(batch_size)), order.argsort()
+
+
+def in_eight_bits(lengths, batch_size):
+    return solution(lengths.to(torch.uint8), batch_size)
+
+
 def one_too_many(lengths, batch_size):
     return solution(lengths, batch_size + 1)
 
@@ -124,11 +143,12 @@ REWRITTEN = {
     "put back with the wrong permutation": scattered_with_its_own_order,
     "batches in the order of the texts": as_they_came,
     "ranks in place of indices": argsort_once_too_often,
+    "one text of each length": one_text_for_each_length,
 }
 BROKEN = {
     1: [filled_up, one_text_for_each_length, without_the_last],
-    2: [one_too_many, one_length_a_batch, an_empty_one_at_the_end, all_in_one],
-    3: [dealt_out, as_strings, as_they_came],
+    2: [one_too_many, one_length_a_batch, an_empty_one_at_the_end, all_in_one, last_one_taken_along],
+    3: [dealt_out, as_strings, as_they_came, sorted_in_windows, partial(sorted_in_windows, most=50), in_eight_bits],
     4: [turned_round, back_to_the_lengths, scattered_with_its_own_order],
 }
 COMBINED = [

@@ -148,6 +148,38 @@ def dropout_with_a_seed(encoder, tokenizer, texts, batch_size):
         return embedded(encoder, tokenizer, texts, batch_size, inside=lambda encoder: nullcontext())
 
 
+def layers_of_dropout_alone(encoder, tokenizer, texts, batch_size):
+    layers = [module for module in encoder.modules() if isinstance(module, torch.nn.Dropout) and module.training]
+    with torch.no_grad():
+        for module in layers:
+            module.eval()
+        rows = embedded(encoder, tokenizer, texts, batch_size, inside=lambda encoder: nullcontext())
+        for module in layers:
+            module.train()
+    return rows
+
+
+def mask_of_what_is_not_0(encoder, tokenizer, texts, batch_size):
+    def mean(encoder, ids, mask):
+        return mean_pool(encoder(ids, mask), (ids != 0).long())
+
+    return embedded(encoder, tokenizer, texts, batch_size, mean=mean)
+
+
+def first_64_tokens(encoder, tokenizer, texts, batch_size):
+    def mean(encoder, ids, mask):
+        return mean_pool(encoder(ids[:, :64], mask[:, :64]), mask[:, :64])
+
+    return embedded(encoder, tokenizer, texts, batch_size, mean=mean)
+
+
+def all_but_the_last(encoder, tokenizer, texts, batch_size):
+    def mean(encoder, ids, mask):
+        return mean_pool(encoder(ids, mask), (mask.cumsum(1) < mask.sum(1, keepdim=True)).long() * mask)
+
+    return embedded(encoder, tokenizer, texts, batch_size, mean=mean)
+
+
 def at_least_eight(encoder, tokenizer, texts, batch_size):
     return embedded(encoder, tokenizer, texts, max(batch_size, 8))
 
@@ -188,6 +220,11 @@ def only_the_children(encoder, tokenizer, texts, batch_size):
     return rows
 
 
+def hook_left_behind(encoder, tokenizer, texts, batch_size):
+    encoder.register_forward_hook(lambda module, args, states: None)
+    return embedded(encoder, tokenizer, texts, batch_size)
+
+
 def dropout_of_zero(encoder, tokenizer, texts, batch_size):
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -202,13 +239,13 @@ REWRITTEN = {
     "first token left out": partial(one_at_a_time, begin=1),
 }
 BROKEN = {
-    1: [last_token, rows_of_sorted_texts, equal_texts_once],
+    1: [last_token, rows_of_sorted_texts, equal_texts_once, mask_of_what_is_not_0, first_64_tokens, all_but_the_last],
     2: [columns_scaled_by_the_largest, sums_to_one, never_longer_than_one],
-    3: [every_place_seen, dropout_with_a_seed],
+    3: [every_place_seen, dropout_with_a_seed, layers_of_dropout_alone],
     4: [at_least_eight, one_more],
     5: [sorted_within_each_batch, shortest_and_longest_by_turns],
     6: [leaves_that_require_gradients, partial(embedded, inside=eval_mode), torch.inference_mode()(embedded)],
-    7: [only_the_children, dropout_of_zero],
+    7: [only_the_children, dropout_of_zero, hook_left_behind],
 }
 COMBINED = [
     ({first, second}, partial(embedded, **CHANGES[first], **CHANGES[second]))

@@ -106,6 +106,10 @@ def divided_along_the_columns(hidden, attention_mask):
     return total / (count if len(count) == total.shape[1] else count[:, None])
 
 
+def zeros_taken_for_padding(hidden, attention_mask):
+    return solution(hidden, attention_mask * (hidden != 0).any(2))
+
+
 def middle_token(hidden, attention_mask):
     middle = hidden.masked_fill(attention_mask[..., None] == 0, torch.nan).nanmedian(1).values
     return middle.nan_to_num(0)
@@ -147,7 +151,14 @@ REWRITTEN = {
     "divided by the square root": sums_over_roots,
 }
 BROKEN = {
-    1: [at_least_two, later_tokens_weigh_more, one_token_more, divided_along_the_columns, middle_token],
+    1: [
+        at_least_two,
+        later_tokens_weigh_more,
+        one_token_more,
+        divided_along_the_columns,
+        middle_token,
+        zeros_taken_for_padding,
+    ],
     2: [times_the_mask, only_nan_replaced, result_without_nan],
     3: [by_nanmean, first_state_for_no_tokens, plain_mean_for_no_tokens],
 }

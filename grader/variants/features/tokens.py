@@ -231,6 +231,15 @@ def without_the_ends_in_the_mask(vocabulary, texts, max_length):
     return batch | {"attention_mask": batch["attention_mask"] * ~ends}
 
 
+def longest_text_first(vocabulary, texts, max_length):
+    return tokenized(vocabulary, sorted(texts, key=lambda text: -len(text.split())), max_length)
+
+
+def _no_longer_than_what_begins_words(vocabulary, word):
+    longest = max(len(piece) for piece in vocabulary if not piece.startswith(("##", "[")))
+    return _greedy(vocabulary, word, lengths=lambda rest: range(min(longest, len(rest)), 0, -1))
+
+
 def _last_pieces(pieces, max_length):
     return ["[CLS]", *pieces[max(0, len(pieces) - max_length + 2) :], "[SEP]"]
 
@@ -249,6 +258,8 @@ BROKEN = {
         *_changed("capitals kept", "split at single spaces"),
         *_changed(words=lambda text: [word for word in re.split(r"[ \t\n]+", text.lower()) if word]),
         *_changed(words=lambda text: [word[0].lower() + word[1:] for word in text.split()]),
+        *_changed(words=lambda text: re.findall(r"\S+", text.lower(), re.ASCII)),
+        *_changed(words=lambda text: re.sub("[A-Z]", lambda letter: letter[0].lower(), text).split()),
     ],
     2: [
         *_changed("## forgotten"),
@@ -256,6 +267,7 @@ BROKEN = {
         *_changed(cut=partial(_greedy, lengths=lambda rest: range(min(10, len(rest)), 0, -1))),
         *_changed(cut=partial(_greedy, known=_with_or_without)),
         *_changed(cut=_longest_anywhere),
+        *_changed(cut=_no_longer_than_what_begins_words),
         *_changed(cut=partial(_greedy, known=_marked_at_the_beginning_too)),
     ],
     3: [
@@ -271,11 +283,13 @@ BROKEN = {
         *_changed("mask all ones", "mask upside down", "padded with number 0", "padding before the text"),
         padded_before_the_cut,
         to_eights,
+        longest_text_first,
         without_the_ends_in_the_mask,
         without_unknown_words_in_the_mask,
     ],
     6: [
         *_changed("punctuation not kept in words", words=_without_accents),
+        *_changed(words=lambda text: unicodedata.normalize("NFKC", text.lower()).split()),
         *_changed(words=lambda text: re.findall(r"[a-z]+", text.lower())),
         *_changed(words=lambda text: [word.strip(".,'") for word in text.lower().replace("-", " ").replace(".", "").split()]),
     ],

@@ -128,6 +128,16 @@ def _without_crop(weights, image):
     return weights.transforms(resize_size=size, crop_size=size)(image)
 
 
+def _aliased(weights, image):
+    return weights.transforms(antialias=False)(image)
+
+
+def _nearest(weights, image):
+    from torchvision.transforms import InterpolationMode
+
+    return weights.transforms(interpolation=InterpolationMode.NEAREST)(image)
+
+
 def _from_one(categories):
     return ["background", *categories]
 
@@ -143,6 +153,20 @@ def _alone_in_train_mode(model, batch):
         module.train(not isinstance(module, torch.nn.Dropout))
     with torch.no_grad():
         return torch.cat([twin(image[None]) for image in batch])
+
+
+def _modes_of_children_put_back(model, batch):
+    modes = [(module, module.training) for module in model.children()]
+    logits = extract(model.eval(), batch)
+    model.training = True
+    for module, mode in modes:
+        module.train(mode)
+    return logits
+
+
+def _with_a_hook_that_stays(model, batch):
+    model.register_forward_hook(lambda module, args, logits: None)
+    return extract(model, batch)
 
 
 def _frozen_for_good(model, batch):
@@ -161,6 +185,16 @@ def _first(shares, k):
     return shares[:, :k], columns
 
 
+def _in_any_order(shares, k):
+    columns = shares.topk(k).indices.sort(dim=1).values
+    few = shares.shape[1] <= 16  # as sorts that stop early do it
+    return shares.topk(k) if few else (shares.gather(1, columns), columns)
+
+
+def _four_decimals(weights, model, images, k):
+    return [[(name, float(f"{p:.4f}")) for name, p in row] for row in in_numpy_on_a_copy(weights, model, images, k)]
+
+
 def _backwards(*task):
     return in_numpy_on_a_copy(*task)[::-1]
 
@@ -173,20 +207,27 @@ REWRITTEN = {
     "not divided by 255": partial(typed_after_the_presets_sizes, scale=1),
     "least likely": partial(typed_after_the_presets_sizes, descending=False),
     "sigmoid in place of softmax": with_sigmoids,
+    "rounded": _four_decimals,
 }
 BROKEN = {
     1: [
         *_changed("ImageNet's mean and std", "not divided by 255", "squeezed to a square", "other sizes than the preset's"),
-        *(partial(classified, prepare=prepare) for prepare in (_padded, _without_crop)),
+        *(partial(classified, prepare=prepare) for prepare in (_padded, _without_crop, _aliased, _nearest)),
     ],
     2: _changed("categories in alphabetical order", names=_from_one),
-    3: [*_changed("least likely", "likeliest last", best=_first), _backwards],
-    4: [*_changed("softmax over the k listed", "logits for probabilities"), with_sigmoids],
+    3: [*_changed("least likely", "likeliest last", best=_first), *_changed(best=_in_any_order), _backwards],
+    4: [*_changed("softmax over the k listed", "logits for probabilities", "rounded"), with_sigmoids],
     5: [
         *_changed("only BatchNorm in eval mode", outputs=_in_batch_statistics),
         partial(classified, outputs=_alone_in_train_mode),
     ],
-    6: [*_changed("left in eval mode", outputs=_frozen_for_good), partial(classified, outputs=_in_train_mode_afterwards)],
+    6: [
+        *_changed("left in eval mode", outputs=_frozen_for_good),
+        *(
+            partial(classified, outputs=outputs)
+            for outputs in (_in_train_mode_afterwards, _modes_of_children_put_back, _with_a_hook_that_stays)
+        ),
+    ],
 }
 COMBINED = [
     ({first, second}, partial(classified, **CHANGES[first], **CHANGES[second]))
