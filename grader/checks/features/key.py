@@ -41,6 +41,9 @@ class EqualContents(_Compared):
             "asked again": _key(subject, backbone, images, settings),
             "a copy of the backbone": _key(subject, copy.deepcopy(backbone), images, settings),
             "a copy of the images": _key(subject, backbone, images.clone(), settings),
+            "a copy in train mode, and frozen": _key(
+                subject, copy.deepcopy(backbone).train().requires_grad_(False), images, settings
+            ),
             "settings in another order": _key(subject, backbone, images, dict(reversed(settings.items()))),
         }
         with contents.next_kernel(subject):
@@ -50,7 +53,7 @@ class EqualContents(_Compared):
     def facts(self, raw, inputs):
         facts = {what: "the same key" if equal else "another key" for what, equal in raw["equal"].items()}
         if not raw["equal"]["a copy of the backbone"] or not raw["equal"]["a copy of the images"]:
-            facts["the next kernel"] = None  # it has copies
+            facts |= dict.fromkeys(("the next kernel", "a copy in train mode, and frozen"))  # they are copies
         return facts
 
 
@@ -85,6 +88,13 @@ class OtherWeights(_Notices):
     def changes(self, inputs):
         yield from contents.other_weights(inputs)
         yield from contents.exchanged_weights(inputs)
+        backbone = inputs["backbone"]
+        numbers = backbone[2].weight.detach().view(-1)
+        numbers[numbers.argmax()] += 8e-5  # which print shows, and half precision does not
+        yield "a number of a parameter changed in its fourth digit", inputs
+        for number in (2**24, 2**24 + 1):  # one number to those who turn all into float32
+            backbone.register_buffer("places", torch.tensor([1, number, 3], device=numbers.device))
+            yield "a large whole number of a buffer changed", inputs
 
 
 @exercise.experiment("other images", 3)
@@ -105,6 +115,17 @@ class OtherSettings(_Notices):
         yield "no settings", inputs | {"settings": {}}
         yield "whole numbers", inputs | {"settings": {"batch": 3, "size": 12}}
         yield "whole numbers of the same digits", inputs | {"settings": {"batch": 31, "size": 2}}
+        yield "a name that ends in a digit", inputs | {"settings": {"layer1": 2.5}}
+        yield "the same letters and digits, cut elsewhere", inputs | {"settings": {"layer": 12.5}}
+        yield "a name in capitals", inputs | {"settings": {"LAYER": 12.5}}
+        for number in range(300):
+            small = inputs | {"backbone": nn.Flatten(), "images": inputs["images"][:1]}
+            yield "three hundred values", small | {"settings": {"mean": number / 4}}
+
+    def facts(self, raw, inputs):
+        """How many of the last digits are seen is of no matter."""
+        facts, close = super().facts(raw, inputs), "a value that differs in its last digits"
+        return facts | {close: "another key" if facts[close] == "another key" else "the same key"}
 
 
 @exercise.experiment("name of a file", 5)
@@ -154,6 +175,18 @@ class ShapeAndDtype(_Notices):
             layer.to(black.device).bias = None
             layer.weight.detach().zero_()
             yield what, inputs | {"backbone": layer}
+        ones, zeros = torch.ones(3, device=black.device), torch.zeros(3, device=black.device)
+        kinds = {"ones as a buffer": ones, "zeros as a buffer": zeros, "zeros as a buffer of whole numbers": zeros.int()}
+        for what, buffer in kinds.items():
+            layer = nn.Flatten()
+            layer.register_buffer("places", buffer)
+            yield what, inputs | {"backbone": layer}
+
+    def facts(self, raw, inputs):
+        """Where buffers do not count at all, their dtype cannot be seen."""
+        facts = super().facts(raw, inputs)
+        noticed = [facts.pop("ones as a buffer"), facts.pop("zeros as a buffer")]
+        return facts if "the same key" not in noticed else facts | {"zeros as a buffer of whole numbers": None}
 
 
 @exercise.experiment("place in memory", 8)
@@ -199,16 +232,19 @@ CHANGES = {
     "weights not in the key": {"weights": repr},
     "buffers not in the key": {"weights": lambda backbone: contents.contents(*backbone.parameters())},
     "state dict for all buffers": {"weights": _saved},
-    "weights as they are printed": {"weights": lambda backbone: str([*backbone.parameters(), *backbone.buffers()])},
+    "weights as they are printed": {
+        "weights": lambda backbone: str([t.detach() for t in (*backbone.parameters(), *backbone.buffers())])
+    },
     "sums in place of contents": {
         "weights": lambda backbone: [t.double().sum().item() for t in (*backbone.parameters(), *backbone.buffers())],
         "pixels": lambda images: (images.dtype, images.shape, images.double().sum().item()),
     },
     "images not in the key": {"pixels": lambda images: (images.dtype, images.shape)},
-    "order of the images not in the key": {"pixels": lambda images: sorted(map(_bytes, images))},
+    "order of the images not in the key": {"pixels": lambda images: (images.dtype, images.shape, sorted(map(_bytes, images)))},
     "images as they are printed": {"pixels": lambda images: (images.dtype, images.shape, str(images))},
     "bytes without their shape": {"pixels": _bytes},
     "settings not in the key": {"order": lambda settings: None},
+    "settings rounded": {"order": lambda settings: sorted(f"{name} {settings[name]:.3f}" for name in settings)},
     "names of the settings not in the key": {"order": lambda settings: [settings[name] for name in sorted(settings)]},
     "settings in the order in which they come": {"order": str},
     "objects in place of contents": {"weights": hash, "pixels": hash},

@@ -64,7 +64,7 @@ class Checksums:
 
 
 def printed(backbone, images, settings):
-    text = "".join(f"{tensor}" for tensor in (*backbone.parameters(), *backbone.buffers()))
+    text = "".join(f"{tensor.detach()}" for tensor in (*backbone.parameters(), *backbone.buffers()))
     return by_lists(torch.nn.Identity(), images, settings | {"backbone": text})
 
 
@@ -113,13 +113,18 @@ BROKEN = {
             for key in ("settings in the order in which they come", "more than contents", "a key for one kernel")
         ),
         numbered_by_hash,
+        lambda backbone, images, settings: by_lists(backbone, images, settings | {"training": backbone.training}),
+        lambda backbone, images, settings: by_lists(
+            backbone, images, settings | {name: p.requires_grad for name, p in backbone.named_parameters()}
+        ),
         lambda backbone, images, settings: f"{by_lists(backbone, images, settings)}-{uuid.uuid4()}",
     ],
     2: [
         printed,
         *(partial(keyed, **CHANGES[key]) for key in ("weights not in the key", "buffers not in the key")),
         partial(keyed, weights=lambda backbone: sorted(map(str, _rows(backbone)))),
-        partial(keyed, weights=lambda backbone: [(t.shape, t.tolist()) for t in _trained(backbone)]),
+        partial(keyed, weights=lambda backbone: [(t.dtype, t.shape, t.half().tolist()) for t in _all(backbone)]),
+        partial(keyed, weights=lambda backbone: [(t.dtype, t.shape, t.float().tolist()) for t in _all(backbone)]),
         lambda backbone, images, settings: (
             by_lists(backbone, images, settings)
             if not list(backbone.buffers())
@@ -135,6 +140,8 @@ BROKEN = {
         partial(keyed, order=_exactly),
         partial(keyed, order=partial(_exactly, digits=2)),
         partial(keyed, order=lambda settings: sorted(settings.values())),
+        partial(keyed, order=lambda settings: "".join(f"{name}{settings[name]}" for name in sorted(settings))),
+        partial(keyed, order=lambda settings: sorted((name.lower(), value) for name, value in settings.items())),
         partial(keyed, order=sorted),
         partial(keyed, order=lambda settings: "".join(f"{settings[name]}" for name in sorted(settings))),
     ],
@@ -148,6 +155,7 @@ BROKEN = {
     7: [
         partial(keyed, **CHANGES["bytes without their shape"]),
         partial(keyed, pixels=lambda images: (images.shape, images.numpy().tobytes())),
+        partial(keyed, weights=lambda backbone: [(t.shape, _bytes(t)) for t in (*backbone.parameters(), *backbone.buffers())]),
         partial(
             keyed,
             weights=lambda backbone: [t.detach().numpy().tobytes() for t in (*backbone.parameters(), *backbone.buffers())],
@@ -174,10 +182,9 @@ def _bytes(tensor):
     return tensor.detach().numpy().tobytes()
 
 
-def _trained(backbone):
-    """What a frozen backbone has none of, and its buffers."""
-    return [p for p in backbone.parameters() if p.requires_grad] + list(backbone.buffers())
-
-
 def _rows(backbone):
-    return [(tensor.shape, tensor.tolist()) for tensor in (*backbone.parameters(), *backbone.buffers())]
+    return [(tensor.dtype, tensor.shape, tensor.tolist()) for tensor in (*backbone.parameters(), *backbone.buffers())]
+
+
+def _all(backbone):
+    return [*backbone.parameters(), *backbone.buffers()]
