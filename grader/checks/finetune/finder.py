@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from itertools import takewhile
 from typing import ClassVar
 
 import torch
@@ -31,7 +32,7 @@ from grader.checks.finetune.searching import (
     unchanged,
 )
 from grader.experiment import Exercise, Experiment, Fact, Trial
-from grader.near import which
+from grader.near import near, which
 from helpers.finetune import find_lr, put_back
 
 exercise = Exercise(__name__, "4.6", find_lr, core=5)
@@ -44,8 +45,12 @@ WAYS: dict[str, dict] = {
     "of steps along the gradients of all batches so far": {"clear": False},
     NEVER: {"rates": lambda lr, own: [0.0] * len(own)},
     "of steps with the optimizer's own learning rate": {"rates": unchanged},
-    "in eval mode": {"train": False},
+    "in the modes it came in": {"enter": lambda model: None},
+    "in eval mode": {"enter": nn.Module.eval},
+    "of an optimizer that remembers nothing": {"forget": True},
     "sums over the batch": {"loss_of": partial(F.cross_entropy, reduction="sum")},
+    "of smoothed labels": {"loss_of": partial(F.cross_entropy, label_smoothing=0.1)},
+    "of probabilities, taken for logits": {"loss_of": lambda logits, labels: F.cross_entropy(logits.softmax(1), labels)},
 }
 
 
@@ -69,10 +74,13 @@ class _Rising(Experiment):
 
     def find_way(self, raw: dict, inputs: dict, ways: dict[str, dict]) -> str:
         """The first way of training with these learning rates, given by options of `train_losses`, that has these losses."""
-        return which(raw["losses"], {name: self.losses(raw, inputs, **options) for name, options in ways.items()})
+        found = (name for name, options in ways.items() if near(raw["losses"], self.losses(raw, inputs, **options)))
+        return next(found, "different")  # most subjects are right, and the first way is then the only one to be trained
 
-    def losses(self, raw: dict, inputs: dict, **options) -> list[float]:
+    def losses(self, raw: dict, inputs: dict, forget: bool = False, **options) -> list[float]:
         model, optimizer = copy.deepcopy((inputs["model"], inputs["optimizer"]))
+        if forget:
+            optimizer.state.clear()
         return list(train_losses(model, optimizer, inputs["batches"][: len(raw["lrs"])], raw["lrs"], **options))
 
     def complete(self, raw: dict, inputs: dict) -> bool:
@@ -133,7 +141,13 @@ class Losses(_Rising):
 
     def network(self, trial, width):
         model = normalised_network(trial, width).eval()  # as after an evaluation
-        return model, WatchedSGD(model.parameters(), lr=0.1, momentum=0.5, weight_decay=0.1)
+        model[1].train()
+        optimizer = WatchedSGD(model.parameters(), lr=0.1, momentum=0.5, weight_decay=0.1)
+        for parameter in model.parameters():  # an optimizer in use remembers a step
+            parameter.grad = 0.5 * trial.normal(*parameter.shape)
+        optimizer.step()
+        optimizer.zero_grad()
+        return model, optimizer
 
     def facts(self, raw, inputs):
         if not self.complete(raw, inputs):
@@ -161,16 +175,19 @@ class _Ending(Experiment):
         return {"model": Shift(), "batches": batches}
 
     def measure(self, subject, inputs):
-        counts = []
-        for batches in inputs["batches"]:
+        counts, right = [], []
+        for batches, wanted in zip(inputs["batches"], self.wanted.values(), strict=True):
             model = copy.deepcopy(inputs["model"])
             _, losses = call_finder(subject, model, SGD(model.parameters(), lr=1e-9), batches, 1e-9, 1e-8)
             counts.append(len(losses))
-        return {"counts": counts}
+            right += [near(got, loss) for got, loss in zip(losses, takewhile(math.isfinite, wanted), strict=False)]
+        return {"counts": counts, "right": all(right)}
 
     def facts(self, raw, inputs):
         words = {3: "ends the search, and is left out", 4: "ends the search, and is noted", 6: "does not end the search"}
         ends = [words.get(count, "something else ends the search") for count in raw["counts"]]
+        if not raw["right"]:  # what is noted are no losses of the batches: the question of "losses"
+            ends = [None] * len(ends)
         return dict(zip(self.wanted, ends, strict=True))
 
 
@@ -198,8 +215,8 @@ class ALossOfZero(_Ending):
     def facts(self, raw, inputs):
         after, usual, never, usually = super().facts(raw, inputs).values()
         return {
-            "a small loss after one of 0": "the same as after one of 0.01" if after == usual else after,
-            "losses of 0 until the end": "the same as losses of 0.1" if never == usually else never,
+            "a small loss after one of 0": "the same as after one of 0.01" if after and after == usual else after,
+            "losses of 0 until the end": "the same as losses of 0.1" if never and never == usually else never,
         }
 
 
@@ -384,7 +401,7 @@ exercise.misconceptions_of(
         "loss noted after the step": {"after": True},
         "gradients add up": {"clear": False},
         "optimizer of another model": {"copied": lambda pair: map(copy.deepcopy, pair)},
-        "in the mode it came in": {"train": False},
+        "in the mode it came in": {"enter": lambda model: None},
         "never gets to highest": {"schedule": geometric_short},
         "smoothed losses": {"noted": _slid},
         "compared with the first loss": {"smallest": lambda losses: losses[0]},

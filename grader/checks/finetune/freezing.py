@@ -103,11 +103,17 @@ class OneCallAfterAnother(_Asked):
     def draw(self, trial: Trial) -> dict:
         return {"model": _plain_network(trial), "names": [["layer1", "fc.bias"], ["layer2.weight", "stem"]]}
 
+    def measure(self, subject, inputs):
+        raw = super().measure(subject, inputs)
+        subject(inputs["model"], [])
+        return raw | {"nothing": _left(inputs["model"])}
+
     def facts(self, raw, inputs):
         return {
             "asked for last": _part(raw, "layer2.weight", "stem"),
             "asked for before that": _part(raw, "layer1", "fc.bias"),
             "never asked for": _part(raw, "layer2.bias", "fc.weight"),
+            "all of them, once nothing is asked for": _others(raw["nothing"]),
         }
 
 
@@ -131,7 +137,9 @@ class WholeNames(_Asked):
 @exercise.experiment("names returned", 3)
 class NamesReturned(Experiment):
     def draw(self, trial: Trial) -> dict:
-        return {"model": _residual_network(trial), "names": ["fc.bias", "layer1.0", "layer1", "bn1.weight", "fc.bias"]}
+        model = _residual_network(trial)
+        model.layer1.append(model.layer1[0].conv1)  # so a parameter has two names, and is to be returned once
+        return {"model": model, "names": ["fc.bias", "layer1.0", "layer1", "bn1.weight", "fc.bias"]}
 
     def measure(self, subject, inputs):
         names = expect_names(subject(inputs["model"], list(inputs["names"])), "train_only must return a list of names")
@@ -139,6 +147,7 @@ class NamesReturned(Experiment):
 
     def facts(self, raw, inputs):
         flags, names = raw["traces"]["flags"], [name for name, _ in inputs["model"].named_parameters()]
+        aliases = flags.keys() - names
         trainable = [name for name in names if flags[name]]
         asked = [name for name in names if _in(name, *inputs["names"])]
         if raw["names"] in (trainable, asked):
@@ -146,6 +155,8 @@ class NamesReturned(Experiment):
         if trainable != asked:
             return {"the names returned": None}  # whatever they are, the parameters that train are not the right ones
         returned = "different ones"
+        if aliases & set(raw["names"]) and set(raw["names"]) - aliases == set(asked):
+            returned = "those of the trainable parameters, one under each of its names"
         if set(raw["names"]) == set(asked):
             order = "in another order" if len(raw["names"]) == len(asked) else "some more than once"
             returned = f"those of the trainable parameters, {order}"

@@ -98,7 +98,9 @@ class _Decays(_Groups):
     def facts(self, raw, inputs):
         kinds: dict[str, set] = {}
         for name, parameter in inputs["model"].named_parameters():
-            kinds.setdefault(self.kind(name, parameter), set()).add(raw["weight_decay"].get(name))
+            # Without a decay of its own a group has AdamW's, which is no mistake of this kind but that of another line.
+            unseen = parameter.ndim <= 1 and name in raw["bare"]
+            kinds.setdefault(self.kind(name, parameter), set()).add(None if unseen else raw["weight_decay"].get(name))
         return {f"weight decay of {kind}": _decay(decays, inputs["weight_decay"]) for kind, decays in kinds.items()}
 
     def kind(self, name: str, parameter: nn.Parameter) -> str:
@@ -165,10 +167,12 @@ class FrozenStage(_Groups):
     points = 2
 
     def network(self, trial, width):
-        model = named(stem=linear(width, 2), layer1=linear(width), layer2=linear(width), fc=linear(width))
+        layer1, layer2, layer3, fc = (linear(width) for _ in range(4))
+        model = named(stem=linear(width, 2), layer1=layer1, layer2=layer2, norm=nn.LayerNorm(width), layer3=layer3, fc=fc)
         model.layer1.requires_grad_(False)
+        model.layer2.requires_grad_(False)  # and what comes after it trains
         model.stem[0].bias.requires_grad_(False)
-        return model, ("stem", "layer1", "layer2", "fc")
+        return model, ("stem", "layer1", "layer2", "layer3", "fc")
 
     def draw(self, trial):
         inputs = super().draw(trial)
@@ -181,11 +185,15 @@ class FrozenStage(_Groups):
 
     def facts(self, raw, inputs):
         frozen = [name for name, parameter in inputs["model"].named_parameters() if not parameter.requires_grad]
-        now, whole = (_powers(settings, inputs, ("stem", "layer2", "fc")) for settings in (raw, raw["all trains"]))
-        others = "as if nothing were frozen" if now == whole else "changed by what is frozen"
+        alike = {
+            stages: _powers(raw, inputs, stages) == _powers(raw["all trains"], inputs, stages)
+            for stages in (("stem", "layer3", "fc"), ("norm",))
+        }
+        others, after = ("as if nothing were frozen" if same else "changed by what is frozen" for same in alike.values())
         return {
             "frozen parameters in a group": "none" if raw["lr"].keys().isdisjoint(frozen) else "some",
             "learning rates of the others": others,
+            "learning rates of what comes after a frozen stage": after,
             **traces.changes(inputs["model"], raw["traces"], "flags"),
         }
 
@@ -236,7 +244,8 @@ class OwnSettings(_Groups):
 def _settings(groups: list[dict], inputs: dict) -> dict:
     """What each parameter has in an AdamW made from the groups: {"lr": name -> number, "weight_decay": name -> number}.
 
-    Beside them "own": whether each group brings both; "unread": whether a group has a number under a key unknown to AdamW.
+    Beside them "own": whether each group brings both; "bare": the names of parameters whose group brings no weight decay;
+    "unread": whether a group has a number under a key unknown to AdamW.
     """
     times = Counter(id(parameter) for group in groups for parameter in _parameters(group))
     names = {id(parameter): name for name, parameter in inputs["model"].named_parameters()}
@@ -246,6 +255,7 @@ def _settings(groups: list[dict], inputs: dict) -> dict:
         rest = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
         raise WrongReturn(f"each parameter must be in one group, once, as AdamW wants it; {twice[0]}{rest} came more often.")
     own = all({"lr", "weight_decay"} <= group.keys() for group in groups)
+    bare = [names[id(p)] for group in groups if "weight_decay" not in group for p in _parameters(group)]
     try:
         optimizer = torch.optim.AdamW(groups, lr=inputs["lr"], weight_decay=inputs["weight_decay"])
     except (TypeError, ValueError, KeyError) as error:
@@ -256,7 +266,7 @@ def _settings(groups: list[dict], inputs: dict) -> dict:
     }
     read = optimizer.defaults.keys() | {"params", "param_names"}
     unread = [value for group in groups for key, value in group.items() if key not in read and isinstance(value, int | float)]
-    return settings | {"own": own, "unread": bool(unread)}
+    return settings | {"own": own, "bare": bare, "unread": bool(unread)}
 
 
 def _listed(value: object) -> list[dict]:

@@ -1,10 +1,28 @@
-"""The networks of exercise 4.4: each ends in a head whose weights and bias are far from any probe's."""
+"""The networks of exercise 4.4, each with a head whose weights and bias are far from any probe's, and the probes."""
+
+import copy
 
 import torch
 from torch import Tensor, nn
 
 from grader.checks.networks import with_statistics
 from grader.experiment import Trial
+from helpers.features import linear_probe
+
+_solved: dict[tuple, nn.Linear] = {}
+MOST = 200  # probes to keep
+
+
+def probe_once(features: Tensor, labels: Tensor, classes: int | None = None, penalty: float = 1e-3) -> nn.Linear:
+    """`linear_probe`, which solves the same task only once: many subjects meet the same features."""
+    features = features.detach()
+    place = features.device, features.dtype, features.shape
+    key = (*place, features.flatten().tolist(), labels.tolist(), classes, penalty)
+    if (task := repr(key)) not in _solved:
+        if len(_solved) >= MOST:
+            _solved.clear()
+        _solved[task] = linear_probe(features, labels, classes, penalty)
+    return copy.deepcopy(_solved[task])
 
 
 class Plain(nn.Module):

@@ -2,16 +2,17 @@
 
 import copy
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grader.checks import traces
-from grader.checks.finetune.heads import Dropping, Nested, Normalised, Plain
+from grader.checks.finetune.heads import Dropping, Nested, Normalised, Plain, probe_once
 from grader.experiment import Exercise, Experiment, Trial, WrongReturn, expect_tensor
 from grader.near import near
-from helpers.features import drop_head, extract, linear_probe
+from helpers.features import drop_head, extract
 from helpers.finetune import probe_head
 from helpers.modes import eval_mode
 
@@ -28,10 +29,12 @@ class _Probing(Experiment):
 
     network = Plain
     head = "fc"
+    counts: ClassVar = {4: torch.tensor([4, 10, 20, 36]), 5: torch.tensor([3, 7, 12, 18, 30])}  # of each class
 
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(4, 5)
-        labels = torch.arange(width).repeat_interleave(2 + 3 * torch.arange(width))
+        # 70 of them, however many classes: more than the first batch of 64 that some take for all.
+        labels = torch.arange(width).repeat_interleave(self.counts[width])
         labels = labels[trial.permutation(len(labels))]
         inputs = 1.5 * torch.eye(width)[labels] + trial.normal(len(labels), width)
         return {"model": self.network(trial, width), "inputs": inputs, "labels": labels}
@@ -58,12 +61,15 @@ class LinearProbe(_Probing):
     penalties = (0.1, 0.4)
 
     def measure(self, subject, inputs):
-        return {"logits": [self.train(subject, copy.deepcopy(inputs), penalty) for penalty in self.penalties]}
+        logits = [self.train(subject, copy.deepcopy(inputs), penalty) for penalty in self.penalties[::-1]][::-1]
+        # Whoever stops early ends elsewhere when it starts from where it ended; whoever solves another task does not.
+        return {"logits": logits, "again": [self.train(subject, inputs, self.penalties[0]) for _ in range(2)]}
 
     def facts(self, raw, inputs):
         x, labels, model = inputs["inputs"], inputs["labels"], inputs["model"]
         features, logits = model.features(x).detach(), model(x).detach()
         changed = (features - features.mean(0)) / features.std(0, correction=0), F.normalize(features, dim=1)
+        half = (len(labels) + 1) // 2
 
         def known(given, penalty):
             probe = _probe(features, labels, penalty)
@@ -76,13 +82,16 @@ class LinearProbe(_Probing):
             yield "a probe on the inputs", _probe(x, labels, penalty)(features)
             for table in changed:
                 yield "a probe on features that were normalised", _probe(table, labels, penalty)(features)
+            yield "a probe on the output of the layers before the head", _probe(model.hidden(x), labels, penalty)(features)
+            yield "a probe on the first half of the examples", _probe(features[:half], labels[:half], penalty)(features)
 
         small, large = (
             _which(given, known(given, penalty)) or _optimum(given, features, labels)
             for given, penalty in zip(raw["logits"], self.penalties, strict=True)
         )
         if small == OTHER:
-            small, large = "no optimum, whatever the penalty", None
+            goes_on = not _equal(raw["again"][1], raw["again"][0])
+            small, large = "what it computes depends on where it started" if goes_on else OTHER, None
         elif small != OLD and _equal(*raw["logits"]):
             large = "the same"
         return {"what the head computes": small, "what it computes with a larger penalty": large}
@@ -252,7 +261,7 @@ def _gives(model: nn.Module, name: str, features: Tensor, outputs: int | str | N
 
 
 def _probe(features: Tensor, labels: Tensor, penalty: float) -> nn.Linear:
-    return linear_probe(features, labels, features.shape[1], penalty).requires_grad_(False)
+    return probe_once(features, labels, features.shape[1], penalty).requires_grad_(False)
 
 
 def _which(logits: Tensor, known: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -300,7 +309,7 @@ def _put(model: nn.Module, head: str, probe: nn.Linear) -> None:
     layer.weight.data, layer.bias.data = probe.weight.data, probe.bias.data
 
 
-def solution(model, head, inputs, labels, penalty, *, features=_features, probe=linear_probe, put=_put):
+def solution(model, head, inputs, labels, penalty, *, features=_features, probe=probe_once, put=_put):
     """A right solution, in pieces that a misconception replaces."""
     classes = model.get_submodule(head).out_features
     put(model, head, probe(features(model, head, inputs), labels, classes, penalty))
@@ -330,7 +339,17 @@ def _left_hooked(model, head, inputs):
 
 
 def _standardised(features, *rest):
-    return linear_probe((features - features.mean(0)) / features.std(0, correction=0).clamp_min(1e-6), *rest)
+    return probe_once((features - features.mean(0)) / features.std(0, correction=0).clamp_min(1e-6), *rest)
+
+
+def _one_after_another(model, head, inputs):
+    layers = [module for name, module in model.named_children() if head.partition(".")[0] != name]
+    return extract(nn.Sequential(*layers), inputs)
+
+
+def _on_the_first_half(features, labels, *rest):
+    half = (len(labels) + 1) // 2
+    return probe_once(features[:half], labels[:half], *rest)
 
 
 def _weight_alone(model, head, probe):
@@ -353,13 +372,15 @@ exercise.misconceptions_of(
         "probe on the logits": {"features": lambda model, head, inputs: extract(model, inputs)},
         "probe on the inputs": {"features": lambda model, head, inputs: inputs},
         "nothing copied": {"put": lambda model, head, probe: None},
-        "classes counted from the labels": {"probe": lambda x, y, classes, penalty: linear_probe(x, y, None, penalty)},
+        "classes counted from the labels": {"probe": lambda x, y, classes, penalty: probe_once(x, y, None, penalty)},
         "left in eval mode": {"features": lambda model, head, inputs: _features(model.eval(), head, inputs)},
         "only BatchNorm in eval mode": {"features": _with_batchnorm_alone_in_eval_mode},
         "hook left behind": {"features": _left_hooked},
         "features normalised first": {"probe": _standardised},
-        "penalty on another scale": {"probe": lambda x, y, classes, penalty: linear_probe(x, y, classes, penalty / len(x))},
-        "penalty ignored": {"probe": lambda x, y, classes, penalty: linear_probe(x, y, classes)},
+        "penalty on another scale": {"probe": lambda x, y, classes, penalty: probe_once(x, y, classes, penalty / len(x))},
+        "layers before the head, one after another": {"features": _one_after_another},
+        "half of the examples": {"probe": _on_the_first_half},
+        "penalty ignored": {"probe": lambda x, y, classes, penalty: probe_once(x, y, classes)},
     },
 )
 

@@ -45,17 +45,30 @@ class Values(_Training):
 
     def measure(self, subject, inputs):
         model = inputs["model"]
-        optimizer = SGD(model.parameters(), lr=0.1)
+        model[0].bias.requires_grad_(False)
+        optimizer = SGD([parameter for layer in (model[0], model[1], model[5]) for parameter in layer.parameters()], lr=0.1)
         with block(subject, model, optimizer):
+            with torch.no_grad():
+                for parameter in model.parameters():  # frozen ones, and those that the optimizer does not have, among them
+                    parameter.add_(0.5)
             self.train(model, optimizer, inputs["gradients"][0])
             left = traces.of(model)
         return {"after": traces.of(model), "left": left}
 
     def facts(self, raw, inputs):
-        before = traces.of(inputs["model"])
+        before, after, left = traces.of(inputs["model"]), raw["after"], raw["left"]
+        inside = [name for name in before["parameters"] if name[0] in "015" and name != "0.bias"]
+        kinds = {
+            "parameters that the optimizer trains": ("parameters", inside),
+            "other parameters": ("parameters", before["parameters"].keys() - inside),
+            "buffers": ("buffers", before["buffers"]),
+        }
         return {
-            f"each of the {kind}": _which_all(raw["after"][kind], {AS_IT_WAS: before[kind], AS_LEFT: raw["left"][kind]})
-            for kind in ("parameters", "buffers")
+            f"each of the {words}": _which_all(
+                after[kind],
+                {AS_IT_WAS: {name: before[kind][name] for name in names}, AS_LEFT: {name: left[kind][name] for name in names}},
+            )
+            for words, (kind, names) in kinds.items()
         }
 
 
@@ -219,10 +232,12 @@ class Gradients(_Training):
         return raw
 
     def facts(self, raw, inputs):
-        waiting = all(g is not None and near(g, was) for g, was in zip(raw["waiting"], inputs["gradients"][0], strict=True))
+        pairs = list(zip(raw["waiting"], inputs["gradients"][0], strict=True))
+        gone = all(gradient is None or near(gradient, 0) for gradient, _ in pairs)
+        wait = all(gradient is not None and near(gradient, was) for gradient, was in pairs)
         none = all(gradient is None for gradient in raw["none"])
         return {
-            "gradients that were waiting": "wait" if waiting else "do not",
+            "gradients that were waiting": "are gone" if gone else "wait" if wait else "are others",
             "where there was none": "none" if none else "one",
         }
 

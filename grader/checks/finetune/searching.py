@@ -35,18 +35,17 @@ def train_losses(
     lrs: list[float],
     *,
     rates=in_ratio,
-    train: bool = True,
+    enter=nn.Module.train,
     clear: bool = True,
     after: bool = False,
     loss_of=F.cross_entropy,
 ) -> Iterator[float]:
     """Train the model, one step for each batch and learning rate, and give the loss of each batch before its step.
 
-    The options are what may go wrong: rates of the groups, train mode, gradients cleared, the loss after the step or another.
+    The options are what may go wrong: rates of the groups, modes, gradients cleared, the loss after the step or another.
     """
     own = [group["lr"] for group in optimizer.param_groups]
-    if train:
-        model.train()
+    enter(model)
     for (inputs, labels), lr in zip(batches, lrs, strict=True):
         for group, rate in zip(optimizer.param_groups, rates(lr, own), strict=True):
             group["lr"] = rate

@@ -32,12 +32,14 @@ class _Layers(Experiment):
 @exercise.experiment("new ones train", 1, 2)
 class NewOnesTrain(_Layers):
     points = 2
-    names = "head", "block", "loose"
+    names = "head", "block", "loose", "neck", "tail"
 
     def measure(self, subject, inputs):
         head, block, loose = inputs["head"], inputs["block"].requires_grad_(False), inputs["loose"]
-        group = {"params": list(head.parameters()), "lr": FIRST, "momentum": 0.5}
-        optimizer = SGD([group], lr=DEFAULT, momentum=0.9)
+        # One group has the learning rate of the new ones already, and not the optimizer's default momentum.
+        rates = ((head, FIRST), (inputs["neck"], NEW), (inputs["tail"], THIRD))
+        groups = [{"params": list(layer.parameters()), "lr": lr, "momentum": 0.5} for layer, lr in rates]
+        optimizer = SGD(groups, lr=DEFAULT, momentum=0.9)
         new = [*block.parameters(), *loose.parameters()]  # frozen ones, and some that train and were in no optimizer
         values = [_values(new)]
         returned = subject(optimizer, list(new), NEW)
@@ -202,7 +204,7 @@ class AlreadyInTheOptimizer(_ThreeGroups):
             "new ones, given together with some that it had": _fate(raw["moves"]),
             "step of the new ones, in units of lr x gradient": _times(steps[6:], torch.ones(2)),
             "step of the frozen ones it had, in units of their own group's": _times(steps[2:4], torch.ones(2)),
-            "step of the others it had, in units of their own groups'": _times(steps[[0, 1, 4, 5]], torch.ones(4)),
+            "steps of the others it had, in units of their own groups'": [round(float(s), 2) for s in steps[[0, 1, 4, 5]]],
         }
 
 

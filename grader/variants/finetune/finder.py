@@ -236,6 +236,12 @@ def _ends_after_the_infinite(model, optimizer, batches, lowest, highest):
     return lrs, losses
 
 
+def _with_batchnorm_in_eval_mode(model, optimizer):
+    model.train()
+    for module in model.modules():
+        module.training = not isinstance(module, nn.BatchNorm1d)
+
+
 def _break(what, **options):
     """One with that option; by its name a fault is told from others."""
     subject = partial(inside_put_back, **options)
@@ -266,6 +272,9 @@ BROKEN = {
         _break("the modes it came in", before=lambda model, optimizer: None),
         _break("a sum", loss_of=partial(F.cross_entropy, reduction="sum")),
         in_plain_steps,
+        _break("an optimizer that forgets at first", before=lambda model, optimizer: optimizer.state.clear() or model.train()),
+        _break("BatchNorm in eval mode", before=_with_batchnorm_in_eval_mode),
+        _break("smoothed labels", loss_of=partial(F.cross_entropy, label_smoothing=0.1)),
         WRONG["gradients add up"],
     ],
     4: [

@@ -81,7 +81,7 @@ def by_every_name_it_has(model, names):
 
 def found_anywhere(model, names):
     by_identity(model, names)  # raises where a name is unknown
-    anywhere = re.compile("|".join(map(re.escape, names)))
+    anywhere = re.compile("|".join(map(re.escape, names)) or "nothing is called so")
     on = {id(parameter) for key, parameter in model.named_parameters(remove_duplicate=False) if anywhere.search(key)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in on)
@@ -152,7 +152,7 @@ def all_but_norms(model, names):
 
 def dots_that_match_anything(model, names):
     by_identity(copy.deepcopy(model), names)
-    wanted = re.compile("|".join(rf"{name}(\.|$)" for name in names))
+    wanted = re.compile("|".join(rf"{name}(\.|$)" for name in names) or "nothing is called so")
     keep = {parameter for key, parameter in model.named_parameters(remove_duplicate=False) if wanted.match(key)}
     for parameter in model.parameters():
         parameter.requires_grad = parameter in keep
@@ -199,6 +199,17 @@ def from_a_to_z(model, names):
     return sorted(by_identity(model, names))
 
 
+def under_all_of_its_names(model, names):
+    by_identity(model, names)
+    return [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad]
+
+
+def nothing_asked_for_nothing_done(model, names):
+    if not names:
+        return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return by_identity(model, names)
+
+
 def in_all_of_its_modules(model, names):
     """A shared weight trains only if each of the modules that have it is named."""
     by_identity(copy.deepcopy(model), names)
@@ -224,7 +235,7 @@ def whatever_error_comes(model, names):
 
 def if_nothing_is_found(model, names):
     known = [name for name in names if name in dict(model.named_modules()) or name in dict(model.named_parameters())]
-    if not known:
+    if names and not known:
         raise ValueError("none of the names is there")
     return by_identity(model, known)
 
@@ -271,9 +282,9 @@ REWRITTEN = {
     "shared weight by its last name": last_name_last_word,
 }
 BROKEN = {
-    1: [child_by_child, switches_off_the_rest, all_but_norms],
+    1: [child_by_child, switches_off_the_rest, all_but_norms, nothing_asked_for_nothing_done],
     2: [dots_that_match_anything, one_level_down, by_its_ending],
-    3: [names_as_given, name_after_name, from_a_to_z],
+    3: [names_as_given, name_after_name, from_a_to_z, under_all_of_its_names],
     4: [in_all_of_its_modules, last_name_last_word],
     5: [whatever_error_comes, if_nothing_is_found, beginnings_are_known, froze_before_it_looked],
     6: [frozen_norms_in_eval_mode, fresh_head, train_mode],

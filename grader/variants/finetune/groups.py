@@ -219,6 +219,17 @@ def frozen_ones_too(model, lr, factor, weight_decay, stages):
     return groups
 
 
+def frozen_ones_are_passed_over(model, lr, factor, weight_decay, stages):
+    """A frozen stage is never seen to begin, so what comes after it goes on with the stage before."""
+    stage, groups = 0, []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            stage = next((i for i, begin in enumerate(stages) if f"{name}.".startswith(f"{begin}.")), stage)
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups.append({"params": [parameter], "lr": lr / factor ** (len(stages) - 1 - stage), "weight_decay": decay})
+    return groups
+
+
 def last_that_begins_so(model, lr, factor, weight_decay, stages):
     groups, stage = [], 0
     for name, parameter in model.named_parameters():
@@ -261,7 +272,7 @@ BROKEN = {
     1: [always_2_6, evenly_down, between_two_rates],
     2: [until_its_module_begins, the_rest_with_the_head, begins_anew_after_the_last],
     3: [biases_and_norms_by_type, one_row_is_a_vector, vectors_but_not_numbers],
-    4: [biases_forgotten, half_frozen_is_frozen, frozen_ones_too],
+    4: [biases_forgotten, half_frozen_is_frozen, frozen_ones_too, frozen_ones_are_passed_over],
     5: [Dated(take_twice=True), Dated(last_place=True)],
     6: [last_that_begins_so, somewhere_in_the_name],
     7: [the_head_by_default, decay_by_default],

@@ -98,6 +98,22 @@ class ButTheWeights(Snapshot):
         return self
 
 
+class ButWhatIsFrozen(Snapshot):
+    def __enter__(self):
+        super().__enter__()
+        frozen = {parameter for parameter in self.model.parameters() if not parameter.requires_grad}
+        self.tensors = [(tensor, value) for tensor, value in self.tensors if tensor not in frozen]
+        return self
+
+
+class ButWhatTheOptimizerLacks(Snapshot):
+    def __enter__(self):
+        super().__enter__()
+        lacks = set(self.model.parameters()).difference(*(group["params"] for group in self.optimizer.param_groups))
+        self.tensors = [(tensor, value) for tensor, value in self.tensors if tensor not in lacks]
+        return self
+
+
 class AllInTrainMode(Snapshot):
     def __exit__(self, *error):
         super().__exit__(*error)
@@ -217,7 +233,7 @@ REWRITTEN = {
     "one mode for all": TheModeOfTheModel,
 }
 BROKEN = {
-    1: [but_the_counts, ButTheWeights, WRONG["only the parameters put back"]],
+    1: [but_the_counts, ButTheWeights, ButWhatIsFrozen, ButWhatTheOptimizerLacks, WRONG["only the parameters put back"]],
     2: [AllInTrainMode, TheModeOfTheModel, WRONG["modes forgotten"]],
     3: [ButWeightDecay, TheLrOfTheFirst],
     4: [NewMemory, OnlyWhatWasThere, WRONG["moments left"]],

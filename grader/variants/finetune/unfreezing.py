@@ -128,6 +128,17 @@ def without_momentum(optimizer, parameters, lr):
     _join(optimizer, parameters, lr, momentum=0.0)
 
 
+def into_a_group_with_that_lr(optimizer, parameters, lr):
+    fitting = [group for group in optimizer.param_groups if group["lr"] == lr]
+    if not fitting:
+        return _join(optimizer, parameters, lr)
+    known = _known(optimizer)
+    for parameter in dict.fromkeys(parameters):
+        parameter.requires_grad_(True)
+        if id(parameter) not in known:
+            fitting[0]["params"].append(parameter)
+
+
 def slows_the_groups_that_it_finds(optimizer, parameters, lr):
     parameters = list(parameters)
     given = {id(parameter) for parameter in parameters}
@@ -192,6 +203,7 @@ BROKEN = {
     2: [
         at_the_lr_of_the_last_group,
         without_momentum,
+        into_a_group_with_that_lr,
         looks_at_the_last_group_alone,
         the_first_new_one_alone,
         built_and_forgotten,
