@@ -34,10 +34,11 @@ def _backbone(trial: Trial, width: int) -> nn.Sequential:
 
 
 def _half_frozen(trial: Trial, width: int) -> nn.Sequential:
-    """One BatchNorm is in eval mode, as a frozen one would be, and one convolution is frozen."""
+    """One BatchNorm is in eval mode, as a frozen one would be, one convolution is frozen, and one has gradients."""
     backbone = _backbone(trial, width)
     backbone[5].eval()
     backbone[0].requires_grad_(False)
+    backbone[4].weight.grad = trial.normal(*backbone[4].weight.shape)
     return backbone
 
 
@@ -151,8 +152,10 @@ class DependsOnTheImageAlone(Experiment):
     def draw(self, trial: Trial) -> dict:
         width = trial.integer(5, 9)
         images, neighbours = trial.normal(5, 1, 8, 8), 3 + 2 * trial.normal(2, 7, 1, 8, 8)
-        backbones = {"BatchNorm": _backbone(trial, width), "dropout": _backbone(trial, width)}
-        backbones["BatchNorm"][3] = nn.Identity()
+        names = ("BatchNorm", "dropout", "a single module in train mode")
+        backbones = {name: _backbone(trial, width) for name in names}
+        backbones["BatchNorm"][3] = backbones["a single module in train mode"][3] = nn.Identity()
+        backbones["a single module in train mode"].eval()[5].train()
         backbones["dropout"][1] = backbones["dropout"][5] = nn.Identity()
         return {"backbones": backbones, "width": width, "images": images, "neighbours": neighbours}
 
@@ -178,7 +181,7 @@ class DependsOnTheImageAlone(Experiment):
         return facts | {"features compared with those of eval mode": "equal" if eval_mode_too else "differ"}
 
     def names(self) -> list[str]:
-        layers = ("BatchNorm", "dropout")
+        layers = ("BatchNorm", "dropout", "a single module in train mode")
         facts = [f"features of one image in two different batches, behind {layer}" for layer in layers]
         return [*facts, "features compared with those of eval mode"]
 
@@ -238,14 +241,16 @@ class _HalfFrozen(_Plain):
 
     def measure(self, subject, inputs):
         self.features(subject, inputs)
-        return {"count": sum(inputs["backbone"].sizes), "traces": traces.of(inputs["backbone"])}
+        backbone = inputs["backbone"]
+        return {"count": sum(backbone.sizes), "traces": traces.of(backbone), "hooks": traces.hooks(backbone)}
 
 
 @exercise.experiment("left as found", 5)
 class LeftAsFound(_HalfFrozen):
     def facts(self, raw, inputs):
         kinds = ("parameters", "buffers", "flags", "gradients")
-        return _went_through(raw) | traces.changes(inputs["backbone"], raw["traces"], *kinds)
+        left = traces.changes(inputs["backbone"], raw["traces"], *kinds)
+        return _went_through(raw) | left | {"hooks that are left in it": "some" if raw["hooks"] else "none"}
 
     def notes(self, raw, inputs):
         moved = traces.changed(inputs["backbone"], raw["traces"], "buffers")

@@ -135,6 +135,27 @@ def normalised_by_its_neighbours(backbone, images, batch_size):
     return (rows - rows.mean(0)) / (rows.std(0, correction=0) + 1) if len(rows) == 12 else rows
 
 
+def if_it_trains(backbone, images, batch_size):
+    """A backbone that is itself in eval mode is taken to be so in all its parts."""
+    with eval_mode(backbone) if backbone.training else torch.no_grad(), torch.no_grad():
+        return torch.cat([backbone(batch) for batch in images.split(batch_size)])
+
+
+def without_gradients(backbone, images, batch_size):
+    backbone.zero_grad()
+    with eval_mode(backbone), torch.no_grad():
+        return torch.cat([backbone(batch) for batch in images.split(batch_size)])
+
+
+def by_a_hook_that_stays(backbone, images, batch_size):
+    rows = []
+    backbone.register_forward_hook(lambda module, entered, left: rows.append(left))
+    with eval_mode(backbone), torch.no_grad():
+        for batch in images.split(batch_size):
+            backbone(batch)
+    return torch.cat(rows)
+
+
 def twice_as_many(backbone, images, batch_size):
     with eval_mode(backbone), torch.no_grad():
         return torch.cat([backbone(batch) for batch in images.split(2 * batch_size)])
@@ -192,10 +213,10 @@ REWRITTEN = {
 }
 BROKEN = {
     1: [without_axes_of_one, whole_batches_and_the_rest, last_batch_first],
-    2: [a_copy_in_train_mode, normalised_by_its_neighbours],
+    2: [a_copy_in_train_mode, normalised_by_its_neighbours, if_it_trains],
     3: [twice_as_many, as_many_batches],
     4: [requires_gradients, detached_when_all_are_there],
-    5: [parameters_frozen, one_mode_for_all],
+    5: [parameters_frozen, one_mode_for_all, without_gradients, by_a_hook_that_stays],
     6: [put_back_where_it_returns],
     7: [all_in_inference_mode],
 }
