@@ -168,6 +168,20 @@ def test_a_solution_notebook_runs_and_every_check_passes(name):
     assert not any(o.get("name") == "stderr" for c in nb.cells for o in c.get("outputs", ())), "nothing on stderr"
 
 
+# Marks of a statement's parts, and in chapter 00 the words of a verdict; "italics" is what the chapters' heads say of them.
+NO_TERMS = {"core", "fine print", "italics", "passed", "core passed", "not yet", "not attempted", "error"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_each_word_in_italics_is_in_the_glossary(script):
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    terms = {term.lower() for term in re.findall(r"^### (.+)$", page, re.MULTILINE)} | NO_TERMS
+    text = "\n\n".join(c.source for c in notebook(script).cells if c.cell_type == "markdown")
+    text = re.sub(r"`[^`]*`|\$[^$]*\$|\*\*", "", text)
+    italics = {" ".join(word.lower().split()) for word in re.findall(r"(?<![\w*])\*([^\W\d][^*]{0,40}?)\*(?![\w*])", text)}
+    assert {word for word in italics if not {word, word.removesuffix("s"), word.removesuffix("es")} & terms} == set()
+
+
 def test_every_link_into_the_glossary_leads_to_a_term():
     terms = re.findall(r"^### (.+)$", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
     anchors = {re.sub(r"[^a-z0-9 -]", "", term.lower()).replace(" ", "-") for term in terms}
