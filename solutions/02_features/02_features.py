@@ -110,7 +110,7 @@ show(fig, f"Small pictures: five labelled examples of each of {shown_classes} cl
 # 2. The name decides: the head may stand inside other modules, and need not be defined last.
 # 3. The result can be called again and again, with batches of any size.
 # 4. The model keeps its head and still gives its logits.
-# 5. The model's modules keep their modes; its parameters can still be trained.
+# 5. The model's modules keep their modes, and its parameters their `requires_grad`.
 #
 # *Fine print*
 #
@@ -183,9 +183,8 @@ for build, name in ((resnet18, "fc"), (densenet121, "classifier")):
 # ## Exercise 2.2a: eval mode for a while
 #
 # In *eval mode* BatchNorm and dropout do not compute what they compute in training. Each module has its own mode,
-# `module.training`. `model.eval()` and `model.train()` switch all modules. If only a part was in eval mode before, neither
-# brings the old modes back. A *context manager* can. With `@contextmanager`, a function stops at its `yield` while the body
-# of the `with` runs.
+# `module.training`. `model.eval()` and `model.train()` switch all modules, so neither brings the old modes back where they
+# differed. A *context manager* can. With `@contextmanager`, a function stops at its `yield` while the body of the `with` runs.
 #
 # **Exercise 2.2a** (15 min, ●●○). Write `eval_mode`.
 #
@@ -193,7 +192,7 @@ for build, name in ((resnet18, "fc"), (densenet121, "classifier")):
 #
 # 1. Inside the `with`, every module of `model` is in eval mode.
 # 2. After the `with`, each module is in the mode that it had before.
-# 3. An exception in the body comes out of the `with`, and the modes are put back all the same.
+# 3. An exception in the body comes out, and the modes are put back all the same.
 #
 # *Fine print*
 #
@@ -201,6 +200,7 @@ for build, name in ((resnet18, "fc"), (densenet121, "classifier")):
 # 5. The body may switch modes, and contain another `eval_mode` of the model or of a part.
 # 6. A module may stand in two places of the model.
 # 7. A module may define its own `train()` or `eval()`.
+# 8. Nothing but modes changes; the body computes gradients as before.
 
 
 # %%

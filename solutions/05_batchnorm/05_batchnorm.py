@@ -877,7 +877,7 @@ samples = {f"{count} images": after(some(count, seed=1)) for count in (30, 100, 
 tens = [after(some(10, seed)) for seed in progress_bar(range(12), "twelve tens")]
 only_ones = grey(test).inputs[test.labels == 1]
 ones = samples[f"{len(only_ones)} images, all ones"] = after(only_ones)
-samples = {"10 images, twelve times": sum(tens, [])} | samples
+samples = {"10 images, twelve times": [score for ten in tens for score in ten]} | samples
 show(*draws_figure({"accuracy on all grey test digits": samples}))
 means = torch.tensor(tens).mean(dim=1)
 print(f"twelve tens, mean of the heads: {means.min():.3f} to {means.max():.3f}")

@@ -340,6 +340,28 @@ exercise.misconceptions_of(
 )
 
 
+@exercise.experiment("nothing but modes", 8)
+class NothingButModes(Experiment):
+    """Of a model of which a part is frozen."""
+
+    def draw(self, trial: Trial) -> dict:
+        model = _models(trial)["mixed"]
+        model.block.inner.requires_grad_(False)
+        return {"model": model, "x": trial.normal(3, 4)}
+
+    def measure(self, subject, inputs):
+        model, graphs = inputs["model"], []
+        _with(subject, model, lambda: graphs.append(model.head(inputs["x"]).requires_grad))
+        return {"graphs": graphs, "flags": [parameter.requires_grad for parameter in model.parameters()]}
+
+    def facts(self, raw, inputs):
+        flags = [parameter.requires_grad for parameter in inputs["model"].parameters()]
+        return {
+            "the body can compute gradients": "yes" if all(raw["graphs"]) else "no",
+            "parameters whose requires_grad changed": "none" if raw["flags"] == flags else "some",
+        }
+
+
 @exercise.misconception("no finally")
 @contextmanager
 def no_finally(model):

@@ -2,9 +2,11 @@
 
 from contextlib import ExitStack, contextmanager, suppress
 
+import torch
 from torch import nn
 
 from grader.checks.features.modes import solution
+from helpers.modes import eval_mode
 
 
 class EvalMode:
@@ -239,6 +241,20 @@ def leaves_by_train(model):
                 module.train(flag)
 
 
+@contextmanager
+def without_gradients(model):
+    with eval_mode(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def frozen_meanwhile(model):
+    with eval_mode(model):
+        model.requires_grad_(False)
+        yield
+    model.requires_grad_(True)
+
+
 CORRECT = [EvalMode, by_exit_stack, two_lists, by_every_name]
 BROKEN = {
     1: [norms_and_dropout, only_children],
@@ -248,6 +264,7 @@ BROKEN = {
     5: [switched_back_what_was_switched, one_table_for_all],
     6: [by_recursion, train_of_every_module],
     7: [into_it_by_eval, leaves_by_train],
+    8: [without_gradients, frozen_meanwhile],
 }
 REWRITTEN = {"only BatchNorm in eval mode": norms_switched}
 COMBINED = [({"put back with train()", "no finally"}, all_by_train)]
