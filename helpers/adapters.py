@@ -115,9 +115,7 @@ def _described(model: nn.Module) -> dict[str, dict]:
 def _must_fit(path: Path, tensors: dict[str, Tensor], places: dict[str, Tensor], trained: dict[str, Tensor]) -> None:
     surplus = [name for name in tensors if name not in places]
     if surplus:
-        raise ValueError(
-            f"{path.name} holds {_some(surplus)}, which the model does not have. Inject the adapters it was saved with."
-        )
+        raise ValueError(f"{path.name} holds {_some(surplus)}, which the model lacks. Inject the adapters it was saved with.")
     lacking = [name for name in trained if name not in tensors]
     if lacking:
         raise ValueError(f"{path.name} lacks {_some(lacking)}, which the model trains. Freeze it, or take another file.")
@@ -412,8 +410,7 @@ def _bases(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
     unknown = [name for name in names if name not in modules]
     if unknown:
         raise ValueError(
-            f"{TENSORS} has adapters for {_some(unknown)}, which the model does not have. "
-            "Take the model that it was trained in."
+            f"{TENSORS} has adapters for {_some(unknown)}, which the model lacks. Take the model that it was trained in."
         )
     for name in names:
         base = modules[name]

@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(path):
     refused(
         file,
         without,
-        "digits.safetensors holds head.bias, which the model does not have. Inject the adapters it was saved with.",
+        "digits.safetensors holds head.bias, which the model lacks. Inject the adapters it was saved with.",
     )
     more = network()
     more.extra = nn.Linear(3, 3)
@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(path):
         "the adapter of lin must be scaled by 1.5 as in digits.safetensors, got 3. Inject it with the alpha that was saved.",
     )
     wrapped = nn.Sequential(OrderedDict(module=network()))
-    with pytest.raises(ValueError, match=r"^digits.safetensors holds .* and 3 more, which the model does not have\. Inject"):
+    with pytest.raises(ValueError, match=r"^digits.safetensors holds .* and 3 more, which the model lacks\. Inject"):
         file.load(wrapped)
 
 
@@ -450,7 +450,7 @@ def test_what_does_not_fit_the_model_is_refused_and_nothing_changes(tmp_path):
     kinds = "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding"
     assert message(changed) == f"again must be one of {kinds}, got a Tanh. Take the model without LoRA layers."
     del changed.again
-    assert message(changed) == f"{file} has adapters for again, which the model does not have. {take}"
+    assert message(changed) == f"{file} has adapters for again, which the model lacks. {take}"
     key = "base_model.model.head.bias"
     less = {name: tensor for name, tensor in saved.items() if name != key}
     assert message(plain, less) == f"{file} lacks head.bias of modules_to_save. {take}"

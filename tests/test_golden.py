@@ -111,7 +111,7 @@ def test_verify_says_in_a_table_where_a_machine_deviates(monkeypatch):
     text = " ".join(done.output.split())
     assert done.exit_code == 0 and "every fact is as recorded" in text
     assert re.search(r"0\.1 is a fraction cpu float32 torch-9 another the same \(reference: ", text)
-    assert "start cpu float32 2 experiments compared" in text and "bfloat16" not in text
+    assert "start cpu float32 3 experiments compared" in text and "bfloat16" not in text
     if not GPU.there:
         assert f"start cuda float32 {AWAITS}" in text
     monkeypatch.setattr(command, "facts_that_differ", lambda *_: {("0.1", "right rows count"): ["reference: what counts"]})
@@ -259,7 +259,7 @@ def test_a_truth_table_is_not_written_while_the_reference_has_no_facts():
 
 def test_what_changed_in_a_truth_table_is_told(tmp_path):
     rows = write_tables(["start"], tmp_path)
-    assert len(rows) == 14 and rows[0] == (
+    assert len(rows) == 21 and rows[0] == (
         "0.1, right rows count: reference: {'the result is in proportion to': 'the rows that are right'}"
     )
     assert write_tables(["start"], tmp_path) == []

@@ -67,7 +67,9 @@ from helpers.features import extract
 
 unseen = letters(500, seed=7)
 network = glyphnet()
-logits = extract(network, unseen.inputs)  # (500, 43): one row per image, one column per letter
+logits = extract(
+    network, unseen.inputs
+)  # (500, 43): one row per image, one column per letter
 
 # %% tags=["demo"]
 winners = logits.argmax(dim=1)
@@ -75,7 +77,11 @@ fig, axes = plt.subplots(2, 8, figsize=(9, 2.8))
 for image, winner, label, ax in zip(unseen.inputs, winners, unseen.labels, axes.flat):
     ax.imshow(image[0], cmap="gray")
     right = winner == label
-    ax.set_title(f"{unseen.classes[winner]}" + ("" if right else f", is {unseen.classes[label]}"), fontsize=9)
+    ax.set_title(
+        f"{unseen.classes[winner]}"
+        + ("" if right else f", is {unseen.classes[label]}"),
+        fontsize=9,
+    )
     ax.axis("off")
 fig.suptitle("what glyphnet makes of letters that it has not seen", fontsize=10)
 plt.show()
@@ -129,7 +135,9 @@ accuracy = continue_with("0.1")
 right = round(accuracy(logits, unseen.labels) * len(unseen.labels))
 
 # %% tags=["demo"]
-print(f"glyphnet names {right} of {len(unseen.labels)} unseen letters; your prediction was {my_prediction}")
+print(
+    f"glyphnet names {right} of {len(unseen.labels)} unseen letters; your prediction was {my_prediction}"
+)
 
 # %% [markdown]
 # Nobody could name all of them: in some fonts a capital I and a small l are the same stroke.

@@ -62,7 +62,9 @@ from grader import check, continue_with, hint, progress, quiz
 # %% tags=["demo"]
 from helpers.predict import predict
 
-guess = predict(raw_pixels=None, features=None)  # from 0.0 to 1.0; guessing at random gets 0.1
+guess = predict(
+    raw_pixels=None, features=None
+)  # from 0.0 to 1.0; guessing at random gets 0.1
 
 # %% [markdown]
 # One variable decides what this chapter runs on. `"embedded"` needs no network. `"hub"` downloads `resnet18` (45 MB) and
@@ -74,11 +76,17 @@ import helpers.profiles
 from helpers.progress import progress_bar
 
 profile = helpers.profiles.choose("embedded")
-backbone = profile.image_backbone()  # without its head: backbone(images) gives (n, backbone.width)
+backbone = (
+    profile.image_backbone()
+)  # without its head: backbone(images) gives (n, backbone.width)
 train = profile.images("train", labels_per_class=5, draw=0)
 validation, test = profile.images("validation"), profile.images("test")
-print(f"{type(backbone).__name__}, {backbone.width} features, stages {', '.join(backbone.stages)}")
-print(f"images: {len(train.labels)} to train on, {len(validation.labels)} to choose on, {len(test.labels)} to test on")
+print(
+    f"{type(backbone).__name__}, {backbone.width} features, stages {', '.join(backbone.stages)}"
+)
+print(
+    f"images: {len(train.labels)} to train on, {len(validation.labels)} to choose on, {len(test.labels)} to test on"
+)
 
 # %% tags=["demo"]
 import matplotlib.pyplot as plt
@@ -87,11 +95,18 @@ from helpers.figures import show
 
 shown_classes = min(10, len(train.classes))
 fig, axes = plt.subplots(5, shown_classes, figsize=(0.7 * shown_classes, 3.8))
-for column, row in ((column, row) for column in range(shown_classes) for row in range(5)):
+for column, row in (
+    (column, row) for column in range(shown_classes) for row in range(5)
+):
     picture = train.inputs[5 * column + row]  # class after class
-    axes[row, column].imshow(picture[0] if isinstance(picture, torch.Tensor) else plt.imread(picture), cmap="gray")
+    axes[row, column].imshow(
+        picture[0] if isinstance(picture, torch.Tensor) else plt.imread(picture),
+        cmap="gray",
+    )
     axes[row, column].axis("off")
-fig.suptitle(f"5 labelled examples of each class ({', '.join(train.classes[:10])})", fontsize=9)
+fig.suptitle(
+    f"5 labelled examples of each class ({', '.join(train.classes[:10])})", fontsize=9
+)
 show(fig, f"Small pictures: five labelled examples of each of {shown_classes} classes.")
 
 # %% [markdown]
@@ -134,6 +149,7 @@ def drop_head(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
     Returns:
         A function or a module: inputs -> (n, in_features of the head).
     """
+
     ### BEGIN SOLUTION
     def features(images):
         caught = []
@@ -172,11 +188,19 @@ for build, name in ((resnet18, "fc"), (densenet121, "classifier")):
     model = build(weights=None).eval()
     with torch.no_grad():
         wanted = drop_head(model, name)(photos)
-        graph = create_feature_extractor(model, ["flatten"])(photos)["flatten"]  # both networks flatten before the head
+        graph = create_feature_extractor(model, ["flatten"])(photos)[
+            "flatten"
+        ]  # both networks flatten before the head
         short = nn.Sequential(*list(model.children())[:-1])(photos)
         short = short.mean((2, 3))  # to the same shape: nothing looks wrong now
-    off = [(features - wanted).abs().max() / wanted.abs().max() for features in (graph, short)]
-    print(f"{build.__name__:<11} {tuple(wanted.shape)}  difference from yours, in % of your largest feature: ", end="")
+    off = [
+        (features - wanted).abs().max() / wanted.abs().max()
+        for features in (graph, short)
+    ]
+    print(
+        f"{build.__name__:<11} {tuple(wanted.shape)}  difference from yours, in % of your largest feature: ",
+        end="",
+    )
     print(f"feature extractor {off[0]:.0%}, one-liner {off[1]:.0%}")
 
 # %% [markdown]
@@ -299,16 +323,26 @@ import copy
 
 from helpers.features import take
 
-careless = copy.deepcopy(backbone).requires_grad_(False).train()  # "frozen", says requires_grad
+careless = (
+    copy.deepcopy(backbone).requires_grad_(False).train()
+)  # "frozen", says requires_grad
 before = {name: buffer.clone() for name, buffer in careless.named_buffers()}
 with torch.no_grad():  # no gradients, and yet ...
     alone = careless(test.inputs[:8])[0]
-    in_company = careless(take(test.inputs, torch.tensor([0, *range(100, 107)]), torch.device("cpu")))[0]
-moved = [name for name, buffer in careless.named_buffers() if not torch.equal(buffer, before[name])]
+    in_company = careless(
+        take(test.inputs, torch.tensor([0, *range(100, 107)]), torch.device("cpu"))
+    )[0]
+moved = [
+    name
+    for name, buffer in careless.named_buffers()
+    if not torch.equal(buffer, before[name])
+]
 statistics = [name for name in before if "running" in name or "num_batches" in name]
 difference = (alone - in_company).abs().max() / alone.abs().max()
 print(f"one image's features change by up to {difference:.0%} of the largest feature")
-print(f"buffers of BatchNorm that moved: {len(set(moved) & set(statistics))} of {len(statistics)}")
+print(
+    f"buffers of BatchNorm that moved: {len(set(moved) & set(statistics))} of {len(statistics)}"
+)
 
 # %% [markdown]
 # ## Extract once, use often
@@ -318,7 +352,10 @@ print(f"buffers of BatchNorm that moved: {len(set(moved) & set(statistics))} of 
 # %% tags=["demo"]
 from helpers.recordings.transfer import plain_features
 
-features = {name: extract(backbone, part.inputs, 256) for name, part in (("validation", validation), ("test", test))}
+features = {
+    name: extract(backbone, part.inputs, 256)
+    for name, part in (("validation", validation), ("test", test))
+}
 print({name: tuple(table.shape) for name, table in features.items()})
 
 # %% [markdown]
@@ -410,25 +447,48 @@ from helpers.training import accuracy, one_thread
 
 def score(table, labels, tables, classes):
     """Test accuracy of a probe, its penalty chosen on validation."""
-    with one_thread():  # on tables this small, two threads would only wait for each other
-        probes = [linear_probe(table, labels, classes, penalty) for penalty in (1e-3, 1e-2, 1e-1)]
+    with (
+        one_thread()
+    ):  # on tables this small, two threads would only wait for each other
+        probes = [
+            linear_probe(table, labels, classes, penalty)
+            for penalty in (1e-3, 1e-2, 1e-1)
+        ]
     with torch.no_grad():
-        best = max(probes, key=lambda probe: accuracy(probe(tables["validation"]), tables["validation labels"]))
+        best = max(
+            probes,
+            key=lambda probe: accuracy(
+                probe(tables["validation"]), tables["validation labels"]
+            ),
+        )
         return accuracy(best(tables["test"]), tables["test labels"])
 
 
 labels = {"validation labels": validation.labels, "test labels": test.labels}
-curves = {name: {number: [] for number in (1, 2, 5, 10)} for name in ("raw pixels", "probe")}
+curves = {
+    name: {number: [] for number in (1, 2, 5, 10)} for name in ("raw pixels", "probe")
+}
 for number, draw in progress_bar(list(product((1, 2, 5, 10), range(5))), "probing"):
     few = profile.images("train", labels_per_class=number, draw=draw)
     table = extract(backbone, few.inputs, 256)
-    curves["probe"][number].append(score(table, few.labels, features | labels, len(few.classes)))
+    curves["probe"][number].append(
+        score(table, few.labels, features | labels, len(few.classes))
+    )
     if isinstance(few.inputs, torch.Tensor):
         own, *others = plain_features(few.inputs, validation.inputs, test.inputs)
         others = dict(zip(("validation", "test"), others))
-        curves["raw pixels"][number].append(score(own, few.labels, others | labels, len(few.classes)))
-curves = {name: values for name, values in curves.items() if values[5]}  # photographs differ in size: no raw pixels
-guess.beside({"raw_pixels": curves.get("raw pixels", curves["probe"])[5], "features": curves["probe"][5]})
+        curves["raw pixels"][number].append(
+            score(own, few.labels, others | labels, len(few.classes))
+        )
+curves = {
+    name: values for name, values in curves.items() if values[5]
+}  # photographs differ in size: no raw pixels
+guess.beside(
+    {
+        "raw_pixels": curves.get("raw pixels", curves["probe"])[5],
+        "features": curves["probe"][5],
+    }
+)
 
 # %% [markdown]
 # **Predict again.** There are two more ways to use the same labels: train the same network from scratch, or go on training
@@ -436,7 +496,9 @@ guess.beside({"raw_pixels": curves.get("raw pixels", curves["probe"])[5], "featu
 # fine-tuning? And at 1? How many times longer does it take?
 
 # %% tags=["demo"]
-gain = predict(at_1=None, at_5=None)  # accuracy of fine-tuning minus the probe's: -0.1 if it loses 0.1
+gain = predict(
+    at_1=None, at_5=None
+)  # accuracy of fine-tuning minus the probe's: -0.1 if it loses 0.1
 cost = predict(times_longer=None)
 
 # %% [markdown]
@@ -448,9 +510,16 @@ cost = predict(times_longer=None)
 from helpers.training import fit
 
 started = time.perf_counter()
-score(extract(backbone, train.inputs, 256), train.labels, features | labels, len(train.classes))
+score(
+    extract(backbone, train.inputs, 256),
+    train.labels,
+    features | labels,
+    len(train.classes),
+)
 probe_seconds = time.perf_counter() - started
-model = nn.Sequential(copy.deepcopy(backbone), nn.Linear(backbone.width, len(train.classes)))
+model = nn.Sequential(
+    copy.deepcopy(backbone), nn.Linear(backbone.width, len(train.classes))
+)
 history = fit(model, train, steps=30, lr=3e-3, batch_size=32)
 tuning_seconds = 3 * 10 * history.seconds  # three learning rates, 300 steps each
 print(f"probe {probe_seconds:.2f} s, fine-tuning about {tuning_seconds:.0f} s")
@@ -467,7 +536,10 @@ if backbone.width == 128:  # the record is of glyphnet
         shown[f"{way} (recorded)"] = {number: kept[number][way] for number in kept}
 show(*accuracy_figure(shown, "images per class", chance=1 / len(train.classes)))
 gains = {
-    f"at_{number}": [tuned - probe for tuned, probe in zip(kept[number]["fine-tuned"], kept[number]["probe"])]
+    f"at_{number}": [
+        tuned - probe
+        for tuned, probe in zip(kept[number]["fine-tuned"], kept[number]["probe"])
+    ]
     for number in (1, 5)
 }
 gain.beside(gains)
@@ -520,7 +592,11 @@ def cache_key(backbone: nn.Module, images: Tensor, settings: dict[str, float]) -
     """
     ### BEGIN SOLUTION
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers(), ("", images)]:
+    for name, tensor in [
+        *backbone.named_parameters(),
+        *backbone.named_buffers(),
+        ("", images),
+    ]:
         key.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         key.update(tensor.detach().cpu().numpy().tobytes())
     return key.hexdigest()
@@ -590,7 +666,9 @@ def cached_features(
     """
     ### BEGIN SOLUTION
     path = folder / f"{cache_key(backbone, images, settings)}.pt"
-    with suppress(Exception):  # missing or cut short: either way there is nothing to read
+    with suppress(
+        Exception
+    ):  # missing or cut short: either way there is nothing to read
         return torch.load(path)
     features = compute(backbone, images, **settings)
     draft = path.with_suffix(".part")
@@ -616,8 +694,12 @@ if isinstance(test.inputs, torch.Tensor):
         started = time.perf_counter()
         cached_features(folder, extract, backbone, test.inputs, {"batch_size": 256})
         seconds.append(time.perf_counter() - started)
-    print(f"{len(test.labels)} images: computed in {seconds[0]:.3f} s, from the file in {seconds[1]:.3f} s")
-    print(f"on disk: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")
+    print(
+        f"{len(test.labels)} images: computed in {seconds[0]:.3f} s, from the file in {seconds[1]:.3f} s"
+    )
+    print(
+        f"on disk: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB"
+    )
 
 # %% [markdown]
 # For a network of 0.3 million parameters that is a small gain. It grows with the network: the key costs one pass over
@@ -634,7 +716,11 @@ if isinstance(test.inputs, torch.Tensor):
 # %% tags=["demo"]
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
-for weights in (ResNet18_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V2):
+for weights in (
+    ResNet18_Weights.IMAGENET1K_V1,
+    ResNet50_Weights.IMAGENET1K_V1,
+    ResNet50_Weights.IMAGENET1K_V2,
+):
     wants, meta = weights.transforms(), weights.meta
     million, names = meta["num_params"] / 1e6, len(meta["categories"])
     print(
@@ -648,14 +734,21 @@ for weights in (ResNet18_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V1, 
 # %% tags=["demo"]
 from sklearn.datasets import load_sample_image
 
-photo = torch.from_numpy(load_sample_image("flower.jpg").copy()).movedim(-1, 0)  # (3, 427, 640), uint8
+photo = torch.from_numpy(load_sample_image("flower.jpg").copy()).movedim(
+    -1, 0
+)  # (3, 427, 640), uint8
 seen = {"the photograph": photo.movedim(0, -1)}
 for weights in (ResNet50_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V2):
     ready = weights.transforms()(photo)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (weights.transforms().mean, weights.transforms().std))
+    mean, std = (
+        torch.tensor(values)[:, None, None]
+        for values in (weights.transforms().mean, weights.transforms().std)
+    )
     title = f"{weights.name}\n{tuple(ready.shape)}, from {ready.min():.1f} to {ready.max():.1f}"
     seen[title] = (ready * std + mean).movedim(0, -1)
-fig, axes = plt.subplots(1, 3, figsize=(8, 2.6), width_ratios=(1.5, 1, 1), layout="constrained")
+fig, axes = plt.subplots(
+    1, 3, figsize=(8, 2.6), width_ratios=(1.5, 1, 1), layout="constrained"
+)
 for ax, (title, picture) in zip(axes, seen.items()):
     ax.imshow(picture.clamp(0, 1) if picture.is_floating_point() else picture)
     ax.set_title(title, fontsize=9)
@@ -725,7 +818,9 @@ def classify(
     answers = []
     for row in logits.softmax(dim=1):
         best = row.argsort(descending=True)[:k]
-        answers.append([(categories[column], row[column].item()) for column in best.tolist()])
+        answers.append(
+            [(categories[column], row[column].item()) for column in best.tolist()]
+        )
     return answers
     ### END SOLUTION
 
@@ -744,7 +839,10 @@ from helpers import hub
 
 weights = ResNet18_Weights.IMAGENET1K_V1
 if profile is helpers.profiles.PROFILES["hub"]:
-    photos = [torch.from_numpy(load_sample_image(name).copy()).movedim(-1, 0) for name in ("flower.jpg", "china.jpg")]
+    photos = [
+        torch.from_numpy(load_sample_image(name).copy()).movedim(-1, 0)
+        for name in ("flower.jpg", "china.jpg")
+    ]
     for answer in classify(weights, hub.torchvision_model(weights), photos, 3):
         print(", ".join(f"{name} {probability:.2f}" for name, probability in answer))
 else:
@@ -825,12 +923,15 @@ def tokenize(
     Returns:
         {"input_ids": ..., "attention_mask": ...}, each (n, tokens) of int64.
     """
+
     ### BEGIN SOLUTION
     def cut(word):
         pieces = []
         while word:
             mark = "##" if pieces else ""
-            lengths = [n for n in range(1, len(word) + 1) if mark + word[:n] in vocabulary]
+            lengths = [
+                n for n in range(1, len(word) + 1) if mark + word[:n] in vocabulary
+            ]
             if not lengths:
                 return ["[UNK]"]
             pieces.append(mark + word[: lengths[-1]])
@@ -875,9 +976,18 @@ print(
     f"{type(encoder.tokenizer).__name__} with {len(vocabulary)} pieces, {type(network).__name__} with {million:.1f} M parameters"
 )
 spaced = [re.sub(r"([^\w\s]|_)", r" \1 ", text) for text in test_texts.inputs]
-print("  ".join(encoder.tokenizer.convert_ids_to_tokens(tokenize(vocabulary, spaced[:1], 32)["input_ids"][0])))
+print(
+    "  ".join(
+        encoder.tokenizer.convert_ids_to_tokens(
+            tokenize(vocabulary, spaced[:1], 32)["input_ids"][0]
+        )
+    )
+)
 same = [
-    torch.equal(tokenize(vocabulary, [ours], 32)["input_ids"], encoder.preprocess([text])["input_ids"])
+    torch.equal(
+        tokenize(vocabulary, [ours], 32)["input_ids"],
+        encoder.preprocess([text])["input_ids"],
+    )
     for ours, text in zip(spaced, test_texts.inputs)
 ]
 print(f"the same numbers as the real tokenizer: {sum(same)} of {len(same)} texts")
@@ -945,7 +1055,10 @@ with torch.no_grad():
     for company in ([short], [short, long]):
         batch = encoder.preprocess(company)
         hidden = encoder.encoder(**batch)
-        vectors[len(company)] = {"plain mean": hidden.mean(1)[0], "mean_pool": mean_pool(hidden, batch["attention_mask"])[0]}
+        vectors[len(company)] = {
+            "plain mean": hidden.mean(1)[0],
+            "mean_pool": mean_pool(hidden, batch["attention_mask"])[0],
+        }
 for name in ("plain mean", "mean_pool"):
     cosine = F.cosine_similarity(vectors[1][name], vectors[2][name], dim=0)
     print(f"{name:<11} alone and beside the long text: cosine similarity {cosine:.4f}")
@@ -1093,17 +1206,34 @@ for row in [int(share * len(test_texts.inputs)) for share in (0, 0.56, 0.92)]:
 # ## How many labels does it save here?
 
 # %% tags=["demo"]
-text_curves = {name: {number: [] for number in (2, 5, 10, 20, 50)} for name in ("TF-IDF", "probe")}
-row_of = {text: row for row, text in enumerate(train_texts.inputs)}  # each is embedded already
-text_labels = {"validation labels": validation_texts.labels, "test labels": test_texts.labels}
-for number, draw in progress_bar(list(product(text_curves["probe"], range(3))), "probing"):
+text_curves = {
+    name: {number: [] for number in (2, 5, 10, 20, 50)} for name in ("TF-IDF", "probe")
+}
+row_of = {
+    text: row for row, text in enumerate(train_texts.inputs)
+}  # each is embedded already
+text_labels = {
+    "validation labels": validation_texts.labels,
+    "test labels": test_texts.labels,
+}
+for number, draw in progress_bar(
+    list(product(text_curves["probe"], range(3))), "probing"
+):
     few = profile.texts("train", labels_per_class=number, draw=draw)
     table = embeddings["train"][[row_of[text] for text in few.inputs]]
-    text_curves["probe"][number].append(score(table, few.labels, embeddings | text_labels, len(few.classes)))
-    own, *others = plain_features(few.inputs, validation_texts.inputs, test_texts.inputs)
+    text_curves["probe"][number].append(
+        score(table, few.labels, embeddings | text_labels, len(few.classes))
+    )
+    own, *others = plain_features(
+        few.inputs, validation_texts.inputs, test_texts.inputs
+    )
     others = dict(zip(("validation", "test"), others))
-    text_curves["TF-IDF"][number].append(score(own, few.labels, others | text_labels, len(few.classes)))
-guess_texts.beside({"tf_idf": text_curves["TF-IDF"][20], "features": text_curves["probe"][20]})
+    text_curves["TF-IDF"][number].append(
+        score(own, few.labels, others | text_labels, len(few.classes))
+    )
+guess_texts.beside(
+    {"tf_idf": text_curves["TF-IDF"][20], "features": text_curves["probe"][20]}
+)
 
 # %% tags=["demo"]
 kept = recorded("docstrings")
@@ -1112,10 +1242,14 @@ for way in ("from scratch", "fine-tuned"):
     shown[f"{way} (recorded)"] = {number: kept[number][way] for number in kept}
 show(*accuracy_figure(shown, "texts per topic", chance=1 / len(test_texts.classes)))
 for number in (5, 50):
-    known = set(" ".join(profile.texts("train", labels_per_class=number).inputs).lower().split())
+    known = set(
+        " ".join(profile.texts("train", labels_per_class=number).inputs).lower().split()
+    )
     words = " ".join(test_texts.inputs).lower().split()
     unknown = sum(word not in known for word in words) / len(words)
-    print(f"with {number} labelled texts per topic, {unknown:.0%} of the words of the test texts are in none of them")
+    print(
+        f"with {number} labelled texts per topic, {unknown:.0%} of the words of the test texts are in none of them"
+    )
 
 # %% [markdown]
 # Word counts know nothing about a word that is in no labelled text. The encoder has a vector for each word: with 5 labels
@@ -1138,9 +1272,13 @@ at_random = []
 for draw in range(3):
     order = torch.randperm(len(topics), generator=torch.Generator().manual_seed(draw))
     held_out, pool = order[: len(test_texts.labels)], order[len(test_texts.labels) :]
-    rows = torch.cat([pool[topics[pool] == topic][:50] for topic in range(len(test_texts.classes))])
+    rows = torch.cat(
+        [pool[topics[pool] == topic][:50] for topic in range(len(test_texts.classes))]
+    )
     with one_thread():
-        probe = linear_probe(everything[rows], topics[rows], len(test_texts.classes), 1e-3)
+        probe = linear_probe(
+            everything[rows], topics[rows], len(test_texts.classes), 1e-3
+        )
     with torch.no_grad():
         at_random.append(accuracy(probe(everything[held_out]), topics[held_out]))
 split_by = {"by module": text_curves["probe"][50], "at random": at_random}

@@ -87,7 +87,9 @@ def fresh(draw=0):
 
 
 print("stages from stem to head:", ", ".join(stages(fresh())))
-print(f"images: {len(train[0].labels)} to train on, {len(validation.labels)} to choose on, {len(test.labels)} to test on")
+print(
+    f"images: {len(train[0].labels)} to train on, {len(validation.labels)} to choose on, {len(test.labels)} to test on"
+)
 
 # %% tags=["demo"]
 import matplotlib.pyplot as plt
@@ -97,12 +99,18 @@ from helpers.figures import draws_figure, show, style
 if profile.outside:
     other = profile.outside()
     fig, axes = plt.subplots(2, 10, figsize=(7, 1.8))
-    for row, (examples, title) in enumerate(((test, "handwritten"), (other, "printed"))):
+    for row, (examples, title) in enumerate(
+        ((test, "handwritten"), (other, "printed"))
+    ):
         for label in range(10):
-            axes[row, label].imshow(examples.inputs[examples.labels == label][0][0], cmap="gray")
+            axes[row, label].imshow(
+                examples.inputs[examples.labels == label][0][0], cmap="gray"
+            )
             axes[row, label].axis("off")
         axes[row, 0].set_title(title, fontsize=9, loc="left")
-    show(fig, "Ten handwritten digits above ten printed ones, bent, slanted and blurred.")
+    show(
+        fig, "Ten handwritten digits above ten printed ones, bent, slanted and blurred."
+    )
 
 # %% [markdown]
 # # Part 1: what trains, and how fast
@@ -175,7 +183,11 @@ from helpers.finetune import report
 
 model = fresh()
 names = stages(model)
-for way, parts in (("head only", names[-1:]), ("last stage", names[-2:]), ("everything", names)):
+for way, parts in (
+    ("head only", names[-1:]),
+    ("last stage", names[-2:]),
+    ("everything", names),
+):
     train_only(model, list(parts))
     print(f"--- {way}\n{report(model)}\n")
 
@@ -190,7 +202,13 @@ for way, parts in (("head only", names[-1:]), ("last stage", names[-2:]), ("ever
 # %% tags=["demo"]
 from helpers.finetune import train_last
 
-print([name for name in train_last(model, len(names)) if "bn1" in name and "layer" not in name])
+print(
+    [
+        name
+        for name in train_last(model, len(names))
+        if "bn1" in name and "layer" not in name
+    ]
+)
 print(f"{report(model).trainable:,} of {report(model).all:,} parameters train")
 
 # %% [markdown]
@@ -199,7 +217,12 @@ print(f"{report(model).trainable:,} of {report(model).all:,} parameters train")
 # %% tags=["demo"]
 model.requires_grad_(False)
 model.head.requires_grad = True  # a module, not a parameter
-print("trainable parameters:", sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
+print(
+    "trainable parameters:",
+    sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    ),
+)
 try:
     F.cross_entropy(model(test.inputs[:8]), test.labels[:8]).backward()
 except RuntimeError as error:
@@ -288,22 +311,37 @@ parameter_groups = continue_with("4.2")
 # `lr_scale` is a key that timm's schedulers read; torch's optimizers carry it along and never look at it.
 
 # %% tags=["demo"]
-recipes = {"parameter_groups": lambda model: parameter_groups(model, 1e-2, 2.6, 0.01, names)}
+recipes = {
+    "parameter_groups": lambda model: parameter_groups(model, 1e-2, 2.6, 0.01, names)
+}
 recipes["layers and head"] = lambda model: [
-    {"params": model.get_submodule(name).parameters(), "lr": 1e-2 / 2.6**k} for k, name in enumerate(reversed(names[1:]))
+    {"params": model.get_submodule(name).parameters(), "lr": 1e-2 / 2.6**k}
+    for k, name in enumerate(reversed(names[1:]))
 ]
 recipes["lr_scale"] = lambda model: [
-    {"params": list(model.get_submodule(name).parameters()), "lr_scale": 2.6**-k} for k, name in enumerate(reversed(names))
+    {"params": list(model.get_submodule(name).parameters()), "lr_scale": 2.6**-k}
+    for k, name in enumerate(reversed(names))
 ]
 for recipe, make in recipes.items():
     model = fresh()
     optimizer = torch.optim.AdamW(make(model), lr=1e-2)
-    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    rates = {
+        id(parameter): group["lr"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     shown = []
     for name in names:
-        inside = [rates.get(id(parameter), 0) for parameter in model.get_submodule(name).parameters()]
+        inside = [
+            rates.get(id(parameter), 0)
+            for parameter in model.get_submodule(name).parameters()
+        ]
         shown.append(f"{name.removeprefix('backbone.')} {max(inside):.5f}")
-    lost = [name for name, parameter in model.named_parameters() if id(parameter) not in rates]
+    lost = [
+        name
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in rates
+    ]
     print(f"{recipe}: " + "  ".join(shown))
     print(f"    in no group: {', '.join(lost) or 'none'}")
 
@@ -328,10 +366,19 @@ def watch(step, optimizer, scheduler):
 fit(model, train[0], steps=60, lr=1e-2, batch_size=8, groups=groups, before_step=watch)
 fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
 for k, name in enumerate(names):
-    ax.plot([row[k] for row in rates], label=name.removeprefix("backbone."), markevery=8, markersize=4, **style(k))
+    ax.plot(
+        [row[k] for row in rates],
+        label=name.removeprefix("backbone."),
+        markevery=8,
+        markersize=4,
+        **style(k),
+    )
 ax.set(yscale="log", xlabel="step", ylabel="learning rate")
 ax.legend(frameon=False, fontsize=8, ncols=2, loc="lower center")
-show(fig, "Six learning rates, one per stage: a rise over the first tenth of steps, a cosine down, each 2.6 times the next.")
+show(
+    fig,
+    "Six learning rates, one per stage: a rise over the first tenth of steps, a cosine down, each 2.6 times the next.",
+)
 
 # %% [markdown]
 # ## Exercise 4.3: unfreeze, and tell the optimizer
@@ -428,7 +475,11 @@ for way in ("unfreeze_into", "a new optimizer"):
     else:
         model.get_submodule(last).requires_grad_(True)
         optimizer = torch.optim.AdamW(
-            [{"params": model.head.parameters()}, {"params": model.get_submodule(last).parameters(), "lr": 3e-4}], lr=3e-3
+            [
+                {"params": model.head.parameters()},
+                {"params": model.get_submodule(last).parameters(), "lr": 3e-4},
+            ],
+            lr=3e-3,
         )
     remembered = optimizer.state.get(model.head.weight, {})
     before = model.head.weight.detach().clone()
@@ -486,13 +537,30 @@ def watch(step, optimizer, scheduler):
     rates.append([now.get(name, float("nan")) for name in names])
 
 
-fit(model, train[0], steps=60, lr=1e-2, batch_size=8, groups=schedule.groups, before_step=watch)
+fit(
+    model,
+    train[0],
+    steps=60,
+    lr=1e-2,
+    batch_size=8,
+    groups=schedule.groups,
+    before_step=watch,
+)
 fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
 for k, name in enumerate(names):
-    ax.plot([row[k] for row in rates], label=name.removeprefix("backbone."), markevery=8, markersize=4, **style(k))
+    ax.plot(
+        [row[k] for row in rates],
+        label=name.removeprefix("backbone."),
+        markevery=8,
+        markersize=4,
+        **style(k),
+    )
 ax.set(yscale="log", xlabel="step", ylabel="learning rate")
 ax.legend(frameon=False, fontsize=8, ncols=2, loc="lower left")
-show(fig, "Six learning rates: the head's begins at step 0, and every ten steps the stage before joins, on the same schedule.")
+show(
+    fig,
+    "Six learning rates: the head's begins at step 0, and every ten steps the stage before joins, on the same schedule.",
+)
 
 # %% [markdown]
 # # Part 2: where to start
@@ -577,12 +645,18 @@ probe_head(probed, "head", train[0].inputs, train[0].labels, 1e-2)
 for start, model in (("random head", fresh()), ("head from the probe", probed)):
     model.eval()
     total = 0.0
-    for rows in torch.arange(len(train[0].labels)).split(BATCH):  # in parts, as photographs need much memory
+    for rows in torch.arange(len(train[0].labels)).split(
+        BATCH
+    ):  # in parts, as photographs need much memory
         logits = model(take(train[0].inputs, rows, "cpu"))
-        loss = F.cross_entropy(logits, train[0].labels[rows], reduction="sum") / len(train[0].labels)
+        loss = F.cross_entropy(logits, train[0].labels[rows], reduction="sum") / len(
+            train[0].labels
+        )
         loss.backward()
         total += loss.item()
-    norm = sum(parameter.grad.square().sum() for parameter in model.backbone.parameters()).sqrt()
+    norm = sum(
+        parameter.grad.square().sum() for parameter in model.backbone.parameters()
+    ).sqrt()
     print(f"{start:<20} loss {total:.3f}   gradient into the backbone {norm:.3f}")
 
 # %% [markdown]
@@ -633,16 +707,28 @@ def spend(way, draw):
     seconds = time.perf_counter() - started
     outside = evaluate(model, other) if profile.outside else float("nan")
     source = profile.source(model.backbone) if profile.source else float("nan")
-    return evaluate(model, test), outside, source, distance(model.backbone, test), seconds
+    return (
+        evaluate(model, test),
+        outside,
+        source,
+        distance(model.backbone, test),
+        seconds,
+    )
 
 
 here = {way: spend(way, 0) for way in HERE}
 moved = studies.studied("features moved")
-print(f"{'first draw':<22}{'handwritten':>13}{'printed':>10}{'letters':>10}{'features moved':>17}{'seconds':>9}")
+print(
+    f"{'first draw':<22}{'handwritten':>13}{'printed':>10}{'letters':>10}{'features moved':>17}{'seconds':>9}"
+)
 for way, (*scores, share, seconds) in here.items():
-    print(f"{way + ', here':<22}{scores[0]:>13.3f}{scores[1]:>10.3f}{scores[2]:>10.3f}{share:>17.2f}{seconds:>9.1f}")
+    print(
+        f"{way + ', here':<22}{scores[0]:>13.3f}{scores[1]:>10.3f}{scores[2]:>10.3f}{share:>17.2f}{seconds:>9.1f}"
+    )
     then = kept[way][0]
-    print(f"{way + ', recorded':<22}{then.inside:>13.3f}{then.outside:>10.3f}{then.source:>10.3f}{moved[way][0]:>17.2f}")
+    print(
+        f"{way + ', recorded':<22}{then.inside:>13.3f}{then.outside:>10.3f}{then.source:>10.3f}{moved[way][0]:>17.2f}"
+    )
 
 # %% tags=["demo"]
 print(f"five draws, {circumstances('digits')}")
@@ -667,7 +753,9 @@ show(
 )
 print(f"features moved, five draws, {studies.circumstances()}")
 for way in FIVE:
-    print(f"    {way:<20}{torch.tensor(moved[way]).mean():.2f} ± {torch.tensor(moved[way]).std():.2f}")
+    print(
+        f"    {way:<20}{torch.tensor(moved[way]).mean():.2f} ± {torch.tensor(moved[way]).std():.2f}"
+    )
 
 # %% [markdown]
 # On handwritten digits all five means lie within 0.015 of each other. That is less than a user would notice, but it is not
@@ -683,7 +771,9 @@ for way in FIVE:
 # %% tags=["demo"]
 def against(way, other_way, key):
     """Differences of two ways, draw by draw: mean, standard deviation, and in how many draws the first is ahead."""
-    differences = torch.tensor([getattr(a, key) - getattr(b, key) for a, b in zip(kept[way], kept[other_way])])
+    differences = torch.tensor(
+        [getattr(a, key) - getattr(b, key) for a, b in zip(kept[way], kept[other_way])]
+    )
     ahead = int((differences > 0).sum())
     return f"{differences.mean():+.3f} ± {differences.std():.3f} (ahead in {ahead} of {len(differences)})"
 
@@ -696,7 +786,11 @@ for way, other_way in (
     ("discriminative", "everything"),
 ):
     print(f"{way} against {other_way}")
-    for key, title in (("inside", "handwritten"), ("outside", "printed"), ("source", "letters")):
+    for key, title in (
+        ("inside", "handwritten"),
+        ("outside", "printed"),
+        ("source", "letters"),
+    ):
         print(f"    {title:<12} {against(way, other_way, key)}")
 
 # %% [markdown]
@@ -721,7 +815,10 @@ print(f"{'':<29}" + f"{'inside':>10}{'outside':>16}" * len(table))
 for way in (*FIVE, "discriminative"):
     row = f"{way:<20}{table[10][way][0].trainable:>9,}"
     for scores in (by[way] for by in table.values()):
-        inside, outside = (torch.tensor([getattr(score, key) for score in scores]) for key in ("inside", "outside"))
+        inside, outside = (
+            torch.tensor([getattr(score, key) for score in scores])
+            for key in ("inside", "outside")
+        )
         row += f"{inside.mean():>10.3f}{outside.mean():>8.3f} ± {outside.std():.3f}"
     print(row)
 worst = min(table[50]["LP-FT"], key=lambda score: score.source)
@@ -826,14 +923,29 @@ EarlyStopping = continue_with("4.5")
 # network that learns these by heart learns the errors too.
 
 # %% tags=["demo"]
-careless = studies.with_errors(profile.images("train", labels_per_class=20), 0.3, seed=0)
+careless = studies.with_errors(
+    profile.images("train", labels_per_class=20), 0.3, seed=0
+)
 
 
 def learn(examples, lr=1e-3, weight_decay=1e-4, patience=None):
     model = fresh()
     stopping = None if patience is None else EarlyStopping(model, patience)
-    settings = {"steps": 200, "lr": lr, "weight_decay": weight_decay, "batch_size": BATCH, "seed": 0}
-    history = fit(model, examples, validation=validation, every=20, early_stopping=stopping, **settings)
+    settings = {
+        "steps": 200,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "batch_size": BATCH,
+        "seed": 0,
+    }
+    history = fit(
+        model,
+        examples,
+        validation=validation,
+        every=20,
+        early_stopping=stopping,
+        **settings,
+    )
     return model, history
 
 
@@ -842,15 +954,31 @@ fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
 for number, (name, draws) in enumerate(studies.studied("overfitting").items()):
     for draw, scores in enumerate(draws):
         label = None if draw else f"validation, {name}, recorded"
-        ax.plot(range(20, 201, 20), scores, label=label, markersize=3, alpha=0.5, linewidth=0.8, **style(number + 1))
-ax.plot(*zip(*history.accuracy.items()), label="validation, wrong labels, here", markersize=5, **style(0))
+        ax.plot(
+            range(20, 201, 20),
+            scores,
+            label=label,
+            markersize=3,
+            alpha=0.5,
+            linewidth=0.8,
+            **style(number + 1),
+        )
+ax.plot(
+    *zip(*history.accuracy.items()),
+    label="validation, wrong labels, here",
+    markersize=5,
+    **style(0),
+)
 ax.set(xlabel="step", ylabel="accuracy", ylim=(0, 1))
 loss = ax.twinx()
 loss.plot(history.loss, color="0.75", linewidth=0.8)
 loss.set_ylabel("training loss here, grey (nats)", color="0.5")
 ax.legend(frameon=False, loc="center right")
 print(f"five draws, {studies.circumstances()}")
-show(fig, "With wrong labels validation accuracy rises within 40 to 60 steps and then falls; with clean labels it stays up.")
+show(
+    fig,
+    "With wrong labels validation accuracy rises within 40 to 60 steps and then falls; with clean labels it stays up.",
+)
 
 # %% [markdown]
 # ### Cures
@@ -864,7 +992,9 @@ show(fig, "With wrong labels validation accuracy rises within 40 to 60 steps and
 cured = studies.studied("cures")
 stopped, _ = learn(careless, patience=3)
 for name, model in (("none", spoiled), ("early stopping", stopped)):
-    print(f"first draw, {name:<16} here {evaluate(model, test):.3f}   recorded {cured[name][0]:.3f}")
+    print(
+        f"first draw, {name:<16} here {evaluate(model, test):.3f}   recorded {cured[name][0]:.3f}"
+    )
 print(f"five draws, {studies.circumstances()}")
 show(*draws_figure({"accuracy on test images": cured}))
 
@@ -1044,13 +1174,24 @@ for _ in range(60):
     batches.append((take(train[0].inputs, rows, "cpu"), train[0].labels[rows]))
 before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 lrs, losses = find_lr(model, optimizer, batches, 1e-6, 10.0)
-same = all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+same = all(
+    torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()
+)
 print(f"{len(lrs)} of {len(batches)} batches used; the model is as it was: {same}")
-print(f"the optimizer has its learning rate, {optimizer.param_groups[0]['lr']}, and its state: {len(optimizer.state)} entries")
+print(
+    f"the optimizer has its learning rate, {optimizer.param_groups[0]['lr']}, and its state: {len(optimizer.state)} entries"
+)
 fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
 ax.plot(lrs, losses, markersize=4, **style(0))
-ax.set(xscale="log", xlabel="learning rate of this one batch", ylabel="loss before the step (nats)")
-show(fig, "The loss against the learning rate: flat, then falling to almost nothing, where the search ends.")
+ax.set(
+    xscale="log",
+    xlabel="learning rate of this one batch",
+    ylabel="loss before the step (nats)",
+)
+show(
+    fig,
+    "The loss against the learning rate: flat, then falling to almost nothing, where the search ends.",
+)
 
 # %% [markdown]
 # No explosion here: the search ended because one small loss was above four times a still smaller one. Batch after batch
@@ -1070,12 +1211,21 @@ for lr, model in models.items():
     fit(model, train[0], steps=100, lr=lr, batch_size=BATCH)
 print(f"suggested learning rate: {suggested:.1e}")
 for lr, model in models.items():
-    letters = f"   letters {profile.source(model.backbone):.3f}" if profile.source else ""
+    letters = (
+        f"   letters {profile.source(model.backbone):.3f}" if profile.source else ""
+    )
     print(f"    with {lr:.1e}: test images {evaluate(model, test):.3f}{letters}")
 print(f"five draws, {studies.circumstances()}")
 tries = studies.studied("rates")
 panels = {"test images": 0, "letters (after training)": 1}
-show(*draws_figure({title: {lr: [found[k] for found in draws] for lr, draws in tries.items()} for title, k in panels.items()}))
+show(
+    *draws_figure(
+        {
+            title: {lr: [found[k] for found in draws] for lr, draws in tries.items()}
+            for title, k in panels.items()
+        }
+    )
+)
 
 # %% [markdown]
 # The suggestion is a good start. With a thirtieth of it, training is not done after 100 steps. With thirty times as much

@@ -57,7 +57,9 @@ from grader import check, continue_with, hint, progress, quiz
 # %% tags=["demo"]
 from helpers.predict import predict
 
-guess = predict(grey=None, recomputed=None)  # from 0.0 to 1.0; guessing at random gets 0.1
+guess = predict(
+    grey=None, recomputed=None
+)  # from 0.0 to 1.0; guessing at random gets 0.1
 
 # %% [markdown]
 # (Every shift in this chapter changes pixels, so the chapter runs on `glyphnet` and digits only. `drift`, `freeze`
@@ -99,7 +101,11 @@ def probed(draw=0):
     return copy.deepcopy(fitted(draw))
 
 
-norms = [name for name, module in fresh().named_modules() if isinstance(module, nn.BatchNorm2d)]
+norms = [
+    name
+    for name, module in fresh().named_modules()
+    if isinstance(module, nn.BatchNorm2d)
+]
 print(f"{len(norms)} BatchNorms, the first is {norms[0]}")
 
 # %% tags=["demo"]
@@ -110,9 +116,14 @@ from helpers.figures import draws_figure, show
 fig, axes = plt.subplots(2, 10, figsize=(7, 1.8))
 for row, examples in enumerate((test, grey(test))):
     for column in range(10):
-        axes[row, column].imshow(1 - examples.inputs[column][0], cmap="gray", vmin=0, vmax=1)
+        axes[row, column].imshow(
+            1 - examples.inputs[column][0], cmap="gray", vmin=0, vmax=1
+        )
         axes[row, column].axis("off")
-show(fig, "Ten handwritten digits, black ink on white paper, and below the same on light grey paper.")
+show(
+    fig,
+    "Ten handwritten digits, black ink on white paper, and below the same on light grey paper.",
+)
 
 # %% [markdown]
 # (Ink is drawn black here. In the data ink is 1 and paper is 0.)
@@ -204,9 +215,17 @@ batch_norm = continue_with("5.1")
 from helpers.batchnorm import drift
 
 model = probed()
-print(f"{'':<24}{'handwritten':>16}{'grey paper':>16}\n{'':<24}" + f"{'mean':>8}{'std':>8}" * 2)
-for white, on_grey in zip(drift(model, [test.inputs]), drift(model, [grey(test).inputs])):
-    numbers = "".join(f"{layer.mean_shift:>8.2f}{'x' + format(layer.std_ratio, '.2f'):>8}" for layer in (white, on_grey))
+print(
+    f"{'':<24}{'handwritten':>16}{'grey paper':>16}\n{'':<24}"
+    + f"{'mean':>8}{'std':>8}" * 2
+)
+for white, on_grey in zip(
+    drift(model, [test.inputs]), drift(model, [grey(test).inputs])
+):
+    numbers = "".join(
+        f"{layer.mean_shift:>8.2f}{'x' + format(layer.std_ratio, '.2f'):>8}"
+        for layer in (white, on_grey)
+    )
     print(f"{white.name.removeprefix('backbone.'):<24}{numbers}")
 
 # %% [markdown]
@@ -253,6 +272,7 @@ def moved(model: nn.Module, action: Callable[[], object]) -> list[str]:
     Returns:
         Names of parameters, then names of buffers; `[]` if nothing changed.
     """
+
     ### BEGIN SOLUTION
     def tensors():
         return [*model.named_parameters(), *model.named_buffers()]
@@ -294,13 +314,21 @@ def three_batches(model, images):
     return action
 
 
-for network, images in (("glyphnet", test.inputs), ("ResNet-18", torch.rand(12, 3, 64, 64))):
+for network, images in (
+    ("glyphnet", test.inputs),
+    ("ResNet-18", torch.rand(12, 3, 64, 64)),
+):
     model = fresh() if network == "glyphnet" else resnet18()
     model.requires_grad_(False)
     names = moved(model, three_batches(model, images))
     buffers, parameters = dict(model.named_buffers()), dict(model.named_parameters())
-    moved_buffers, moved_parameters = sum(name in buffers for name in names), sum(name in parameters for name in names)
-    print(f"{network}: moved {moved_parameters} of {len(parameters)} parameters, {moved_buffers} of {len(buffers)} buffers")
+    moved_buffers, moved_parameters = (
+        sum(name in buffers for name in names),
+        sum(name in parameters for name in names),
+    )
+    print(
+        f"{network}: moved {moved_parameters} of {len(parameters)} parameters, {moved_buffers} of {len(buffers)} buffers"
+    )
     for kind in ("running_mean", "running_var", "num_batches_tracked"):
         print(f"    {sum(name.endswith(kind) for name in names):>2} {kind}")
 
@@ -319,7 +347,11 @@ for draw in range(3):
         for batch in grey(test).inputs.split(4)[:50]:
             model(batch)
     after.append(evaluate(model, test))
-show(*draws_figure({"accuracy on white paper": {"before": before, "after 50 grey batches": after}}))
+show(
+    *draws_figure(
+        {"accuracy on white paper": {"before": before, "after 50 grey batches": after}}
+    )
+)
 
 # %% [markdown]
 # No parameter has moved, no gradient was computed, and accuracy on white paper is down by more than a tenth.
@@ -409,8 +441,12 @@ recipes = {
     "requires_grad_(False)": lambda layer: layer.requires_grad_(False),
     "eval(), once": lambda layer: layer.eval(),
     "momentum = 0": lambda layer: setattr(layer, "momentum", 0.0),
-    "track_running_stats = False": lambda layer: setattr(layer, "track_running_stats", False),
-    "Keras before TensorFlow 2": lambda layer: reference_freeze(layer, "affine", "statistics"),
+    "track_running_stats = False": lambda layer: setattr(
+        layer, "track_running_stats", False
+    ),
+    "Keras before TensorFlow 2": lambda layer: reference_freeze(
+        layer, "affine", "statistics"
+    ),
     "Keras since": lambda layer: reference_freeze(layer),
     "freeze: affine": lambda layer: reference_freeze(layer, "affine"),
     "freeze: statistics": lambda layer: reference_freeze(layer, "statistics"),
@@ -424,7 +460,10 @@ for recipe, apply in recipes.items():
     apply(layer)
     x = 3 + 2 * torch.randn(8, 4, 5, 5)
     found = what_is_frozen(layer, x)
-    print(f"{recipe:<28}" + "".join(f"{'frozen' if found[part] else '-':<15}" for part in parts))
+    print(
+        f"{recipe:<28}"
+        + "".join(f"{'frozen' if found[part] else '-':<15}" for part in parts)
+    )
 
 # %% [markdown]
 # Read the third row again: one `eval()` freezes nothing, because the question is what happens in training, and training
@@ -472,15 +511,26 @@ def in_train_mode(model, examples, batch_size=32):
 
 meanings = {
     "nothing frozen": lambda model: None,
-    "statistics (Keras before TF 2)": lambda model: reference_freeze(model, "affine", "statistics"),
+    "statistics (Keras before TF 2)": lambda model: reference_freeze(
+        model, "affine", "statistics"
+    ),
     "all (Keras since)": lambda model: reference_freeze(model),
 }
 during, afterwards = ({name: [] for name in meanings} for _ in range(2))
-for name, draw in progress_bar([(name, draw) for name in meanings for draw in range(3)], "training"):
+for name, draw in progress_bar(
+    [(name, draw) for name in meanings for draw in range(3)], "training"
+):
     model = train_under(meanings[name], draw, grey)
     during[name].append(in_train_mode(model, grey(test)))
     afterwards[name].append(evaluate(model, grey(test)))
-show(*draws_figure({"while training, batches of 32": during, "afterwards, in eval mode": afterwards}))
+show(
+    *draws_figure(
+        {
+            "while training, batches of 32": during,
+            "afterwards, in eval mode": afterwards,
+        }
+    )
+)
 
 # %% [markdown]
 # **While training**, the first two compute the same: the batch normalises. All looks fine. **Afterwards**, eval mode
@@ -570,7 +620,9 @@ freeze = continue_with("5.4")
 model = fresh()
 action = three_batches(model, test.inputs)  # begins with model.train()
 model.eval()
-print(f"eval(), once  {len(moved(model, action)):>2} buffers moved in three batches of train mode")
+print(
+    f"eval(), once  {len(moved(model, action)):>2} buffers moved in three batches of train mode"
+)
 undo = freeze(model)
 print(f"your freeze   {len(moved(model, action)):>2}")
 undo()
@@ -592,9 +644,15 @@ ways = {
     "batches of 2, frozen": (freeze, 2, 5e-3),
 }
 small = {name: [] for name in ways}
-for name, draw in progress_bar([(name, draw) for name in ways for draw in range(3)], "training"):
+for name, draw in progress_bar(
+    [(name, draw) for name in ways for draw in range(3)], "training"
+):
     apply, batch_size, lr = ways[name]
-    small[name].append(evaluate(train_under(apply, draw, lambda examples: examples, batch_size, lr), test))
+    small[name].append(
+        evaluate(
+            train_under(apply, draw, lambda examples: examples, batch_size, lr), test
+        )
+    )
 show(*draws_figure({"accuracy afterwards, in eval mode": small}))
 
 # %% [markdown]
@@ -615,7 +673,9 @@ def gradient(model, images, labels, parts):
     model.zero_grad()
     for x, y in zip(images.chunk(parts), labels.chunk(parts)):
         (F.cross_entropy(model(x), y) / parts).backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return torch.cat(
+        [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    )
 
 
 order = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:32]
@@ -624,7 +684,10 @@ for name, apply in (("train mode", lambda model: None), ("frozen", freeze)):
     for parts in (2, 4, 16):
         model = probed().train()
         apply(model)
-        whole, summed = gradient(model, images, labels, 1), gradient(model, images, labels, parts)
+        whole, summed = (
+            gradient(model, images, labels, 1),
+            gradient(model, images, labels, parts),
+        )
         cosine = F.cosine_similarity(whole, summed, dim=0)
         off = (summed - whole).norm() / whole.norm()
         times = summed.norm() / whole.norm()
@@ -712,13 +775,17 @@ pooled_statistics = continue_with("5.5")
 
 # %% tags=["demo"]
 for mean in (0, 1, 10, 100):
-    x = mean + 0.01 * torch.randn(1000, 64, generator=torch.Generator().manual_seed(0))  # 64 channels
+    x = mean + 0.01 * torch.randn(
+        1000, 64, generator=torch.Generator().manual_seed(0)
+    )  # 64 channels
     wanted = x.double().var(0)
     short = (x**2).mean(0) - x.mean(0) ** 2
     pooled = pooled_statistics(x.split(33))[1]
     off = [((var - wanted).abs() / wanted).max() for var in (short, pooled)]
     negative = int((short < 0).sum())
-    print(f"mean {mean:>3}: E[x²]-E[x]² is off by {off[0]:.0e}, {negative:>2} of 64 negative; pooled: off by {off[1]:.0e}")
+    print(
+        f"mean {mean:>3}: E[x²]-E[x]² is off by {off[0]:.0e}, {negative:>2} of 64 negative; pooled: off by {off[1]:.0e}"
+    )
 
 # %% [markdown]
 # The square root of a negative variance is NaN. Widely used code has shipped this formula.
@@ -814,7 +881,9 @@ def adapted(model, images, batch_size=100):
 
 models = [probed(draw) for draw in range(3)]
 stored = [evaluate(model, grey(test)) for model in models]
-recomputed = [evaluate(adapted(model, grey(test).inputs), grey(test)) for model in models]
+recomputed = [
+    evaluate(adapted(model, grey(test).inputs), grey(test)) for model in models
+]
 guess.beside({"grey": stored, "recomputed": recomputed})
 passed = []
 for model in models:
@@ -823,7 +892,10 @@ for model in models:
         for batch in grey(test).inputs.split(100):
             model(batch)
     passed.append(evaluate(model, grey(test)))
-print("one pass in train mode, nothing else:", ", ".join(f"{score:.3f}" for score in passed))
+print(
+    "one pass in train mode, nothing else:",
+    ", ".join(f"{score:.3f}" for score in passed),
+)
 
 # %% [markdown]
 # This is AdaBN (Li et al. 2016), on our data; `helpers.batchnorm.adabn` does it on a copy, layer after layer. One
@@ -846,7 +918,9 @@ shifts = {
 panels = {"stored statistics": {}, "recomputed": {}}
 for name, examples in progress_bar(shifts.items(), "six shifts"):
     panels["stored statistics"][name] = [evaluate(model, examples) for model in models]
-    panels["recomputed"][name] = [evaluate(adapted(model, examples.inputs), examples) for model in models]
+    panels["recomputed"][name] = [
+        evaluate(adapted(model, examples.inputs), examples) for model in models
+    ]
 show(*draws_figure(panels))
 
 # %% [markdown]
@@ -862,6 +936,7 @@ show(*draws_figure(panels))
 # The statistics of a target depend on its classes and their proportions. What if you have few images, or images of
 # one class only?
 
+
 # %% tags=["demo"]
 def after(images):
     """Accuracy of each head, once the statistics are those of these images."""
@@ -869,7 +944,9 @@ def after(images):
 
 
 def some(count, seed):
-    order = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(
+        len(test.labels), generator=torch.Generator().manual_seed(seed)
+    )
     return grey(test).inputs[order[:count]]
 
 
@@ -877,12 +954,16 @@ samples = {f"{count} images": after(some(count, seed=1)) for count in (30, 100, 
 tens = [after(some(10, seed)) for seed in progress_bar(range(12), "twelve tens")]
 only_ones = grey(test).inputs[test.labels == 1]
 ones = samples[f"{len(only_ones)} images, all ones"] = after(only_ones)
-samples = {"10 images, twelve times": [score for ten in tens for score in ten]} | samples
+samples = {
+    "10 images, twelve times": [score for ten in tens for score in ten]
+} | samples
 show(*draws_figure({"accuracy on all grey test digits": samples}))
 means = torch.tensor(tens).mean(dim=1)
 print(f"twelve tens, mean of the heads: {means.min():.3f} to {means.max():.3f}")
 better = int((means > torch.tensor(ones).mean()).sum())
-print(f"all ones: {torch.tensor(ones).mean():.3f}; better than that are {better} of the twelve tens")
+print(
+    f"all ones: {torch.tensor(ones).mean():.3f}; better than that are {better} of the twelve tens"
+)
 
 # %% [markdown]
 # Ten images win most of it back, thirty nearly all, without a label. It matters which ten: accuracy is 0.815 with the
@@ -902,15 +983,27 @@ from helpers.batchnorm import recompute_statistics as reference_recompute
 deepest = "backbone.layer4.0.bn2"
 images = grey(test).inputs[:200]
 found = {"one": [], "sequential": []}
-for passes, batch_size in progress_bar([(passes, size) for passes in found for size in (2, 8, 32, 200)], "eight cuts"):
+for passes, batch_size in progress_bar(
+    [(passes, size) for passes in found for size in (2, 8, 32, 200)], "eight cuts"
+):
     model = copy.deepcopy(models[0])
     reference_recompute(model, list(images.split(batch_size)), passes=passes)
-    found[passes].append((batch_size, model.get_submodule(deepest).running_mean, evaluate(model, grey(test))))
+    found[passes].append(
+        (
+            batch_size,
+            model.get_submodule(deepest).running_mean,
+            evaluate(model, grey(test)),
+        )
+    )
 for passes, rows in found.items():
-    print(f"passes={passes!r}, 200 images: the means of layer4.0.bn2 against a single batch, and accuracy")
+    print(
+        f"passes={passes!r}, 200 images: the means of layer4.0.bn2 against a single batch, and accuracy"
+    )
     whole = rows[-1][1]
     for batch_size, mean, score in rows:
-        print(f"    batches of {batch_size:>3}: off by {(mean - whole).norm() / whole.norm():.1e}   {score:.3f}")
+        print(
+            f"    batches of {batch_size:>3}: off by {(mean - whole).norm() / whole.norm():.1e}   {score:.3f}"
+        )
 
 # %% [markdown]
 # In sequential passes, the cut makes no difference beyond rounding. In one pass, batches of 2 leave the deepest means

@@ -179,7 +179,9 @@ from helpers.progress import progress_bar
 encoder = text_backbone(max_length=32).eval()
 query = encoder.get_submodule("encoder.model.encoder.layer.0.attention.self.query")
 seen = []
-handle = query.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+handle = query.register_forward_hook(
+    lambda module, inputs, output: seen.append(inputs[0].detach())
+)
 with torch.no_grad():
     encoder(train.inputs[:64])
 handle.remove()
@@ -188,13 +190,17 @@ generator = torch.Generator().manual_seed(0)
 direction = torch.randn(1, 384, generator=generator)
 goal = query(x).detach() + 0.1 * torch.randn(512, 1, generator=generator) @ direction
 
-lines = [f"{'A':<8}{'B':<8}{'changed by':>11}{'gradient A':>12}{'gradient B':>12}{'loss before':>13}{'after':>9}"]
+lines = [
+    f"{'A':<8}{'B':<8}{'changed by':>11}{'gradient A':>12}{'gradient B':>12}{'loss before':>13}{'after':>9}"
+]
 starts = ("zero", "zero"), ("random", "zero"), ("zero", "random"), ("random", "random")
 for start_a, start_b in progress_bar(starts, "four starts"):
     torch.manual_seed(0)
     layer = lora.Linear(copy.deepcopy(query), rank=8, alpha=16)
     for parameter, start in ((layer.A, start_a), (layer.B, start_b)):
-        nn.init.zeros_(parameter) if start == "zero" else nn.init.kaiming_uniform_(parameter, a=5**0.5)
+        nn.init.zeros_(parameter) if start == "zero" else nn.init.kaiming_uniform_(
+            parameter, a=5**0.5
+        )
     optimizer = torch.optim.AdamW([layer.A, layer.B], lr=1e-2)
     losses = []
     for step in range(51):
@@ -204,7 +210,9 @@ for start_a, start_b in progress_bar(starts, "four starts"):
         losses[-1].backward()
         if step == 0:
             changed = ((outputs - query(x)).norm() / query(x).norm()).item()
-            gradients = [parameter.grad.norm().item() for parameter in (layer.A, layer.B)]
+            gradients = [
+                parameter.grad.norm().item() for parameter in (layer.A, layer.B)
+            ]
         optimizer.step()
     lines.append(
         f"{start_a:<8}{start_b:<8}{changed:>11.0%}{gradients[0]:>12.5f}{gradients[1]:>12.5f}"
@@ -236,7 +244,9 @@ for lr in (1e-4, 1e-3):
         sizes = []
         for scaling in scalings.values():
             torch.manual_seed(0)
-            layer = lora.Linear(copy.deepcopy(query), rank=rank, alpha=rank * scaling(rank))
+            layer = lora.Linear(
+                copy.deepcopy(query), rank=rank, alpha=rank * scaling(rank)
+            )
             optimizer = torch.optim.AdamW([layer.A, layer.B], lr=lr)
             for _ in range(10):
                 optimizer.zero_grad()
@@ -337,11 +347,17 @@ cost = continue_with("6.2")
 print("768 x 768, rank 8:", cost([nn.Linear(768, 768)], 8, "adamw"))
 modules = dict(text_backbone().named_modules())
 chosen = {
-    "queries and values": [module for name, module in modules.items() if name.endswith(("query", "value"))],
-    "every nn.Linear": [module for module in modules.values() if isinstance(module, nn.Linear)],
+    "queries and values": [
+        module for name, module in modules.items() if name.endswith(("query", "value"))
+    ],
+    "every nn.Linear": [
+        module for module in modules.values() if isinstance(module, nn.Linear)
+    ],
 }
 everything = sum(parameter.numel() for parameter in modules[""].parameters())
-print(f"\n{'MiniLM':<20}{'rank':>5}{'A and B':>12}{'of their weights':>18}{'of the model':>14}")
+print(
+    f"\n{'MiniLM':<20}{'rank':>5}{'A and B':>12}{'of their weights':>18}{'of the model':>14}"
+)
 for name, layers in chosen.items():
     for rank in (1, 8, 64, 192, 384):
         counts = cost(layers, rank, "adamw")
@@ -368,7 +384,9 @@ from helpers.training import train_mode
 
 def kept_for_backward(model, inputs, labels):
     """Bytes that the forward pass keeps for the backward pass, weights not counted."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    weights = {
+        parameter.untyped_storage().data_ptr() for parameter in model.parameters()
+    }
     kept = {}
 
     def keep(tensor):
@@ -382,7 +400,9 @@ def kept_for_backward(model, inputs, labels):
     return sum(kept.values())
 
 
-print(f"{'megabytes':<14}{'weights':>9}{'gradients':>11}{'AdamW':>9}{'activations':>13}{'together':>10}")
+print(
+    f"{'megabytes':<14}{'weights':>9}{'gradients':>11}{'AdamW':>9}{'activations':>13}{'together':>10}"
+)
 for way in ("head only", "LoRA rank 8", "everything"):
     model = fresh()
     if way == "head only":
@@ -390,9 +410,18 @@ for way in ("head only", "LoRA rank 8", "everything"):
     elif way == "LoRA rank 8":
         lora.inject(model, ["query", "value"], rank=8, alpha=16, train=["head"])
     train_mode(model)  # as in training here: what is frozen is in eval mode
-    counts, activations = report(model), kept_for_backward(model, train.inputs[:16], train.labels[:16])
+    counts, activations = (
+        report(model),
+        kept_for_backward(model, train.inputs[:16], train.labels[:16]),
+    )
     sizes = [4 * counts.all, counts.gradient_bytes, counts.adamw_bytes, activations]
-    print(f"{way:<14}" + "".join(f"{size / 1e6:>{width}.2f}" for size, width in zip([*sizes, sum(sizes)], (9, 11, 9, 13, 10))))
+    print(
+        f"{way:<14}"
+        + "".join(
+            f"{size / 1e6:>{width}.2f}"
+            for size, width in zip([*sizes, sum(sizes)], (9, 11, 9, 13, 10))
+        )
+    )
 
 # %% [markdown]
 # Gradients and optimizer state shrink 300 times. The weights stay, all of them. So does a good part of the
@@ -453,17 +482,24 @@ def replace(
     Raises:
         ValueError: a target names nothing.
     """
+
     ### BEGIN SOLUTION
     def named(name):
         return any(f".{name}".endswith(f".{target}") for target in targets)
 
-    places = {name: layer for name, layer in model.named_modules(remove_duplicate=False) if name}
+    places = {
+        name: layer
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if name
+    }
     for target in targets:  # before anything has changed
         if not any(f".{name}".endswith(f".{target}") for name in places):
             raise ValueError(f"nothing in the model is called {target!r}")
     old = {layer for name, layer in places.items() if named(name)}
     names = [name for name, layer in model.named_modules() if layer in old]
-    new = {places[name]: make(places[name]) for name in names}  # one for each layer, however many names it has
+    new = {
+        places[name]: make(places[name]) for name in names
+    }  # one for each layer, however many names it has
     for name, layer in places.items():
         if layer in new:
             parent, _, last = name.rpartition(".")
@@ -534,7 +570,9 @@ def spend(way, draw=0, steps=30):
         train_only(model, ["head"])
     if way.startswith("LoRA"):
         rank = int(way.split()[-1])
-        replace(model, ["query", "value"], lambda layer: LoRALinear(layer, rank, alpha=16))  # new parameters, so they train
+        replace(
+            model, ["query", "value"], lambda layer: LoRALinear(layer, rank, alpha=16)
+        )  # new parameters, so they train
     examples = word_order("train", labels_per_class=100, draw=draw)
     started = time.perf_counter()
     fit(model, examples, steps=steps, lr=table[way][draw].lr, batch_size=8, seed=draw)
@@ -542,7 +580,9 @@ def spend(way, draw=0, steps=30):
 
 
 models = {}
-print(f"{'':<14}{'accuracy':>9}{'seconds':>9}{'trainable':>12}{'gradients MB':>14}{'AdamW MB':>10}")
+print(
+    f"{'':<14}{'accuracy':>9}{'seconds':>9}{'trainable':>12}{'gradients MB':>14}{'AdamW MB':>10}"
+)
 for way in ("head only", "LoRA rank 8", "everything"):
     models[way], seconds = spend(way)
     counts = report(models[way])
@@ -560,11 +600,20 @@ from helpers.figures import draws_figure, show, style
 from helpers.recordings.strategies import circumstances
 
 WAYS = ("head only", "LoRA rank 8", "everything")
-guess.beside({way.replace(" ", "_").lower(): [score.inside for score in table[way]] for way in WAYS})
+guess.beside(
+    {
+        way.replace(" ", "_").lower(): [score.inside for score in table[way]]
+        for way in WAYS
+    }
+)
 topics = recorded("docstrings")
 panels = {
-    "topics, 10 per class": {way: [score.inside for score in topics[10][way]] for way in WAYS},
-    "word order, 100 per class": {way: [score.inside for score in table[way]] for way in WAYS},
+    "topics, 10 per class": {
+        way: [score.inside for score in topics[10][way]] for way in WAYS
+    },
+    "word order, 100 per class": {
+        way: [score.inside for score in table[way]] for way in WAYS
+    },
 }
 show(*draws_figure(panels))
 print(f"three draws, {circumstances('word order')}")
@@ -651,9 +700,16 @@ def merged(model: nn.Module) -> Iterator[None]:
     if any(layer.merged for layer in layers):
         raise ValueError("a layer is merged already: its update would count twice")
     for layer in layers:
-        users = [module for module in model.modules() for p in module.parameters(recurse=False) if p is layer.base.weight]
+        users = [
+            module
+            for module in model.modules()
+            for p in module.parameters(recurse=False)
+            if p is layer.base.weight
+        ]
         if len(users) > 1:
-            raise ValueError("a base weight belongs to another module too: merging would change that one")
+            raise ValueError(
+                "a base weight belongs to another module too: merging would change that one"
+            )
     weights = [layer.base.weight.detach().clone() for layer in layers]
     try:
         with torch.no_grad():  # ends before the block begins
@@ -664,7 +720,9 @@ def merged(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for layer, weight in zip(layers, weights):
-                layer.base.weight.copy_(weight)  # the bits that were kept; a subtraction would not give them
+                layer.base.weight.copy_(
+                    weight
+                )  # the bits that were kept; a subtraction would not give them
                 layer.merged = False
     ### END SOLUTION
 
@@ -689,14 +747,18 @@ adapted.head.load_state_dict(yours.head.state_dict())
 for name, layer in lora.layers(adapted).items():
     places = {tuple(parameter.shape): parameter for parameter in (layer.A, layer.B)}
     for parameter in yours.get_submodule(name).parameters():
-        if parameter.requires_grad:  # yours may have other names; A and B are told apart by their shapes
+        if (
+            parameter.requires_grad
+        ):  # yours may have other names; A and B are told apart by their shapes
             places[tuple(parameter.shape)].data.copy_(parameter.detach())
 
 
 @torch.no_grad()
 def difference(model, reference):
     """Largest difference from the reference's logits, relative to the largest of them."""
-    return ((model(test.inputs[:32]) - reference).abs().max() / reference.abs().max()).item()
+    return (
+        (model(test.inputs[:32]) - reference).abs().max() / reference.abs().max()
+    ).item()
 
 
 with torch.no_grad():
@@ -708,7 +770,10 @@ print(f"and afterwards:             {difference(adapted, logits):.1e}")
 adapted.train()
 print(f"compared with dropout on:   {difference(adapted, logits):.1e}")
 adapted.eval()
-updates = [(layer.base.weight.detach().clone(), layer.delta().detach()) for layer in lora.layers(adapted).values()]
+updates = [
+    (layer.base.weight.detach().clone(), layer.delta().detach())
+    for layer in lora.layers(adapted).values()
+]
 for layer in lora.layers(adapted).values():  # in place, and no flag that says so
     layer.base.weight.data += layer.delta().detach()
 print(f"added, but still unmerged:  {difference(adapted, logits):.1e}")
@@ -723,7 +788,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     added = weights + exact.to(dtype)
     missed = added.double() - weights.double() - exact.double()
     lost = (added - exact.to(dtype) - weights).float()
-    share, misses, size = (lost != 0).float().mean(), missed.norm() / exact.norm(), lost.norm() / exact.norm()
+    share, misses, size = (
+        (lost != 0).float().mean(),
+        missed.norm() / exact.norm(),
+        lost.norm() / exact.norm(),
+    )
     print(f"{dtype!s:<17}{misses:>16.1e}{share:>17.1%} others{size:>10.1e}")
 for layer, (weight, _) in zip(lora.layers(adapted).values(), updates):
     layer.base.weight.data.copy_(weight)  # the bits that were kept
@@ -764,10 +833,16 @@ def on(model):
 
 
 with one_thread():
-    seconds = in_turns({"plain": on(plain), "unmerged": on(adapted), "merged": on(folded)}, rounds=51)
+    seconds = in_turns(
+        {"plain": on(plain), "unmerged": on(adapted), "merged": on(folded)}, rounds=51
+    )
 for name, values in seconds.items():
-    ratios = torch.tensor([value / base for value, base in zip(values, seconds["plain"])])
-    print(f"{name:<10}{1000 * torch.tensor(values).median():>7.1f} ms   {ratios.median():.2f} of plain")
+    ratios = torch.tensor(
+        [value / base for value, base in zip(values, seconds["plain"])]
+    )
+    print(
+        f"{name:<10}{1000 * torch.tensor(values).median():>7.1f} ms   {ratios.median():.2f} of plain"
+    )
 
 # %% [markdown]
 # Unmerged, the network takes a few percent more time here. Merged, it is the plain network again, with other weights:
@@ -781,7 +856,13 @@ for name, values in seconds.items():
 
 # %% tags=["demo"]
 torch.manual_seed(0)
-tied = nn.ModuleDict({"embed": nn.Embedding(100, 16), "norm": nn.LayerNorm(16), "head": nn.Linear(16, 100, bias=False)})
+tied = nn.ModuleDict(
+    {
+        "embed": nn.Embedding(100, 16),
+        "norm": nn.LayerNorm(16),
+        "head": nn.Linear(16, 100, bias=False),
+    }
+)
 tied["head"].weight = tied["embed"].weight
 lora.inject(tied, ["head"], rank=2, alpha=4)
 nn.init.normal_(tied["head"].B)  # as if it had been trained for long
@@ -790,7 +871,9 @@ try:
     lora.merge(tied)
 except ValueError as error:
     print("ValueError:", error)
-tied["head"].base.weight.data += tied["head"].delta().detach()  # what merging in place does
+tied["head"].base.weight.data += (
+    tied["head"].delta().detach()
+)  # what merging in place does
 moved = ((tied["embed"](torch.arange(100)) - before).norm() / before.norm()).item()
 print(f"in place, the embeddings moved by {moved:.0%} of their norm")
 
@@ -883,7 +966,11 @@ show(
     *draws_figure(
         {
             title: {way: [getattr(score, key) for score in digits[way]] for way in ways}
-            for title, key in (("handwritten", "inside"), ("printed", "outside"), ("letters kept", "source"))
+            for title, key in (
+                ("handwritten", "inside"),
+                ("printed", "outside"),
+                ("letters kept", "source"),
+            )
         }
     )
 )
@@ -909,19 +996,34 @@ from helpers.features import drop_head
 from helpers.recordings.strategies import adapted as convolutions
 from helpers.forgetting import letters_kept
 
-for name, way in (("head frozen", "head frozen, LoRA rank 4"), ("head trained", "LoRA rank 4")):
+for name, way in (
+    ("head frozen", "head frozen, LoRA rank 4"),
+    ("head trained", "LoRA rank 4"),
+):
     values = torch.tensor([(score.inside, score.source) for score in digits[way]])
     mean, std = values.mean(0), values.std(0)
-    print(f"{name:<16}handwritten {mean[0]:.3f} ± {std[0]:.3f}   letters kept {mean[1]:.3f} ± {std[1]:.3f}")
+    print(
+        f"{name:<16}handwritten {mean[0]:.3f} ± {std[0]:.3f}   letters kept {mean[1]:.3f} ± {std[1]:.3f}"
+    )
 print(f"{'':<16}five draws, {circumstances('digits')}")
 
 network = classifier(drop_head(glyphnet()), classes=10)
 lora.inject(network, convolutions(network), rank=4, alpha=16)
-fit(network, handwritten("train", labels_per_class=10), steps=60, lr=digits["head frozen, LoRA rank 4"][0].lr, batch_size=32)
+fit(
+    network,
+    handwritten("train", labels_per_class=10),
+    steps=60,
+    lr=digits["head frozen, LoRA rank 4"][0].lr,
+    batch_size=32,
+)
 scores = evaluate(network, handwritten("test")), letters_kept(network.backbone)
-print(f"{'here, 60 steps':<16}handwritten {scores[0]:.3f}           letters kept {scores[1]:.3f}")
+print(
+    f"{'here, 60 steps':<16}handwritten {scores[0]:.3f}           letters kept {scores[1]:.3f}"
+)
 lora.remove(network)
-print(f"{'after remove':<16}                            letters kept {letters_kept(network.backbone):.3f}")
+print(
+    f"{'after remove':<16}                            letters kept {letters_kept(network.backbone):.3f}"
+)
 
 # %% [markdown]
 # The network still tells the digits apart, at one to three points less in each draw: the adapters bend the features
@@ -985,10 +1087,14 @@ class AdapterFile:
         """Write all that trains, in place of an earlier file."""
         ### BEGIN SOLUTION
         named = model.named_parameters()
-        trained = {name: p.detach().contiguous() for name, p in named if p.requires_grad}
+        trained = {
+            name: p.detach().contiguous() for name, p in named if p.requires_grad
+        }
         draft = self.path.with_name(self.path.name + ".part")
         save_file(trained, draft)
-        draft.replace(self.path)  # a rename: the old file is there until the new one is whole
+        draft.replace(
+            self.path
+        )  # a rename: the old file is there until the new one is whole
         ### END SOLUTION
 
     def load(self, model: nn.Module) -> None:
@@ -1033,7 +1139,10 @@ import tempfile
 
 folder = Path(tempfile.mkdtemp())
 AdapterFile(folder / "word_order.safetensors").save(adapted)
-save_file({name: tensor.contiguous() for name, tensor in adapted.state_dict().items()}, folder / "everything.safetensors")
+save_file(
+    {name: tensor.contiguous() for name, tensor in adapted.state_dict().items()},
+    folder / "everything.safetensors",
+)
 for path in sorted(folder.iterdir()):
     print(f"{path.name:<26}{path.stat().st_size:>12,} bytes")
 
@@ -1053,7 +1162,9 @@ AdapterFile(sys.argv[1]).load(model)
 print(f"after loading:  {evaluate(model, texts):.3f}")
 """
 program = [sys.executable, "-c", elsewhere, folder / "word_order.safetensors"]
-with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+with subprocess.Popen(
+    program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+) as process:
     lines = [process.stdout.readline() for _ in progress_bar(range(2), "a new process")]
     errors = process.stderr.read()
 assert process.returncode == 0, errors
@@ -1111,7 +1222,9 @@ def rank_of_update(before: torch.Tensor, after: torch.Tensor, share: float) -> i
     """
     ### BEGIN SOLUTION
     update = after.detach().double() - before.detach().double()
-    squares = torch.linalg.svdvals(update.flatten(1)).square()  # the largest comes first
+    squares = torch.linalg.svdvals(
+        update.flatten(1)
+    ).square()  # the largest comes first
     total = squares.sum()
     if total == 0:
         return 0
@@ -1141,19 +1254,36 @@ import matplotlib.pyplot as plt
 
 from helpers.recordings.strategies import recorded_updates
 
-old, new = dict(fresh().named_parameters()), dict(models["everything"].named_parameters())
+old, new = (
+    dict(fresh().named_parameters()),
+    dict(models["everything"].named_parameters()),
+)
 matrices = [
-    name for name in old if name.endswith("weight") and old[name].ndim == 2 and "embeddings" not in name and "head" not in name
+    name
+    for name in old
+    if name.endswith("weight")
+    and old[name].ndim == 2
+    and "embeddings" not in name
+    and "head" not in name
 ]
 name = next(name for name in matrices if "layer.5.attention.self.value" in name)
 update = (new[name] - old[name]).detach()
 noise = torch.randn(update.shape, generator=torch.Generator().manual_seed(0))
 fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
 alt = "Singular values as shares of the largest, the 2nd, 20th and 100th."
-for number, (label, matrix) in enumerate((("update", update), ("pre-trained weight", old[name].detach()), ("random", noise))):
+for number, (label, matrix) in enumerate(
+    (("update", update), ("pre-trained weight", old[name].detach()), ("random", noise))
+):
     values = torch.linalg.svdvals(matrix)
     values = values / values[0]
-    ax.plot(range(1, len(values) + 1), values, label=label, markevery=32, markersize=4, **style(number))
+    ax.plot(
+        range(1, len(values) + 1),
+        values,
+        label=label,
+        markevery=32,
+        markersize=4,
+        **style(number),
+    )
     alt += f" {label}: {values[1]:.2f}, {values[19]:.2f}, {values[99]:.2f}."
 ax.set(xlabel="singular value", ylabel="share of the largest", xscale="log")
 ax.legend(frameon=False)
@@ -1166,14 +1296,23 @@ for name in matrices:
     squares = torch.linalg.svdvals((new[name] - old[name]).detach()).square()
     held.append((squares[:8].sum() / squares.sum()).item())
 random_rank = rank_of_update(torch.zeros(384, 384), noise, 0.9)
-print(f"rank that holds 90 % of the update, of at most 384, in layers 0 to 5 (random 384 x 384: {random_rank})")
+print(
+    f"rank that holds 90 % of the update, of at most 384, in layers 0 to 5 (random 384 x 384: {random_rank})"
+)
 for kind, ranks in by_kind.items():
     print(f"    {kind:<24}{', '.join(map(str, ranks))}")
-print(f"share in the best matrix of rank 8: {min(held):.0%} to {max(held):.0%}, median {statistics.median(held):.0%}")
+print(
+    f"share in the best matrix of rank 8: {min(held):.0%} to {max(held):.0%}, median {statistics.median(held):.0%}"
+)
 updates = recorded_updates()
-ranks, shares = ([statistics.median(getattr(draw, key)) for draw in updates] for key in ("ranks", "shares"))
+ranks, shares = (
+    [statistics.median(getattr(draw, key)) for draw in updates]
+    for key in ("ranks", "shares")
+)
 print(f"{circumstances('word order')}, three draws of 100 steps of 16:")
-print(f"    median rank {', '.join(f'{rank:.0f}' for rank in ranks)}; median share {', '.join(f'{x:.0%}' for x in shares)}")
+print(
+    f"    median rank {', '.join(f'{rank:.0f}' for rank in ranks)}; median share {', '.join(f'{x:.0%}' for x in shares)}"
+)
 
 # %% [markdown]
 # The update is not noise: its first direction stands out, and 26 of 384 hold 90 % of this one. But it is not of rank
@@ -1183,7 +1322,10 @@ print(f"    median rank {', '.join(f'{rank:.0f}' for rank in ranks)}; median sha
 # best approximation of some rank, and everything else that fine-tuning moved stays moved.
 
 # %% tags=["demo"]
-parts = {name: torch.linalg.svd((new[name] - old[name]).detach(), full_matrices=False) for name in matrices}
+parts = {
+    name: torch.linalg.svd((new[name] - old[name]).detach(), full_matrices=False)
+    for name in matrices
+}
 cut = copy.deepcopy(models["everything"])
 weights = dict(cut.named_parameters())
 here = {}
@@ -1212,19 +1354,38 @@ for rank in updates[0].accuracy:
 # %% tags=["demo"]
 fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
 ranks = [int(way.split()[-1]) for way in table if way.startswith("LoRA")]
-scores = torch.tensor([[score.inside for score in table[f"LoRA rank {rank}"]] for rank in ranks])
+scores = torch.tensor(
+    [[score.inside for score in table[f"LoRA rank {rank}"]] for rank in ranks]
+)
 for draw in range(scores.shape[1]):
     ax.plot(ranks, scores[:, draw], linestyle="", alpha=0.6, **style(0))
-ax.errorbar(ranks, scores.mean(1), scores.std(1), label="LoRA, queries and values", capsize=3, **style(0))
+ax.errorbar(
+    ranks,
+    scores.mean(1),
+    scores.std(1),
+    label="LoRA, queries and values",
+    capsize=3,
+    **style(0),
+)
 for number, way in ((1, "head only"), (2, "everything")):
     inside = torch.tensor([score.inside for score in table[way]])
     ax.axhline(inside.mean(), color=style(number)["color"], label=way)
-    ax.axhspan(inside.mean() - inside.std(), inside.mean() + inside.std(), color=style(number)["color"], alpha=0.15)
+    ax.axhspan(
+        inside.mean() - inside.std(),
+        inside.mean() + inside.std(),
+        color=style(number)["color"],
+        alpha=0.15,
+    )
 ax.set(xscale="log", xlabel="rank", ylabel="accuracy on test texts")
 ax.set_xticks(ranks, [str(rank) for rank in ranks])
 ax.minorticks_off()
 ax.legend(frameon=False, loc="center")
-show(fig, "Mean accuracy by rank: " + ", ".join(f"{rank} {row.mean():.3f}" for rank, row in zip(ranks, scores)) + ".")
+show(
+    fig,
+    "Mean accuracy by rank: "
+    + ", ".join(f"{rank} {row.mean():.3f}" for rank, row in zip(ranks, scores))
+    + ".",
+)
 for rank, row in zip(ranks, scores):
     print(
         f"rank {rank:>2}: {row.mean():.3f} ± {row.std():.3f}   learning rates chosen: {[s.lr for s in table[f'LoRA rank {rank}']]}"

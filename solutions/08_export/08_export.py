@@ -75,7 +75,9 @@ fit(model, train, steps=150, lr=3e-3, batch_size=32)
 model.eval()
 folder = Path(tempfile.mkdtemp())
 torch.save(model.state_dict(), folder / "weights.pt")
-print(f"accuracy {evaluate(model, test):.3f}   weights alone: {(folder / 'weights.pt').stat().st_size:,} bytes")
+print(
+    f"accuracy {evaluate(model, test):.3f}   weights alone: {(folder / 'weights.pt').stat().st_size:,} bytes"
+)
 
 # %% [markdown]
 # # Part 1: the test
@@ -179,7 +181,9 @@ def without_onednn(x):
         return model(x)
 
 
-warnings.filterwarnings("ignore", "TF32 acceleration", UserWarning)  # torch says that this machine has no Intel GPU
+warnings.filterwarnings(
+    "ignore", "TF32 acceleration", UserWarning
+)  # torch says that this machine has no Intel GPU
 double, half = copy.deepcopy(model).double(), copy.deepcopy(model).bfloat16()
 others = {
     "the same again": model,
@@ -190,7 +194,9 @@ others = {
 }
 with torch.no_grad():
     for name, other in others.items():
-        print(f"{name:<28}{largest_error(model, other, images, (1, 4, 8))['error']:.1e}")
+        print(
+            f"{name:<28}{largest_error(model, other, images, (1, 4, 8))['error']:.1e}"
+        )
 
 # %% [markdown]
 # One image at a time and eight at once add the same numbers in another order; so do other *kernels*, the pieces of code
@@ -296,17 +302,27 @@ bright, ink = Bright(model), 1 - test.inputs[:8]
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     traced = torch.jit.trace(bright, test.inputs[:8])
-for message in dict.fromkeys(str(warning.message).split(". ")[0][:110] for warning in said):
+for message in dict.fromkeys(
+    str(warning.message).split(". ")[0][:110] for warning in said
+):
     print("warning:", message)
-print(f"traced:     paper as in the example {largest_error(bright, traced, test.inputs[:8], (8,))['error']:.1e}")
-print(f"            inverted images         {largest_error(bright, traced, ink, (8,))['error']:.1e}")
+print(
+    f"traced:     paper as in the example {largest_error(bright, traced, test.inputs[:8], (8,))['error']:.1e}"
+)
+print(
+    f"            inverted images         {largest_error(bright, traced, ink, (8,))['error']:.1e}"
+)
 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # said once is enough
 scripted = to_torchscript(bright, test.inputs[:8])
-print(f"scripted:   inverted images         {largest_error(bright, scripted, ink, (8,))['error']:.1e}")
+print(
+    f"scripted:   inverted images         {largest_error(bright, scripted, ink, (8,))['error']:.1e}"
+)
 try:
     torch.jit.script(Several(model))
 except Exception as error:
-    print("script of Several:", type(error).__name__, str(error).strip().splitlines()[0])
+    print(
+        "script of Several:", type(error).__name__, str(error).strip().splitlines()[0]
+    )
 
 # %% [markdown]
 # The trace is right on images like its example, and wrong by more than the largest logit on the others, without an
@@ -323,7 +339,12 @@ except Exception as error:
 # %% tags=["demo"]
 scripted = to_torchscript(model, test.inputs[:2])
 scripted.save(folder / "model.torchscript.pt")
-print("parity of the file:", largest_error(model, torch.jit.load(folder / "model.torchscript.pt"), images, (1, 4, 8)))
+print(
+    "parity of the file:",
+    largest_error(
+        model, torch.jit.load(folder / "model.torchscript.pt"), images, (1, 4, 8)
+    ),
+)
 
 # %% [markdown]
 # ## Exercise 8.3: a graph for any number of rows
@@ -384,7 +405,9 @@ to_program = continue_with("8.3")
 
 # %% tags=["demo"]
 program = to_program(model, test.inputs[:2])
-operators = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+operators = [
+    str(node.target) for node in program.graph.nodes if node.op == "call_function"
+]
 print(f"{len(operators)} operators:", *operators[:9], "...", sep="\n    ")
 torch.export.save(program, folder / "with_slice.pt2")
 torch.export.save(to_program(model, test.inputs[:2].clone()), folder / "model.pt2")
@@ -419,7 +442,9 @@ class BrightWithoutBranch(Bright):
 
 
 rewritten = helpers.export.to_program(BrightWithoutBranch(model), images)
-print(f"rewritten with torch.where, inverted images: {largest_error(bright, rewritten.module(), ink, (1, 4, 8))['error']:.1e}")
+print(
+    f"rewritten with torch.where, inverted images: {largest_error(bright, rewritten.module(), ink, (1, 4, 8))['error']:.1e}"
+)
 
 # %% [markdown]
 # ### Exported in train mode
@@ -437,7 +462,14 @@ dropping = nn.Sequential(nn.Dropout(0.5), copy.deepcopy(model)).train()
 
 def onnx_session(model, name):
     batch = torch.export.Dim("batch")
-    torch.onnx.export(model, (images,), folder / name, dynamo=True, verbose=False, dynamic_shapes=({0: batch},))
+    torch.onnx.export(
+        model,
+        (images,),
+        folder / name,
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=({0: batch},),
+    )
     return helpers.export.OnnxSession(folder / name)
 
 
@@ -449,18 +481,31 @@ with warnings.catch_warnings(record=True) as said:
         "torch.export.export": lambda: torch.export.export(
             copy.deepcopy(careless), (images,), dynamic_shapes=({0: batch},)
         ).module(),
-        "torch.onnx.export": lambda: onnx_session(copy.deepcopy(careless), "careless.onnx"),
+        "torch.onnx.export": lambda: onnx_session(
+            copy.deepcopy(careless), "careless.onnx"
+        ),
         "the same, with dropout": lambda: onnx_session(dropping, "dropping.onnx"),
     }
-    in_train_mode = {name: export() for name, export in progress_bar(exports.items(), "exporting")}
-for message in dict.fromkeys(str(warning.message).split(".")[0] for warning in said if "training mode" in str(warning.message)):
+    in_train_mode = {
+        name: export() for name, export in progress_bar(exports.items(), "exporting")
+    }
+for message in dict.fromkeys(
+    str(warning.message).split(".")[0]
+    for warning in said
+    if "training mode" in str(warning.message)
+):
     print("warning:", message)
-print(f"{'exported in train mode':<28}{'error':>9}   right of 200, one image at a time   all 200 at once")
+print(
+    f"{'exported in train mode':<28}{'error':>9}   right of 200, one image at a time   all 200 at once"
+)
 for name, exported in ({"(the model in eval mode)": model} | in_train_mode).items():
     error = largest_error(model, exported, images, (1, 4, 8))["error"]
     with torch.no_grad():
         single = torch.cat([exported(image[None]) for image in test.inputs[:200]])
-        right = [(logits.argmax(1) == test.labels[:200]).sum().item() for logits in (single, exported(test.inputs[:200]))]
+        right = [
+            (logits.argmax(1) == test.labels[:200]).sum().item()
+            for logits in (single, exported(test.inputs[:200]))
+        ]
     print(f"{name:<28}{error:>9.1e}   {right[0]:<34}{right[1]}")
 
 # %% [markdown]
@@ -508,7 +553,9 @@ def to_onnx(model: nn.Module, example: torch.Tensor, path: Path) -> None:
         path: of the file, in a folder that exists.
     """
     ### BEGIN SOLUTION
-    rows = torch.cat([example, example])  # two or more: a size of 1 may become a constant
+    rows = torch.cat(
+        [example, example]
+    )  # two or more: a size of 1 may become a constant
     with eval_mode(model):
         torch.onnx.export(
             model,
@@ -557,9 +604,14 @@ logits = session.run(None, {session.get_inputs()[0].name: numpy.load(sys.argv[2]
 print("digits", logits.argmax(1).tolist(), f"after {time.perf_counter() - started:.2f} s; torch imported:", "torch" in sys.modules)
 """
 program = [sys.executable, "-c", code, path, folder / "images.npy"]
-print(subprocess.run(program, capture_output=True, text=True, check=True).stdout.rstrip())
+print(
+    subprocess.run(program, capture_output=True, text=True, check=True).stdout.rstrip()
+)
 print("labels", test.labels[:8].tolist())
-print("parity of the file:", largest_error(model, helpers.export.OnnxSession(path), images, (1, 4, 8)))
+print(
+    "parity of the file:",
+    largest_error(model, helpers.export.OnnxSession(path), images, (1, 4, 8)),
+)
 
 # %% [markdown]
 # The file holds the preprocessing, the network and the head, and the process that ran it never saw torch. (Where the
@@ -586,7 +638,10 @@ from helpers.tensorrt import TensorRTEngine, to_tensorrt
 engine = None
 try:
     engine = TensorRTEngine(to_tensorrt(path, folder / "model.engine"))
-    print("parity of the engine:", largest_error(model, lambda x: engine(x).cpu(), images, (1, 4, 8)))
+    print(
+        "parity of the engine:",
+        largest_error(model, lambda x: engine(x).cpu(), images, (1, 4, 8)),
+    )
 except helpers.export.ExportFailed as error:
     print("not run here:", error)
 
@@ -671,20 +726,39 @@ from helpers.training import one_thread
 
 files = {
     "eager": (folder / "weights.pt", model),
-    "TorchScript": (folder / "model.torchscript.pt", torch.jit.load(folder / "model.torchscript.pt")),
-    "torch.export": (folder / "model.pt2", torch.export.load(folder / "model.pt2").module()),
+    "TorchScript": (
+        folder / "model.torchscript.pt",
+        torch.jit.load(folder / "model.torchscript.pt"),
+    ),
+    "torch.export": (
+        folder / "model.pt2",
+        torch.export.load(folder / "model.pt2").module(),
+    ),
     "ONNX Runtime": (path, helpers.export.OnnxSession(path, threads=1)),
 }
 if engine is not None:
-    files["TensorRT"] = (folder / "model.engine", lambda x: engine(x).cpu())  # on the GPU, with the copies there and back
+    files["TensorRT"] = (
+        folder / "model.engine",
+        lambda x: engine(x).cpu(),
+    )  # on the GPU, with the copies there and back
 calls = {name: lambda run=run: run(images[:1]) for name, (_, run) in files.items()}
 with one_thread(), torch.no_grad():
-    median_seconds(calls, 3, time.perf_counter)  # TorchScript goes on optimising after its first call
+    median_seconds(
+        calls, 3, time.perf_counter
+    )  # TorchScript goes on optimising after its first call
     seconds = median_seconds(calls, 101, time.perf_counter)
 sizes = {name: file.stat().st_size for name, (file, _) in files.items()}
-print(f"{'one image':<16}{'runs in':<22}{'KB':>6}{'ms':>8}{'of eager':>10}{'error':>10}")
+print(
+    f"{'one image':<16}{'runs in':<22}{'KB':>6}{'ms':>8}{'of eager':>10}{'error':>10}"
+)
 for name, (_, run) in files.items():
-    where = "Python" if NEEDS[name].python else "C++ with PyTorch" if NEEDS[name].torch else "its own runtime"
+    where = (
+        "Python"
+        if NEEDS[name].python
+        else "C++ with PyTorch"
+        if NEEDS[name].torch
+        else "its own runtime"
+    )
     error = largest_error(model, run, images, (1, 4, 8))["error"]
     print(
         f"{name:<16}{where:<22}{sizes[name] / 1000:>6.0f}{1000 * seconds[name]:>8.2f}"
@@ -705,16 +779,30 @@ guess.beside(
 # They were recorded once, with the other formats, for three networks:
 
 # %% tags=["demo"]
-print(f"recorded on {circumstances()['machine']}, one thread, {circumstances()['date']}; milliseconds as a share of eager's")
-rows_of = {"glyphnet, 1 row": ("glyphnet", 1), "resnet18, 1 row": ("resnet18", 1), "MiniLM, 32 rows": ("MiniLM", 32)}
+print(
+    f"recorded on {circumstances()['machine']}, one thread, {circumstances()['date']}; milliseconds as a share of eager's"
+)
+rows_of = {
+    "glyphnet, 1 row": ("glyphnet", 1),
+    "resnet18, 1 row": ("resnet18", 1),
+    "MiniLM, 32 rows": ("MiniLM", 32),
+}
 print(f"{'':<16}{'made in':>10}" + "".join(f"{name:>18}" for name in rows_of))
-kept = {name: {row.name: row for row in recorded(network)[batch]} for name, (network, batch) in rows_of.items()}
+kept = {
+    name: {row.name: row for row in recorded(network)[batch]}
+    for name, (network, batch) in rows_of.items()
+}
 for name in NEEDS:
     first, cells = kept["glyphnet, 1 row"][name], []
     for rows in kept.values():
         there = rows[name].milliseconds
-        cells.append(f"{there[1] / rows['eager'].milliseconds[1]:.2f}" if there else "none yet")
-    print(f"{name:<16}{f'{first.seconds:.1f} s' if first.seconds else '':>10}" + "".join(f"{cell:>18}" for cell in cells))
+        cells.append(
+            f"{there[1] / rows['eager'].milliseconds[1]:.2f}" if there else "none yet"
+        )
+    print(
+        f"{name:<16}{f'{first.seconds:.1f} s' if first.seconds else '':>10}"
+        + "".join(f"{cell:>18}" for cell in cells)
+    )
 
 # %% [markdown]
 # The files hold the weights and little more. In the record ONNX Runtime takes 0.32 of eager's time for one image and

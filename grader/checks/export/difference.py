@@ -2,8 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from operator import itemgetter
 
 import torch
@@ -16,12 +16,17 @@ from grader.checks.export.errors import (
     OF_PROBABILITIES,
     RELATIVE_ERROR,
     WIDTH,
+    Refused,
     Remembering,
     Table,
+    above_zero,
     ask,
     figure_of,
     figures_of,
     read,
+    trained_afterwards,
+    worst,
+    worst_but_nan,
 )
 from grader.experiment import Exercise, Experiment, Trial
 from grader.near import near
@@ -105,8 +110,7 @@ class TheFirstInputs(Experiment):
             "the largest difference over the largest output of its own row": [(size / output)[:7].max()],
             "0": [0.0],
         }
-        exported = inputs["outputs"] + inputs["differences"]
-        each = [figures_of(inputs["outputs"][:b], exported[:b]) for b in inputs["sizes"]]
+        each = [figures_of(inputs["outputs"][:b], (inputs["outputs"] + inputs["differences"])[:b]) for b in inputs["sizes"]]
         known |= {word: [figure for figures in each for figure in figures[word]] for word in (AVERAGE, OF_PROBABILITIES)}
         return {
             "the error of rows of different sizes": figure_of(raw, known),
@@ -158,9 +162,9 @@ class EveryBatchSize(_FourSizes):
 
         largest = inputs["sizes"][-1]
         raw = {"small": self.ask_ones(subject, inputs, lambda out: out + (2 if len(out) == largest else 1) * SMALL, largest)}
-        for place, worst in zip(("first", "second", "third", "last"), inputs["sizes"], strict=True):
-            times = {size: 2 + (position + 1) % 3 / 2 for position, size in enumerate(inputs["sizes"])} | {worst: 5}
-            raw[place] = self.ask_ones(subject, inputs, lambda out, times=times: spoil(out, times), worst)
+        for place, size_of_worst in zip(("first", "second", "third", "last"), inputs["sizes"], strict=True):
+            times = {b: 5 if b == size_of_worst else 2 + (k + 1) % 3 / 2 for k, b in enumerate(inputs["sizes"])}
+            raw[place] = self.ask_ones(subject, inputs, lambda out, times=times: spoil(out, times), size_of_worst)
         return raw
 
     def facts(self, raw, inputs):
@@ -206,7 +210,7 @@ class Refusal(_FourSizes):
         refusals = (
             RuntimeError("shape '[2, 3]' is invalid"),
             AssertionError("Guard failed: input.size()[0] == 2"),
-            _Refused("got an invalid dimension"),
+            Refused("got an invalid dimension"),
             IndexError("too many rows"),
         )
         return {
@@ -330,12 +334,12 @@ class Modes(_OfModes):
 
         def refuse(x: Tensor) -> Tensor:
             if len(x) == inputs["sizes"][1]:
-                raise _Refused("a batch size that was built in")
+                raise Refused("a batch size that was built in")
             return exact(x)
 
         for name, exported in {"a comparison": exact, "a refusal": refuse}.items():
             with traces.kept(model, "modes"):
-                with suppress(_Refused):
+                with suppress(Refused):
                     ask(subject, model, exported, inputs["inputs"], inputs["sizes"])
                 raw[name] = traces.of(model)
         return raw
@@ -378,28 +382,6 @@ class Exact(_FourSizes):
         return {"`batch_size` of an export without any error": [answer["batch_size"] for answer in raw.values()]}
 
 
-class _Refused(Exception):
-    """What a runtime raises that has exceptions of its own."""
-
-
-def _worst(rows):
-    return max(rows, key=itemgetter("error"))
-
-
-def _worst_but_nan(rows):
-    return _worst([row for row in rows if row["error"] >= 0])
-
-
-def _above_zero(rows):
-    return _worst([{"error": 0.0, "batch_size": None, "index": None}, *rows])
-
-
-@contextmanager
-def _trained_afterwards(model: nn.Module) -> Iterator[None]:
-    yield
-    model.train()
-
-
 def solution(
     model,
     exported,
@@ -413,7 +395,7 @@ def solution(
     errors=lambda wanted, got: (got - wanted).abs() / wanted.abs().max(),
     nan=math.inf,
     figure=torch.max,
-    choose=_worst,
+    choose=worst,
     graph=torch.no_grad,
     batch=lambda inputs, size: inputs[:size],
 ):
@@ -457,12 +439,12 @@ exercise.misconceptions_of(
         "one batch size": {"choose": itemgetter(-1)},
         "compared in train mode": {"evaluated": lambda model: model},
         "left in eval mode": {"keeping": nullcontext},
-        "every module to train mode": {"keeping": _trained_afterwards},
-        "NaN never larger": {"nan": math.nan, "choose": _worst_but_nan},
+        "every module to train mode": {"keeping": trained_afterwards},
+        "NaN never larger": {"nan": math.nan, "choose": worst_but_nan},
         "shapes that broadcast": {"broadcast": True},
         "the refusal passed on": {"caught": ()},
         "the refused batch size left out": {"skipped": Exception},
         "a graph kept": {"graph": nullcontext},
-        "nothing for an exact export": {"choose": _above_zero},
+        "nothing for an exact export": {"choose": above_zero},
     },
 )

@@ -2,7 +2,9 @@
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
 
 from torch import Tensor, nn
 
@@ -124,3 +126,28 @@ def figure_of(raw: dict, known: dict[str, list[float]]) -> str:
         if any(abs(error - figure) <= max(margin * abs(figure), min(ROUNDING, 0.01 * abs(figure))) for figure in figures):
             return name
     return "another number"
+
+
+# --- pieces of solutions
+
+
+class Refused(Exception):
+    """What a runtime raises that has exceptions of its own."""
+
+
+def worst(rows):
+    return max(rows, key=itemgetter("error"))
+
+
+def worst_but_nan(rows):
+    return worst([row for row in rows if row["error"] >= 0])
+
+
+def above_zero(rows):
+    return worst([{"error": 0.0, "batch_size": None, "index": None}, *rows])
+
+
+@contextmanager
+def trained_afterwards(model: nn.Module) -> Iterator[None]:
+    yield
+    model.train()

@@ -26,7 +26,7 @@ NUMBER = 0.5  # what everything that trains is filled with to see the factor
 def _inputs(trial: Trial, **arguments) -> dict:
     """A convolution, a rank, an alpha, and images. No number of groups divides the rank."""
     base = nn.Conv2d(4, 8, **({"kernel_size": 3, "padding": 1} | arguments))
-    inputs = adapters.rank_and_alpha(trial) | adapters.beside(base, trial.normal(4, 4, 8, 7), trial)
+    inputs = adapters.rank_and_alpha(trial) | adapters.beside(base, trial.normal(3, 4, 9, 5), trial)
     inputs["rank"] = min(inputs["rank"], *base.weight.flatten(1).shape)
     of_base = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
     return inputs | {"of base": of_base, "seed": trial.integer(0, 10**6)}

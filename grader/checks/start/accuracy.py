@@ -99,58 +99,36 @@ class IsAFraction(_Counting):
         return {"what stands for all rows": None if factor is None else which(factor, known, "another number")}
 
 
-class _Beyond(_Counting):
-    """Beside the batches above, others of a special kind. Who gets those above wrong shows nothing here."""
-
-    def more(self, trial: Trial, batches: list) -> dict[str, tuple[Tensor, Tensor]]:
-        """What the batch is like -> logits and labels."""
-        raise NotImplementedError
+# The batches above have one size and ordinary logits. Mistakes that depend on either are seen here, one-element cases among
+# them. Who gets the batches above wrong shows nothing: None again, so that a name is never given for what it does here.
+@exercise.experiment("any batch", 1, 2)
+class AnyBatch(_Counting):
+    shapes = ((1, 5), (2, 2), (7, 3), (5, 9), (30, 300))  # rows, classes
 
     def draw(self, trial):
-        batches = super().draw(trial)["batches"]
-        return {"batches": batches, "more": self.more(trial, batches)}
-
-    def measure(self, subject, inputs):
-        more = {kind: expect_number(subject(*batch), "the accuracy") for kind, batch in inputs["more"].items()}
-        return super().measure(subject, inputs) | {"more": more}
-
-    def facts(self, raw, inputs):
-        usual = near(raw["results"], [_hits(*batch).mean() for batch in inputs["batches"]])
-        came_right = [kind for kind, batch in inputs["more"].items() if near(raw["more"][kind], _hits(*batch).mean())]
-        return {self.fact: came_right if usual else None}
-
-
-# The batches above have one size. What depends on sizes is seen with others, one-element cases among them.
-@exercise.experiment("any size", 1, 2)
-class AnySize(_Beyond):
-    fact = "sizes at which the accuracy is right"
-    sizes_beside = ((1, 5), (2, 2), (7, 3), (5, 9), (30, 300))  # rows, classes
-
-    def more(self, trial, batches):
-        drawn = {}
-        for rows, classes in self.sizes_beside:
+        batches, others = super().draw(trial)["batches"], {}
+        for rows, classes in self.shapes:
             labels = trial.permutation(rows) % classes
             logits = trial.normal(rows, classes)
             # A winner that is 256 off stands for the label to those who count classes in 8 bits.
             winner = torch.where(torch.arange(rows) > rows // 3, (labels + (256 if classes > 256 else 1)) % classes, labels)
             logits[torch.arange(rows), winner] = logits.max(1).values + 0.5
-            drawn[f"{rows} x {classes}"] = (logits, labels)
-        return drawn
-
-
-# A network's logits may be anywhere. Some functions keep their order on paper, and not in the computer.
-@exercise.experiment("any logits", 1)
-class AnyLogits(_Beyond):
-    fact = "logits with which the accuracy is right"
-
-    def more(self, trial, batches):
-        logits, _ = batches[0]
+            others[f"{rows} x {classes}"] = (logits, labels)
+        logits = batches[0][0]
         labels = logits.argmax(1)  # all rows are right, so that mistakes cannot make up for each other
-        return {
-            "all below 0": (logits - logits.max() - 1, labels),
-            "close together": (20 + logits / 256, labels),
-            "in the thousands": (2000 * logits, labels),
-        }
+        others["all below 0"] = logits - logits.max() - 1, labels
+        others["close together"] = 20 + logits / 256, labels
+        others["in the thousands"] = 2000 * logits, labels
+        return {"batches": batches, "others": others}
+
+    def measure(self, subject, inputs):
+        others = {kind: expect_number(subject(*batch), "the accuracy") for kind, batch in inputs["others"].items()}
+        return super().measure(subject, inputs) | {"others": others}
+
+    def facts(self, raw, inputs):
+        usual = near(raw["results"], [_hits(*batch).mean() for batch in inputs["batches"]])
+        right = [kind for kind, batch in inputs["others"].items() if near(raw["others"][kind], _hits(*batch).mean())]
+        return {"batches whose accuracy is right": right if usual else None}
 
 
 def solution(
