@@ -22,6 +22,7 @@ NOTEBOOK_SEEDS = (0,)
 GRADING_SEEDS = (101, 202)  # unless WARMSTART_SEEDS gives others, as `warmstart grade` does, new ones for each run
 MIME = "application/vnd.warmstart.verdict+json"  # how a verdict leaves the kernel when nbgrader runs the notebook
 
+SHOWN = 4  # facts of an experiment that are printed; more of them say the same again
 MARKS = {"passed": "✓", "core passed": "✓", "not attempted": "–"}  # of an outcome; ✗ of the others
 
 _session: dict[str, tuple[Verdict, Subject]] = {}  # the best verdict, of equals the last, and its subject
@@ -147,10 +148,12 @@ def _lines(finding: Finding) -> list[str]:
     if finding.problem:
         lines.append(_fill("       got       ", finding.problem.message))
     notes, seen = dict(finding.notes), [(fact, *values) for fact, *values in finding.differs if values[1] is not None]
-    for fact, expected, got in seen:
+    for fact, expected, got in seen[:SHOWN]:
         lines.append(_fill("       expected  ", f"{fact}: {_spell(expected)}"))
         note = f" ({notes[fact]})" if fact in notes else ""
         lines.append(_fill("       got       ", f"{fact}: {_spell(got)}{note}"))
+    if len(seen) > SHOWN:
+        lines.append(f"       besides   {len(seen) - SHOWN} more like these")
     if finding.differs and not seen:
         reason = ", because of the line above" if finding.outcome == "not seen" else ""
         lines.append(f"       got       could not be seen{reason}")

@@ -32,7 +32,7 @@ from grader.observe import observe
 from grader.proof import stub
 from grader.shadow import refuse
 from grader.state import preserved
-from grader.verdict import Observation, Problem, judge
+from grader.verdict import Finding, Observation, Problem, Verdict, judge
 from helpers.features import extract
 from helpers.finetune import EarlyStopping
 
@@ -386,7 +386,7 @@ def as_percentage(logits, labels):
 def test_with_the_core_passed_the_chapter_goes_on_and_the_fine_print_is_shown(capsys, all_but_one_is_fine_print):
     assert check("0.1", as_percentage) is None
     told = capsys.readouterr().out
-    assert "✓ core passed · core 1 of 1 · fine print 0 of 3 points" in told
+    assert "✓ core passed · core 1 of 1 · fine print 0 of 2 points" in told
     assert "✗ 2  The result is a fraction" in told and "✓ core\n" in told
     assert told.index("The result is a fraction") < told.index("because of the line above"), "the cause comes first"
     assert continue_with("0.1") is as_percentage
@@ -415,6 +415,13 @@ def test_what_could_not_be_seen_says_so(capsys):
     assert text.count("could not be seen, because of the line above") == 1
     observations[first] = Observation(table[first]["reference"])
     assert "could not be seen\n" in describe(judge(FIRST, observations, table))
+
+
+def test_of_many_facts_that_differ_the_first_are_told_and_the_others_counted():
+    facts = {f"fact {number}": "right" for number in range(6)}
+    finding = Finding(FIRST.experiments[0], "not yet", tuple((fact, "right", "wrong") for fact in facts))
+    text = describe(Verdict(FIRST, (finding,), named=(), unexplained=True))
+    assert text.count("got       fact") == 4 and "besides   2 more like these" in text
 
 
 @pytest.mark.parametrize(
