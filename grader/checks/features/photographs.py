@@ -43,12 +43,13 @@ def trained_network(trial: Trial, norm: bool = True, dropout: bool = True) -> nn
     LeakyReLU lets something of every image through; with LayerNorm no probability is near 1, however large the pixels are;
     with that eps, a BatchNorm makes nothing of what rounding leaves of equal pixels.
     """
-    head = nn.Linear(6, ALL)
-    head.weight.data.copy_(trial.normal(ALL, 6) / 3)
-    norms = [networks.with_statistics(nn.BatchNorm2d(6, eps=0.1), trial) if norm else nn.Identity() for _ in range(2)]
+    width = 16  # of so many features, dropout never takes the same ones twice
+    head = nn.Linear(width, ALL)
+    head.weight.data.copy_(trial.normal(ALL, width) / 5)
+    norms = [networks.with_statistics(nn.BatchNorm2d(n, eps=0.1), trial) if norm else nn.Identity() for n in (6, width)]
     return nn.Sequential(
-        *(nn.Conv2d(3, 6, 3), norms[0], nn.LeakyReLU(0.5), nn.Conv2d(6, 6, 1), norms[1], nn.LeakyReLU(0.5)),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(6), nn.Dropout(0.3 if dropout else 0.0), head),
+        *(nn.Conv2d(3, 6, 3), norms[0], nn.LeakyReLU(0.5), nn.Conv2d(6, width, 1), norms[1], nn.LeakyReLU(0.5)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(width), nn.Dropout(0.3 if dropout else 0.0), head),
     )
 
 

@@ -62,7 +62,9 @@ class OwnNormalisation(Experiment):
                 with torch.no_grad():
                     places = _places(probabilities, model(prepared).softmax(1), half)
                 if places is not None:
-                    how, order = name, "that of the images" if places == sorted(places) else "another"
+                    # With values up to 255 nearly all of the probability is in one class, for several images in the same one.
+                    seen = not name.endswith("from 0 to 255")
+                    how, order = name, ("that of the images" if places == sorted(places) else "another") if seen else None
                     break
         return {"the images were normalised": how, "the order of the results": order}
 
