@@ -104,6 +104,12 @@ def test_common_mistakes_are_those_the_checks_know(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_code_in_a_notebook_fits_half_a_screen(script):
+    lines = [line for c in notebook(script).cells if c.cell_type == "code" for line in c.source.splitlines()]
+    assert [line for line in lines if len(line) > 88] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
 def test_no_cell_switches_a_progress_bar_off(script):
     """What takes more than 3 seconds shows how far it is."""
     assert not re.findall(r"\b(?:progress|show)\s*=\s*False|\bdisable\s*=\s*True", script.read_text(encoding="utf-8"))

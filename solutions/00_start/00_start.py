@@ -136,7 +136,8 @@ right = round(accuracy(logits, unseen.labels) * len(unseen.labels))
 
 # %% tags=["demo"]
 print(
-    f"glyphnet names {right} of {len(unseen.labels)} unseen letters; your prediction was {my_prediction}"
+    f"glyphnet names {right} of {len(unseen.labels)} unseen letters; your prediction "
+    f"was {my_prediction}"
 )
 
 # %% [markdown]

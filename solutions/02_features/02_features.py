@@ -82,10 +82,12 @@ backbone = (
 train = profile.images("train", labels_per_class=5, draw=0)
 validation, test = profile.images("validation"), profile.images("test")
 print(
-    f"{type(backbone).__name__}, {backbone.width} features, stages {', '.join(backbone.stages)}"
+    f"{type(backbone).__name__}, {backbone.width} features, stages "
+    f"{', '.join(backbone.stages)}"
 )
 print(
-    f"images: {len(train.labels)} to train on, {len(validation.labels)} to choose on, {len(test.labels)} to test on"
+    f"images: {len(train.labels)} to train on, {len(validation.labels)} to choose on, "
+    f"{len(test.labels)} to test on"
 )
 
 # %% tags=["demo"]
@@ -198,7 +200,8 @@ for build, name in ((resnet18, "fc"), (densenet121, "classifier")):
         for features in (graph, short)
     ]
     print(
-        f"{build.__name__:<11} {tuple(wanted.shape)}  difference from yours, in % of your largest feature: ",
+        f"{build.__name__:<11} {tuple(wanted.shape)}  difference from yours, in % of "
+        "your largest feature: ",
         end="",
     )
     print(f"feature extractor {off[0]:.0%}, one-liner {off[1]:.0%}")
@@ -341,7 +344,8 @@ statistics = [name for name in before if "running" in name or "num_batches" in n
 difference = (alone - in_company).abs().max() / alone.abs().max()
 print(f"one image's features change by up to {difference:.0%} of the largest feature")
 print(
-    f"buffers of BatchNorm that moved: {len(set(moved) & set(statistics))} of {len(statistics)}"
+    f"buffers of BatchNorm that moved: {len(set(moved) & set(statistics))} of "
+    f"{len(statistics)}"
 )
 
 # %% [markdown]
@@ -695,7 +699,8 @@ if isinstance(test.inputs, torch.Tensor):
         cached_features(folder, extract, backbone, test.inputs, {"batch_size": 256})
         seconds.append(time.perf_counter() - started)
     print(
-        f"{len(test.labels)} images: computed in {seconds[0]:.3f} s, from the file in {seconds[1]:.3f} s"
+        f"{len(test.labels)} images: computed in {seconds[0]:.3f} s, from the file in "
+        f"{seconds[1]:.3f} s"
     )
     print(
         f"on disk: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB"
@@ -724,7 +729,8 @@ for weights in (
     wants, meta = weights.transforms(), weights.meta
     million, names = meta["num_params"] / 1e6, len(meta["categories"])
     print(
-        f"{weights!s:<31} {million:4.1f} M parameters, {names} categories, {wants.resize_size[0]} -> {wants.crop_size[0]} pixels"
+        f"{weights!s:<31} {million:4.1f} M parameters, {names} categories, "
+        f"{wants.resize_size[0]} -> {wants.crop_size[0]} pixels"
     )
 
 # %% [markdown]
@@ -744,7 +750,8 @@ for weights in (ResNet50_Weights.IMAGENET1K_V1, ResNet50_Weights.IMAGENET1K_V2):
         torch.tensor(values)[:, None, None]
         for values in (weights.transforms().mean, weights.transforms().std)
     )
-    title = f"{weights.name}\n{tuple(ready.shape)}, from {ready.min():.1f} to {ready.max():.1f}"
+    values = f"from {ready.min():.1f} to {ready.max():.1f}"
+    title = f"{weights.name}\n{tuple(ready.shape)}, {values}"
     seen[title] = (ready * std + mean).movedim(0, -1)
 fig, axes = plt.subplots(
     1, 3, figsize=(8, 2.6), width_ratios=(1.5, 1, 1), layout="constrained"
@@ -755,7 +762,8 @@ for ax, (title, picture) in zip(axes, seen.items()):
     ax.axis("off")
 show(
     fig,
-    "A flower, 640 by 427 pixels, and the two 224 by 224 crops that two sets of weights of ResNet-50 make of it; "
+    "A flower, 640 by 427 pixels, and the two 224 by 224 crops that two sets of "
+    "weights of ResNet-50 make of it; "
     "the second shows a little more.",
 )
 
@@ -973,7 +981,8 @@ encoder = profile.text_backbone(max_length=32)  # a tokenizer, an encoder, mean 
 vocabulary, network = encoder.tokenizer.get_vocab(), encoder.encoder.model
 million = sum(parameter.numel() for parameter in network.parameters()) / 1e6
 print(
-    f"{type(encoder.tokenizer).__name__} with {len(vocabulary)} pieces, {type(network).__name__} with {million:.1f} M parameters"
+    f"{type(encoder.tokenizer).__name__} with {len(vocabulary)} pieces, "
+    f"{type(network).__name__} with {million:.1f} M parameters"
 )
 spaced = [re.sub(r"([^\w\s]|_)", r" \1 ", text) for text in test_texts.inputs]
 print(
@@ -1248,7 +1257,8 @@ for number in (5, 50):
     words = " ".join(test_texts.inputs).lower().split()
     unknown = sum(word not in known for word in words) / len(words)
     print(
-        f"with {number} labelled texts per topic, {unknown:.0%} of the words of the test texts are in none of them"
+        f"with {number} labelled texts per topic, {unknown:.0%} of the words of the "
+        "test texts are in none of them"
     )
 
 # %% [markdown]

@@ -88,7 +88,8 @@ def fresh(draw=0):
 
 print("stages from stem to head:", ", ".join(stages(fresh())))
 print(
-    f"images: {len(train[0].labels)} to train on, {len(validation.labels)} to choose on, {len(test.labels)} to test on"
+    f"images: {len(train[0].labels)} to train on, {len(validation.labels)} to choose "
+    f"on, {len(test.labels)} to test on"
 )
 
 # %% tags=["demo"]
@@ -377,7 +378,8 @@ ax.set(yscale="log", xlabel="step", ylabel="learning rate")
 ax.legend(frameon=False, fontsize=8, ncols=2, loc="lower center")
 show(
     fig,
-    "Six learning rates, one per stage: a rise over the first tenth of steps, a cosine down, each 2.6 times the next.",
+    "Six learning rates, one per stage: a rise over the first tenth of steps, a "
+    "cosine down, each 2.6 times the next.",
 )
 
 # %% [markdown]
@@ -417,7 +419,7 @@ def unfreeze_into(
     [(0.1, 0.9), (0.01, 0.9)]
 
     Args:
-        optimizer: any of torch's, in the middle of training, with one or several groups.
+        optimizer: any of torch's, in the middle of training, with one group or more.
         parameters: a list, or a generator such as `model.layer4.parameters()`.
             Some may be in the optimizer already, and those may be frozen.
         lr: the learning rate of those that join.
@@ -487,7 +489,8 @@ for way in ("unfreeze_into", "a new optimizer"):
     optimizer.step()
     moved = (model.head.weight - before).abs().mean()
     print(
-        f"{way:<16} steps remembered of the head: {int(remembered.get('step', 0)):>2}   its next step: {moved:.5f} per weight"
+        f"{way:<16} steps remembered of the head: {int(remembered.get('step', 0)):>2} "
+        f"  its next step: {moved:.5f} per weight"
     )
 
 # %% [markdown]
@@ -559,7 +562,8 @@ ax.set(yscale="log", xlabel="step", ylabel="learning rate")
 ax.legend(frameon=False, fontsize=8, ncols=2, loc="lower left")
 show(
     fig,
-    "Six learning rates: the head's begins at step 0, and every ten steps the stage before joins, on the same schedule.",
+    "Six learning rates: the head's begins at step 0, and every ten steps the stage "
+    "before joins, on the same schedule.",
 )
 
 # %% [markdown]
@@ -685,7 +689,7 @@ original = profile.image_backbone()
 
 
 def distance(backbone, examples):
-    """How far training has moved an image's features, as a share of their norm: mean over the examples."""
+    """How far training moved images' features, as a share of their norm: the mean."""
     old, new = (extract(network, examples.inputs) for network in (original, backbone))
     return ((new - old).norm(dim=1) / old.norm(dim=1)).mean().item()
 
@@ -719,15 +723,18 @@ def spend(way, draw):
 here = {way: spend(way, 0) for way in HERE}
 moved = studies.studied("features moved")
 print(
-    f"{'first draw':<22}{'handwritten':>13}{'printed':>10}{'letters':>10}{'features moved':>17}{'seconds':>9}"
+    f"{'first draw':<22}{'handwritten':>13}{'printed':>10}{'letters':>10}"
+    f"{'features moved':>17}{'seconds':>9}"
 )
 for way, (*scores, share, seconds) in here.items():
     print(
-        f"{way + ', here':<22}{scores[0]:>13.3f}{scores[1]:>10.3f}{scores[2]:>10.3f}{share:>17.2f}{seconds:>9.1f}"
+        f"{way + ', here':<22}{scores[0]:>13.3f}{scores[1]:>10.3f}{scores[2]:>10.3f}"
+        f"{share:>17.2f}{seconds:>9.1f}"
     )
     then = kept[way][0]
     print(
-        f"{way + ', recorded':<22}{then.inside:>13.3f}{then.outside:>10.3f}{then.source:>10.3f}{moved[way][0]:>17.2f}"
+        f"{way + ', recorded':<22}{then.inside:>13.3f}{then.outside:>10.3f}"
+        f"{then.source:>10.3f}{moved[way][0]:>17.2f}"
     )
 
 # %% tags=["demo"]
@@ -754,7 +761,8 @@ show(
 print(f"features moved, five draws, {studies.circumstances()}")
 for way in FIVE:
     print(
-        f"    {way:<20}{torch.tensor(moved[way]).mean():.2f} ± {torch.tensor(moved[way]).std():.2f}"
+        f"    {way:<20}{torch.tensor(moved[way]).mean():.2f} ± "
+        f"{torch.tensor(moved[way]).std():.2f}"
     )
 
 # %% [markdown]
@@ -770,12 +778,13 @@ for way in FIVE:
 
 # %% tags=["demo"]
 def against(way, other_way, key):
-    """Differences of two ways, draw by draw: mean, standard deviation, and in how many draws the first is ahead."""
+    """Mean and spread of the differences, and in how many draws the first is ahead."""
     differences = torch.tensor(
         [getattr(a, key) - getattr(b, key) for a, b in zip(kept[way], kept[other_way])]
     )
     ahead = int((differences > 0).sum())
-    return f"{differences.mean():+.3f} ± {differences.std():.3f} (ahead in {ahead} of {len(differences)})"
+    gain = f"{differences.mean():+.3f} ± {differences.std():.3f}"
+    return f"{gain} (ahead in {ahead} of {len(differences)})"
 
 
 for way, other_way in (
@@ -823,8 +832,10 @@ for way in (*FIVE, "discriminative"):
     print(row)
 worst = min(table[50]["LP-FT"], key=lambda score: score.source)
 print(
-    f"LP-FT with 50 per class, the draw that forgot most: learning rate {worst.lr}, validation {worst.validation:.3f}, "
-    f"handwritten {worst.inside:.3f}, printed {worst.outside:.3f}, letters {worst.source:.3f}"
+    f"LP-FT with 50 per class, the draw that forgot most: learning rate {worst.lr}, "
+    f"validation {worst.validation:.3f}, "
+    f"handwritten {worst.inside:.3f}, printed {worst.outside:.3f}, letters "
+    f"{worst.source:.3f}"
 )
 
 # %% [markdown]
@@ -977,7 +988,8 @@ ax.legend(frameon=False, loc="center right")
 print(f"five draws, {studies.circumstances()}")
 show(
     fig,
-    "With wrong labels validation accuracy rises within 40 to 60 steps and then falls; with clean labels it stays up.",
+    "With wrong labels validation accuracy rises within 40 to 60 steps and then "
+    "falls; with clean labels it stays up.",
 )
 
 # %% [markdown]
@@ -993,7 +1005,8 @@ cured = studies.studied("cures")
 stopped, _ = learn(careless, patience=3)
 for name, model in (("none", spoiled), ("early stopping", stopped)):
     print(
-        f"first draw, {name:<16} here {evaluate(model, test):.3f}   recorded {cured[name][0]:.3f}"
+        f"first draw, {name:<16} here {evaluate(model, test):.3f}   recorded "
+        f"{cured[name][0]:.3f}"
     )
 print(f"five draws, {studies.circumstances()}")
 show(*draws_figure({"accuracy on test images": cured}))
@@ -1179,7 +1192,8 @@ same = all(
 )
 print(f"{len(lrs)} of {len(batches)} batches used; the model is as it was: {same}")
 print(
-    f"the optimizer has its learning rate, {optimizer.param_groups[0]['lr']}, and its state: {len(optimizer.state)} entries"
+    f"the optimizer has its learning rate, {optimizer.param_groups[0]['lr']}, and its "
+    f"state: {len(optimizer.state)} entries"
 )
 fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
 ax.plot(lrs, losses, markersize=4, **style(0))
@@ -1190,7 +1204,8 @@ ax.set(
 )
 show(
     fig,
-    "The loss against the learning rate: flat, then falling to almost nothing, where the search ends.",
+    "The loss against the learning rate: flat, then falling to almost nothing, where "
+    "the search ends.",
 )
 
 # %% [markdown]

@@ -97,7 +97,7 @@ def fitted(draw):
 
 
 def probed(draw=0):
-    """The same with a linear probe as its head, which is fitted once for each draw: each call gives a copy."""
+    """The same with a linear probe as its head; each call gives a copy."""
     return copy.deepcopy(fitted(draw))
 
 
@@ -122,7 +122,8 @@ for row, examples in enumerate((test, grey(test))):
         axes[row, column].axis("off")
 show(
     fig,
-    "Ten handwritten digits, black ink on white paper, and below the same on light grey paper.",
+    "Ten handwritten digits, black ink on white paper, and below the same on light "
+    "grey paper.",
 )
 
 # %% [markdown]
@@ -327,7 +328,8 @@ for network, images in (
         sum(name in parameters for name in names),
     )
     print(
-        f"{network}: moved {moved_parameters} of {len(parameters)} parameters, {moved_buffers} of {len(buffers)} buffers"
+        f"{network}: moved {moved_parameters} of {len(parameters)} parameters, "
+        f"{moved_buffers} of {len(buffers)} buffers"
     )
     for kind in ("running_mean", "running_var", "num_batches_tracked"):
         print(f"    {sum(name.endswith(kind) for name in names):>2} {kind}")
@@ -482,7 +484,7 @@ from helpers.progress import progress_bar
 
 
 def train_under(apply, draw, shift, batch_size=32, lr=1e-2, steps=100):
-    """A model whose head was trained while its BatchNorms were frozen as `apply` does."""
+    """A model whose head was trained with its BatchNorms frozen as `apply` does."""
     model = fresh(draw)
     apply(model)
     model.requires_grad_(False)
@@ -621,7 +623,8 @@ model = fresh()
 action = three_batches(model, test.inputs)  # begins with model.train()
 model.eval()
 print(
-    f"eval(), once  {len(moved(model, action)):>2} buffers moved in three batches of train mode"
+    f"eval(), once  {len(moved(model, action)):>2} buffers moved in three batches of "
+    "train mode"
 )
 undo = freeze(model)
 print(f"your freeze   {len(moved(model, action)):>2}")
@@ -692,7 +695,8 @@ for name, apply in (("train mode", lambda model: None), ("frozen", freeze)):
         off = (summed - whole).norm() / whole.norm()
         times = summed.norm() / whole.norm()
         print(
-            f"{name:<11} {parts:>2} parts of {32 // parts:>2}: off by {off:.1e}, cosine {cosine:.3f}, {times:.2f} times as long"
+            f"{name:<11} {parts:>2} parts of {32 // parts:>2}: off by {off:.1e}, "
+            f"cosine {cosine:.3f}, {times:.2f} times as long"
         )
 
 # %% [markdown]
@@ -784,7 +788,8 @@ for mean in (0, 1, 10, 100):
     off = [((var - wanted).abs() / wanted).max() for var in (short, pooled)]
     negative = int((short < 0).sum())
     print(
-        f"mean {mean:>3}: E[x²]-E[x]² is off by {off[0]:.0e}, {negative:>2} of 64 negative; pooled: off by {off[1]:.0e}"
+        f"mean {mean:>3}: E[x²]-E[x]² is off by {off[0]:.0e}, {negative:>2} of 64 "
+        f"negative; pooled: off by {off[1]:.0e}"
     )
 
 # %% [markdown]
@@ -962,7 +967,8 @@ means = torch.tensor(tens).mean(dim=1)
 print(f"twelve tens, mean of the heads: {means.min():.3f} to {means.max():.3f}")
 better = int((means > torch.tensor(ones).mean()).sum())
 print(
-    f"all ones: {torch.tensor(ones).mean():.3f}; better than that are {better} of the twelve tens"
+    f"all ones: {torch.tensor(ones).mean():.3f}; better than that are {better} of the "
+    "twelve tens"
 )
 
 # %% [markdown]
@@ -997,12 +1003,14 @@ for passes, batch_size in progress_bar(
     )
 for passes, rows in found.items():
     print(
-        f"passes={passes!r}, 200 images: the means of layer4.0.bn2 against a single batch, and accuracy"
+        f"passes={passes!r}, 200 images: the means of layer4.0.bn2 against a single "
+        "batch, and accuracy"
     )
     whole = rows[-1][1]
     for batch_size, mean, score in rows:
         print(
-            f"    batches of {batch_size:>3}: off by {(mean - whole).norm() / whole.norm():.1e}   {score:.3f}"
+            f"    batches of {batch_size:>3}: off by "
+            f"{(mean - whole).norm() / whole.norm():.1e}   {score:.3f}"
         )
 
 # %% [markdown]

@@ -191,7 +191,8 @@ direction = torch.randn(1, 384, generator=generator)
 goal = query(x).detach() + 0.1 * torch.randn(512, 1, generator=generator) @ direction
 
 lines = [
-    f"{'A':<8}{'B':<8}{'changed by':>11}{'gradient A':>12}{'gradient B':>12}{'loss before':>13}{'after':>9}"
+    f"{'A':<8}{'B':<8}{'changed by':>11}{'gradient A':>12}{'gradient B':>12}"
+    f"{'loss before':>13}{'after':>9}"
 ]
 starts = ("zero", "zero"), ("random", "zero"), ("zero", "random"), ("random", "random")
 for start_a, start_b in progress_bar(starts, "four starts"):
@@ -215,7 +216,8 @@ for start_a, start_b in progress_bar(starts, "four starts"):
             ]
         optimizer.step()
     lines.append(
-        f"{start_a:<8}{start_b:<8}{changed:>11.0%}{gradients[0]:>12.5f}{gradients[1]:>12.5f}"
+        f"{start_a:<8}{start_b:<8}{changed:>11.0%}{gradients[0]:>12.5f}"
+        f"{gradients[1]:>12.5f}"
         f"{losses[0].item():>13.4f}{losses[-1].item():>9.4f}"
     )
 print(*lines, sep="\n")
@@ -302,12 +304,13 @@ def cost(layers: list[nn.Module], rank: int, optimizer: str) -> dict[str, int]:
             (out_channels, in_channels / groups * kernel height * kernel width).
         rank: A is (rank, columns), B is (rows, rank), and neither has a bias. From 1 to
             the smaller side of every weight.
-        optimizer: "sgd", "momentum" or "adamw". (AdamW also counts its steps. Leave that
-            out.)
+        optimizer: "sgd", "momentum" or "adamw". (AdamW also counts its steps. Leave
+            that out.)
 
     Returns:
-        "full", "adapter", "gradient_bytes" and "optimizer_bytes". A and B have the dtype
-        of their layer's weight; so have their gradients and what the optimizer keeps.
+        "full", "adapter", "gradient_bytes" and "optimizer_bytes". A and B have the
+        dtype of their layer's weight; so have their gradients and what the optimizer
+        keeps.
     """
     ### BEGIN SOLUTION
     kept = {"sgd": 0, "momentum": 1, "adamw": 2}[optimizer]
@@ -356,13 +359,15 @@ chosen = {
 }
 everything = sum(parameter.numel() for parameter in modules[""].parameters())
 print(
-    f"\n{'MiniLM':<20}{'rank':>5}{'A and B':>12}{'of their weights':>18}{'of the model':>14}"
+    f"\n{'MiniLM':<20}{'rank':>5}{'A and B':>12}{'of their weights':>18}"
+    f"{'of the model':>14}"
 )
 for name, layers in chosen.items():
     for rank in (1, 8, 64, 192, 384):
         counts = cost(layers, rank, "adamw")
         print(
-            f"{name:<20}{rank:>5}{counts['adapter']:>12,}{counts['adapter'] / counts['full']:>18.1%}"
+            f"{name:<20}{rank:>5}{counts['adapter']:>12,}"
+            f"{counts['adapter'] / counts['full']:>18.1%}"
             f"{counts['adapter'] / everything:>14.2%}"
         )
 
@@ -401,7 +406,8 @@ def kept_for_backward(model, inputs, labels):
 
 
 print(
-    f"{'megabytes':<14}{'weights':>9}{'gradients':>11}{'AdamW':>9}{'activations':>13}{'together':>10}"
+    f"{'megabytes':<14}{'weights':>9}{'gradients':>11}{'AdamW':>9}{'activations':>13}"
+    f"{'together':>10}"
 )
 for way in ("head only", "LoRA rank 8", "everything"):
     model = fresh()
@@ -474,7 +480,7 @@ def replace(
         targets: at least one. "0.query" names encoder.0.query, neither encoder.10.query
             nor encoder.0_query. No target names `model` itself, or a module that holds
             another named one.
-        make: gets the old module itself and returns the new one, which may hold the old.
+        make: gets the old module itself, returns the new one, which may hold the old.
 
     Returns:
         Each name once: the one that `model.named_modules()` had for the old module.
@@ -581,13 +587,15 @@ def spend(way, draw=0, steps=30):
 
 models = {}
 print(
-    f"{'':<14}{'accuracy':>9}{'seconds':>9}{'trainable':>12}{'gradients MB':>14}{'AdamW MB':>10}"
+    f"{'':<14}{'accuracy':>9}{'seconds':>9}{'trainable':>12}{'gradients MB':>14}"
+    f"{'AdamW MB':>10}"
 )
 for way in ("head only", "LoRA rank 8", "everything"):
     models[way], seconds = spend(way)
     counts = report(models[way])
     print(
-        f"{way:<14}{evaluate(models[way], third):>9.3f}{seconds:>9.1f}{counts.trainable:>12,}"
+        f"{way:<14}{evaluate(models[way], third):>9.3f}{seconds:>9.1f}"
+        f"{counts.trainable:>12,}"
         f"{counts.gradient_bytes / 1e6:>14.3f}{counts.adamw_bytes / 1e6:>10.3f}"
     )
 
@@ -687,8 +695,8 @@ def merged(model: nn.Module) -> Iterator[None]:
             each once, whether they train or not, and without dropout here. `layer.base`
             is the frozen nn.Linear. `layer.delta()` is the update in the shape of its
             weight, alpha / rank included, in float32 even where the weight is bfloat16.
-            While `layer.merged` is True, `layer(x)` is `layer.base(x)` and nothing more:
-            read and set the flag yourself.
+            While `layer.merged` is True, `layer(x)` is `layer.base(x)` and nothing
+            more: read and set the flag yourself.
 
     Raises:
         ValueError: see 4, 8 and 9; the model is as it was.
@@ -708,7 +716,8 @@ def merged(model: nn.Module) -> Iterator[None]:
         ]
         if len(users) > 1:
             raise ValueError(
-                "a base weight belongs to another module too: merging would change that one"
+                "a base weight belongs to another module too: merging would change "
+                "that one"
             )
     weights = [layer.base.weight.detach().clone() for layer in layers]
     try:
@@ -755,7 +764,7 @@ for name, layer in lora.layers(adapted).items():
 
 @torch.no_grad()
 def difference(model, reference):
-    """Largest difference from the reference's logits, relative to the largest of them."""
+    """Largest difference from the reference's logits, beside the largest of them."""
     return (
         (model(test.inputs[:32]) - reference).abs().max() / reference.abs().max()
     ).item()
@@ -841,7 +850,8 @@ for name, values in seconds.items():
         [value / base for value, base in zip(values, seconds["plain"])]
     )
     print(
-        f"{name:<10}{1000 * torch.tensor(values).median():>7.1f} ms   {ratios.median():.2f} of plain"
+        f"{name:<10}{1000 * torch.tensor(values).median():>7.1f} ms   "
+        f"{ratios.median():.2f} of plain"
     )
 
 # %% [markdown]
@@ -935,7 +945,7 @@ class LoRAConv2d(nn.Module):
         ### END SOLUTION
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (n, in_channels, height, width) -> what base gives, (n, out_channels, ...)."""
+        """x: (n, in_channels, height, width) -> (n, out_channels, ...), as base."""
         ### BEGIN SOLUTION
         update = self.scaling * (self.B @ self.A).view(self.base.weight.shape)
         weight = {"weight": self.base.weight + update}
@@ -1003,7 +1013,8 @@ for name, way in (
     values = torch.tensor([(score.inside, score.source) for score in digits[way]])
     mean, std = values.mean(0), values.std(0)
     print(
-        f"{name:<16}handwritten {mean[0]:.3f} ± {std[0]:.3f}   letters kept {mean[1]:.3f} ± {std[1]:.3f}"
+        f"{name:<16}handwritten {mean[0]:.3f} ± {std[0]:.3f}   letters kept "
+        f"{mean[1]:.3f} ± {std[1]:.3f}"
     )
 print(f"{'':<16}five draws, {circumstances('digits')}")
 
@@ -1018,11 +1029,13 @@ fit(
 )
 scores = evaluate(network, handwritten("test")), letters_kept(network.backbone)
 print(
-    f"{'here, 60 steps':<16}handwritten {scores[0]:.3f}           letters kept {scores[1]:.3f}"
+    f"{'here, 60 steps':<16}handwritten {scores[0]:.3f}           letters kept "
+    f"{scores[1]:.3f}"
 )
 lora.remove(network)
 print(
-    f"{'after remove':<16}                            letters kept {letters_kept(network.backbone):.3f}"
+    f"{'after remove':<16}                            letters kept "
+    f"{letters_kept(network.backbone):.3f}"
 )
 
 # %% [markdown]
@@ -1297,12 +1310,14 @@ for name in matrices:
     held.append((squares[:8].sum() / squares.sum()).item())
 random_rank = rank_of_update(torch.zeros(384, 384), noise, 0.9)
 print(
-    f"rank that holds 90 % of the update, of at most 384, in layers 0 to 5 (random 384 x 384: {random_rank})"
+    "rank that holds 90 % of the update, of at most 384, in layers 0 to 5 (random "
+    f"384 x 384: {random_rank})"
 )
 for kind, ranks in by_kind.items():
     print(f"    {kind:<24}{', '.join(map(str, ranks))}")
 print(
-    f"share in the best matrix of rank 8: {min(held):.0%} to {max(held):.0%}, median {statistics.median(held):.0%}"
+    f"share in the best matrix of rank 8: {min(held):.0%} to {max(held):.0%}, median "
+    f"{statistics.median(held):.0%}"
 )
 updates = recorded_updates()
 ranks, shares = (
@@ -1311,7 +1326,8 @@ ranks, shares = (
 )
 print(f"{circumstances('word order')}, three draws of 100 steps of 16:")
 print(
-    f"    median rank {', '.join(f'{rank:.0f}' for rank in ranks)}; median share {', '.join(f'{x:.0%}' for x in shares)}"
+    f"    median rank {', '.join(f'{rank:.0f}' for rank in ranks)}; median share "
+    f"{', '.join(f'{x:.0%}' for x in shares)}"
 )
 
 # %% [markdown]
@@ -1388,7 +1404,8 @@ show(
 )
 for rank, row in zip(ranks, scores):
     print(
-        f"rank {rank:>2}: {row.mean():.3f} ± {row.std():.3f}   learning rates chosen: {[s.lr for s in table[f'LoRA rank {rank}']]}"
+        f"rank {rank:>2}: {row.mean():.3f} ± {row.std():.3f}   learning rates chosen: "
+        f"{[s.lr for s in table[f'LoRA rank {rank}']]}"
     )
 
 # %% [markdown]

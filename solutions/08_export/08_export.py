@@ -76,7 +76,8 @@ model.eval()
 folder = Path(tempfile.mkdtemp())
 torch.save(model.state_dict(), folder / "weights.pt")
 print(
-    f"accuracy {evaluate(model, test):.3f}   weights alone: {(folder / 'weights.pt').stat().st_size:,} bytes"
+    f"accuracy {evaluate(model, test):.3f}   weights alone: "
+    f"{(folder / 'weights.pt').stat().st_size:,} bytes"
 )
 
 # %% [markdown]
@@ -307,15 +308,18 @@ for message in dict.fromkeys(
 ):
     print("warning:", message)
 print(
-    f"traced:     paper as in the example {largest_error(bright, traced, test.inputs[:8], (8,))['error']:.1e}"
+    "traced:     paper as in the example "
+    f"{largest_error(bright, traced, test.inputs[:8], (8,))['error']:.1e}"
 )
 print(
-    f"            inverted images         {largest_error(bright, traced, ink, (8,))['error']:.1e}"
+    "            inverted images         "
+    f"{largest_error(bright, traced, ink, (8,))['error']:.1e}"
 )
 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # said once is enough
 scripted = to_torchscript(bright, test.inputs[:8])
 print(
-    f"scripted:   inverted images         {largest_error(bright, scripted, ink, (8,))['error']:.1e}"
+    "scripted:   inverted images         "
+    f"{largest_error(bright, scripted, ink, (8,))['error']:.1e}"
 )
 try:
     torch.jit.script(Several(model))
@@ -443,7 +447,8 @@ class BrightWithoutBranch(Bright):
 
 rewritten = helpers.export.to_program(BrightWithoutBranch(model), images)
 print(
-    f"rewritten with torch.where, inverted images: {largest_error(bright, rewritten.module(), ink, (1, 4, 8))['error']:.1e}"
+    "rewritten with torch.where, inverted images: "
+    f"{largest_error(bright, rewritten.module(), ink, (1, 4, 8))['error']:.1e}"
 )
 
 # %% [markdown]
@@ -496,7 +501,8 @@ for message in dict.fromkeys(
 ):
     print("warning:", message)
 print(
-    f"{'exported in train mode':<28}{'error':>9}   right of 200, one image at a time   all 200 at once"
+    f"{'exported in train mode':<28}{'error':>9}   right of 200, one image at a time  "
+    " all 200 at once"
 )
 for name, exported in ({"(the model in eval mode)": model} | in_train_mode).items():
     error = largest_error(model, exported, images, (1, 4, 8))["error"]
@@ -572,8 +578,7 @@ def to_onnx(model: nn.Module, example: torch.Tensor, path: Path) -> None:
 
 
 # %% [markdown]
-# The exporter prints what it does; `verbose=False` keeps it quiet. The check exports several times and takes some
-# seconds.
+# The exporter prints what it does; `verbose=False` keeps it quiet.
 
 # %%
 check("8.4", to_onnx)  # exports several times: some seconds
@@ -601,7 +606,9 @@ started = time.perf_counter()
 import numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 logits = session.run(None, {session.get_inputs()[0].name: numpy.load(sys.argv[2])})[0]
-print("digits", logits.argmax(1).tolist(), f"after {time.perf_counter() - started:.2f} s; torch imported:", "torch" in sys.modules)
+seconds = time.perf_counter() - started
+print("digits", logits.argmax(1).tolist(), f"after {seconds:.2f} s;", end=" ")
+print("torch imported:", "torch" in sys.modules)
 """
 program = [sys.executable, "-c", code, path, folder / "images.npy"]
 print(
@@ -780,7 +787,8 @@ guess.beside(
 
 # %% tags=["demo"]
 print(
-    f"recorded on {circumstances()['machine']}, one thread, {circumstances()['date']}; milliseconds as a share of eager's"
+    f"recorded on {circumstances()['machine']}, one thread, {circumstances()['date']}"
+    "; milliseconds as a share of eager's"
 )
 rows_of = {
     "glyphnet, 1 row": ("glyphnet", 1),
