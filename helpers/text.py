@@ -23,7 +23,7 @@ from helpers.modes import eval_mode
 def tokenize(vocabulary: Mapping[str, int], texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
     """Cut texts into word pieces, and make one batch of them.
 
-    A text in small letters is split at white space; each word becomes the longest piece of the vocabulary that it
+    A text is put in lower case and split at white space; each word becomes the longest piece of the vocabulary that it
     begins with, then the longest that the rest begins with, and so on. Pieces after a word's first are looked up with
     `##` before them. A word that cannot be made up of pieces becomes one [UNK]. [CLS] comes first and [SEP] last.
 

@@ -440,5 +440,14 @@ CHANGES = adapters.CHANGES | {
     "padding always a pair of numbers": {"padded": _padded_by_a_pair},
     "groups forgotten": {"shapes": _for_all_channels} | _otherwise(groups=1),
     "an error with groups": {"shapes": _for_all_channels},
+    "an adapter for each group": {
+        "shapes": lambda layer, rank: Layer.shapes(layer, rank) | {"A": Layer.shapes(layer, layer.base.groups * rank)["A"]},
+        "delta": lambda layer: (
+            layer.scaling
+            * torch.cat(
+                [b @ a for b, a in zip(*(tensor.chunk(layer.base.groups) for tensor in (layer.B, layer.A)), strict=True)]
+            ).view_as(layer.base.weight)
+        ),
+    },
 }
 exercise.misconceptions_of(Convolution, CHANGES)
