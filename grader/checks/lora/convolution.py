@@ -395,8 +395,7 @@ def _two_kernels(layer, x):
     return layer.scaling * F.conv2d(low, layer.B, padding=1, groups=groups)
 
 
-def _padded_by_a_pair(layer, x):
-    high, wide = layer.base.padding[0], layer.base.padding[1]
+def _padded_alike(layer, x, high, wide):
     mode = "constant" if layer.base.padding_mode == "zeros" else layer.base.padding_mode
     return F.pad(x, (wide, wide, high, high), mode), 0
 
@@ -404,9 +403,7 @@ def _padded_by_a_pair(layer, x):
 def _half_a_kernel_for_a_word(layer, x):
     if layer.base.padding != "same":
         return Convolution.padded(layer, x)
-    mode = "constant" if layer.base.padding_mode == "zeros" else layer.base.padding_mode
-    high, wide = (k // 2 for k in layer.base.kernel_size)
-    return F.pad(x, (wide, wide, high, high), mode), 0
+    return _padded_alike(layer, x, *(k // 2 for k in layer.base.kernel_size))
 
 
 def _for_all_channels(layer, rank):
@@ -437,7 +434,9 @@ CHANGES = adapters.CHANGES | {
     "dilation forgotten": _otherwise(dilation=1),
     "padding_mode forgotten": {"padded": lambda layer, x: (x, layer.base.padding)},
     "half a kernel for 'same'": {"padded": _half_a_kernel_for_a_word},
-    "padding always a pair of numbers": {"padded": _padded_by_a_pair},
+    "padding always a pair of numbers": {
+        "padded": lambda layer, x: _padded_alike(layer, x, layer.base.padding[0], layer.base.padding[1])
+    },
     "groups forgotten": {"shapes": _for_all_channels} | _otherwise(groups=1),
     "an error with groups": {"shapes": _for_all_channels},
     "an adapter for each group": {
