@@ -411,6 +411,10 @@ def _for_all_channels(layer, rank):
     return {"A": (rank, base.in_channels * math.prod(base.kernel_size)), "B": (base.out_channels, rank)}
 
 
+def _by_group(layer, name):
+    return getattr(layer, name).unflatten(0, (layer.base.groups, -1))
+
+
 def _otherwise(**arguments):
     return {"arguments": lambda layer: Convolution.arguments(layer) | arguments}
 
@@ -441,12 +445,7 @@ CHANGES = adapters.CHANGES | {
     "an error with groups": {"shapes": _for_all_channels},
     "an adapter for each group": {
         "shapes": lambda layer, rank: Layer.shapes(layer, rank) | {"A": Layer.shapes(layer, layer.base.groups * rank)["A"]},
-        "delta": lambda layer: (
-            layer.scaling
-            * torch.cat(
-                [b @ a for b, a in zip(*(tensor.chunk(layer.base.groups) for tensor in (layer.B, layer.A)), strict=True)]
-            ).view_as(layer.base.weight)
-        ),
+        "delta": lambda layer: layer.scaling * (_by_group(layer, "B") @ _by_group(layer, "A")).view_as(layer.base.weight),
     },
 }
 exercise.misconceptions_of(Convolution, CHANGES)
