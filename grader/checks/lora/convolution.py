@@ -438,9 +438,7 @@ CHANGES = adapters.CHANGES | {
     "dilation forgotten": _otherwise(dilation=1),
     "padding_mode forgotten": {"padded": lambda layer, x: (x, layer.base.padding)},
     "half a kernel for 'same'": {"padded": _half_a_kernel_for_a_word},
-    "padding always a pair of numbers": {
-        "padded": lambda layer, x: _padded_alike(layer, x, layer.base.padding[0], layer.base.padding[1])
-    },
+    "padding always a pair of numbers": {"padded": lambda layer, x: _padded_alike(layer, x, *layer.base.padding)},
     "groups forgotten": {"shapes": _for_all_channels} | _otherwise(groups=1),
     "an error with groups": {"shapes": _for_all_channels},
     "an adapter for each group": {
