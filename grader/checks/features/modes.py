@@ -291,6 +291,28 @@ class TrainOfItsOwn(Experiment):
         }
 
 
+@exercise.experiment("nothing but modes", 8)
+class NothingButModes(Experiment):
+    """Of a model of which a part is frozen."""
+
+    def draw(self, trial: Trial) -> dict:
+        model = _models(trial)["mixed"]
+        model.block.inner.requires_grad_(False)
+        return {"model": model, "x": trial.normal(3, 4)}
+
+    def measure(self, subject, inputs):
+        model, graphs = inputs["model"], []
+        _with(subject, model, lambda: graphs.append(model.head(inputs["x"]).requires_grad))
+        return {"graphs": graphs, "flags": [parameter.requires_grad for parameter in model.parameters()]}
+
+    def facts(self, raw, inputs):
+        flags = [parameter.requires_grad for parameter in inputs["model"].parameters()]
+        return {
+            "the body can compute gradients": "yes" if all(raw["graphs"]) else "no",
+            "parameters whose requires_grad changed": "none" if raw["flags"] == flags else "some",
+        }
+
+
 def _modes_of(model: nn.Module) -> dict[nn.Module, bool]:
     return {module: module.training for module in model.modules()}
 
@@ -338,28 +360,6 @@ exercise.misconceptions_of(
         "put back with train(mode)": {"into": nn.Module.eval, "put_back": _back_by_train},
     },
 )
-
-
-@exercise.experiment("nothing but modes", 8)
-class NothingButModes(Experiment):
-    """Of a model of which a part is frozen."""
-
-    def draw(self, trial: Trial) -> dict:
-        model = _models(trial)["mixed"]
-        model.block.inner.requires_grad_(False)
-        return {"model": model, "x": trial.normal(3, 4)}
-
-    def measure(self, subject, inputs):
-        model, graphs = inputs["model"], []
-        _with(subject, model, lambda: graphs.append(model.head(inputs["x"]).requires_grad))
-        return {"graphs": graphs, "flags": [parameter.requires_grad for parameter in model.parameters()]}
-
-    def facts(self, raw, inputs):
-        flags = [parameter.requires_grad for parameter in inputs["model"].parameters()]
-        return {
-            "the body can compute gradients": "yes" if all(raw["graphs"]) else "no",
-            "parameters whose requires_grad changed": "none" if raw["flags"] == flags else "some",
-        }
 
 
 @exercise.misconception("no finally")

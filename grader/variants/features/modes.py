@@ -1,6 +1,7 @@
 """Exercise 2.2a in other styles."""
 
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import torch
 from torch import nn
@@ -85,42 +86,33 @@ def norms_switched(model):
             module, module.training = flags.pop()
 
 
-@contextmanager
 def norms_and_dropout(model):
-    flags = [(module, module.training) for module in model.modules()]
-    for module, _ in flags:
+    for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.Dropout):
             module.training = False
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
-@contextmanager
 def only_children(model):
-    flags = [(module, module.training) for module in model.modules()]
-    for child in model.children():
-        child.training = False
-    model.training = False
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-@contextmanager
-def children_put_back(model):
-    flags = [(module, module.training) for module in (model, *model.children())]
-    for module in model.modules():
+    for module in (model, *model.children()):
         module.training = False
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
+
+
+def modes_of_children(model):
+    return {module: module.training for module in (model, *model.children())}
+
+
+def by_torchs_train(model, modes):
+    """Modules of their own kind come right: what is called is torch's `train`, and it comes to them last."""
+    for module, mode in modes.items():
+        nn.Module.train(module, mode)
+
+
+def by_a_train_of_its_own(model, modes):
+    for module, mode in modes.items():
+        if type(module).train is nn.Module.train:
+            module.training = mode
+        else:
+            module.train(mode)
 
 
 @contextmanager
@@ -203,45 +195,6 @@ def by_recursion(model):
 
 
 @contextmanager
-def train_of_every_module(model):
-    """Modules of their own kind come right: what is called is torch's `train`, and it comes to them last."""
-    flags = [(module, module.training) for module in model.modules()]
-    for module, _ in flags:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            nn.Module.train(module, flag)
-
-
-@contextmanager
-def into_it_by_eval(model):
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-@contextmanager
-def leaves_by_train(model):
-    flags = [(module, module.training) for module in model.modules()]
-    for module, _ in flags:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            if type(module).train is nn.Module.train:
-                module.training = flag
-            else:
-                module.train(flag)
-
-
-@contextmanager
 def without_gradients(model):
     with eval_mode(model), torch.no_grad():
         yield
@@ -257,13 +210,13 @@ def frozen_meanwhile(model):
 
 CORRECT = [EvalMode, by_exit_stack, two_lists, by_every_name]
 BROKEN = {
-    1: [norms_and_dropout, only_children],
-    2: [children_put_back],
+    1: [partial(solution, into=norms_and_dropout), partial(solution, into=only_children)],
+    2: [partial(solution, remember=modes_of_children)],
     3: [errors_made_its_own, errors_suppressed],
     4: [put_back_after_errors_alone],
     5: [switched_back_what_was_switched, one_table_for_all],
-    6: [by_recursion, train_of_every_module],
-    7: [into_it_by_eval, leaves_by_train],
+    6: [by_recursion, partial(solution, put_back=by_torchs_train)],
+    7: [partial(solution, into=lambda model: model.eval()), partial(solution, put_back=by_a_train_of_its_own)],
     8: [without_gradients, frozen_meanwhile],
 }
 REWRITTEN = {"only BatchNorm in eval mode": norms_switched}
